@@ -1,0 +1,554 @@
+"""Stage 1, the cold start: AC-DMD distils a multi-step teacher into a 4-step generator (Sec. 3.1, App. B, D, E, F).
+
+Three roles are played by ONE frozen transformer with two LoRA adapters (the roles' names are visible at every call):
+    generator   G, adapter "generator", trained: 4 CPS steps from noise to picture, no CFG
+    fake        F, adapter "fake", trained: the velocity of what G currently makes (the "fake score")
+    teacher     no adapter: the multi-step model with classifier-free guidance, never changed
+
+Read in this order: `rollout`, `fake_score_loss`, `generator_loss` (the mathematics: tensors and velocity functions only), then
+`main` (Algorithm 1, first half), then the plumbing, which stage 2 (rtdmd_rl.py) imports. The sampler is in cps.py.
+
+    torchrun --nproc_per_node=8 cold_start.py           # SD3.5-M, 512 px, the paper's recipe
+    python cold_start.py --preset tiny                  # the laptop model in assets/tiny, minutes on a CPU
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+import sys
+import time
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging as diffusers_logging, make_image_grid
+from PIL import Image
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters on one base is what we want
+
+from cps import ambient_target, cps_step, renoise, sigmas
+from rewards import load_prompts
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TARGETS = ["attn." + name for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
+PRESETS = {  # defaults that differ; everything else is the same for every model
+    "sd35m": dict(pretrained="stabilityai/stable-diffusion-3.5-medium"),
+    "sd3m": dict(pretrained="stabilityai/stable-diffusion-3-medium-diffusers"),
+    "tiny": dict(pretrained=os.path.join(HERE, "assets/tiny"), prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"), device="auto",
+                 resolution=32, max_sequence_length=8, cfg=2.0, steps=600, batch_size=64, micro_batch=64, lr=1e-3, fake_lr=1e-3,
+                 generator_every=3, ema=.97, sample_every=150, save_every=150, cache_text=200),
+}
+
+
+def arguments():
+    parser, add = make_parser("Stage 1: AC-DMD, from a multi-step teacher to a 4-step generator.", PRESETS, "out/cold_start")
+    add("--steps", type=int, default=15000, help="optimiser steps of the fake score")
+    add("--generator_every", type=int, default=10, help="update the generator every so many steps")
+    add("--batch_size", type=int, default=72, help="pictures a step over all GPUs together; does not depend on the number of GPUs")
+    add("--micro_batch", type=int, default=9, help="pictures a GPU handles at once; gradients are accumulated over them")
+    add("--lr", type=float, default=3e-5, help="learning rate of the generator")
+    add("--fake_lr", type=float, default=3e-5, help="learning rate of the fake score")
+    add("--ema", type=float, default=.99, help="decay of the generator's average, applied after every step")
+    return parse(parser)
+
+
+# ------------------------------------------------------------------------------------------------------- 1. the mathematics
+# A velocity function is v(x [B,C,H,W], sigma float or [B]) -> [B,C,H,W]. Losses are per sample, [B].
+def rollout(G, x, levels, k, eta, noises):
+    """Run the generator's first k CPS steps from noise x (Eq. 8) -> [x_0, ..., x_k]; x_i is at noise level levels[i].
+
+    noises: one tensor like x for each step, or an iterator over them. Gradients follow torch's grad mode.
+    """
+    path = [x]
+    for (s, t), noise in zip(list(zip(levels, levels[1:]))[:k], noises):
+        path.append(cps_step(path[-1], G(path[-1], s), s, t, eta, noise)[0])
+    return path
+
+
+def renoise_time(s, u):
+    """Where in the sub-interval to compare: t ~ U[s + 0.01, 1] clamped to [0.02, 0.98]. s float, u [B] in [0,1] -> [B]."""
+    return (s + .01 + (1 - s - .01) * u).clamp(.02, .98)
+
+
+def fake_score_loss(F, x_s, s, t, noise, back, noise1, noise2, gamma, eta):
+    """Ambient consistency loss of the fake score, Eq. 10-11 -> (loss [B], ambient [B], consistency [B]).
+
+    x_s [B,C,H,W]: generator samples at noise level s (a float; 0 for finished pictures); t [B] > s: where to score them;
+    back [B] in (0, 0.2]: how far below t the consistency looks; the noises are like x_s.
+    """
+    x_t = renoise(x_s, s, t, noise)
+    v_target, std = ambient_target(x_s, s, t, noise)
+    v = F(x_t, t)
+    # ambient denoising score matching in velocity form (Eq. 10, Prop. D.1); std keeps it finite as t -> s
+    ambient = ((1 / std ** 2).clamp(0, 10) * (std * v - std * v_target) ** 2).flatten(1).mean(1)
+    if gamma == 0:
+        return ambient, ambient, torch.zeros_like(ambient)
+    # consistency: h(x,t) = E[x0 | x_t] must be a martingale along F's own reverse process (Eq. 11). Two independent transitions
+    # and a product make the squared violation unbiased (Eq. 22, App. F): the square of one would add its variance.
+    column = lambda a: a.view(-1, 1, 1, 1)
+    anchor = x_t - column(t) * v
+    t2 = (t - back).clamp(min=0)
+    x1, x2 = (cps_step(x_t, v.detach(), t, t2, eta, n)[0] for n in (noise1, noise2))
+    v1, v2 = F(torch.cat([x1, x2]), torch.cat([t2, t2])).chunk(2)  # one pass for both
+    h1, h2 = x1 - column(t2) * v1, x2 - column(t2) * v2
+    consistency = ((h1 - anchor) * (h2 - anchor)).flatten(1).mean(1)
+    return ambient + gamma * consistency, ambient, consistency
+
+
+def generator_loss(x_s, s, t, noise, back_noise, teacher, F, eta):
+    """The distribution-matching term, Eq. 9 -> loss [B]. Its gradient with respect to x_s is (y_fake - y_real) / mean |x_s - y_real|.
+
+    Teacher (with CFG) and fake score both look at x_s re-noised to t; each prediction takes one CPS transition back to s with the
+    same noise. What is left of the difference is the difference of the scores. Stage 2 imports this function: that is Eq. 7.
+    """
+    with torch.no_grad():
+        x_t = renoise(x_s, s, t, noise)
+        y_real, y_fake = (cps_step(x_t, v(x_t, t), t, s, eta, back_noise)[0] for v in (teacher, F))
+        scale = (x_s - y_real).abs().flatten(1).mean(1).view(-1, 1, 1, 1)
+        target = x_s - torch.nan_to_num((y_fake - y_real) / scale)
+    return .5 * (x_s - target).square().flatten(1).mean(1)
+
+
+# ------------------------------------------------------------------------------------------- 2. Algorithm 1, lines of stage 1
+def main():
+    args = arguments()
+    device, rank, world = setup(args)
+    rows = checked(load_prompts, args.prompts)
+    pipe = load_pipeline(args, device)
+    transformer, encode, shape = pipe.transformer, text_encoder(pipe, args), latent_shape(pipe, args)
+    roles = {"generator": ["generator"], "fake": ["fake"], "teacher": []}
+    for name in ("generator", "fake"):
+        add_adapter(transformer, name, args)
+    G_params, F_params = train_only(transformer, "generator", "fake")
+    G_opt = torch.optim.AdamW(G_params, lr=args.lr, betas=(.9, .999), weight_decay=0)
+    F_opt = torch.optim.AdamW(F_params, lr=args.fake_lr, betas=(.9, .999), weight_decay=0)
+    ema = [p.detach().clone() for p in G_params]
+    state = {"generator": G_params, "fake": F_params, "ema": ema, "G_opt": G_opt, "F_opt": F_opt, "keys": list(adapter(transformer, "fake"))}
+    args.start = load_checkpoint(args, state) if args.resume else 0
+    levels, negative = sigmas(args.num_steps, args.shift), encode([""])
+    N, mine = args.batch_size, shard(args.batch_size, rank, world)
+    if rank == 0:
+        print(f"AC-DMD: {args.steps} steps of {N} pictures on {world} x {device.type}, {len(rows)} prompts, "
+              f"{sum(p.numel() for p in G_params) / 1e6:.1f} M parameters an adapter", flush=True)
+
+    G_norm = 0.0
+    bar, log, skipped = tqdm(range(args.start, args.steps), initial=args.start, total=args.steps, disable=None if rank == 0 else True), make_log(args), 0
+    for step in bar:
+        # All random numbers of a step come from (seed, step) and are drawn for the whole batch, of which each rank keeps its rows:
+        # the same run on any number of GPUs, and a resumed one needs no generator state. k is shared, so that ranks stay in step.
+        rng, g = random.Random(f"{args.seed}/{step}"), generator(device, args.seed, step)
+        k = rng.randint(1, args.num_steps)
+        s = levels[k]
+        normal = lambda: torch.randn(N, *shape, generator=g, device=device)[mine].split(args.micro_batch)
+        uniform = lambda: torch.rand(N, generator=g, device=device)[mine].split(args.micro_batch)
+        x_K, step_noise = normal(), [normal() for _ in range(k)]
+        u_F, noise_F, back, noise1, noise2 = uniform(), normal(), uniform(), normal(), normal()
+        prompts = [rows[i]["prompt"] for i in data_order(len(rows), step * N, N, args.seed)][mine]
+        texts = [encode(prompts[i:i + args.micro_batch]) for i in range(0, len(prompts), args.micro_batch)]
+        sums, paths = torch.zeros(4, device=device), []
+
+        for i, text in enumerate(texts):  # every step: the fake score follows the generator
+            G, F = (play(transformer, roles[role], text) for role in ("generator", "fake"))
+            with torch.no_grad():
+                paths.append(rollout(G, x_K[i], levels, k, args.eta, [noise[i] for noise in step_noise]))
+            steps_back = (1 + (200 * back[i]).floor()) / 1000  # U{1..200}/1000
+            loss, ambient, consistency = fake_score_loss(F, paths[i][k], s, renoise_time(s, u_F[i]), noise_F[i], steps_back,
+                                                         noise1[i], noise2[i], args.gamma, args.eta)
+            (loss.sum() / N).backward()
+            sums[:3] += torch.stack([loss.sum(), ambient.sum(), consistency.sum()]).detach()
+        F_norm, ok = update(F_params, F_opt, args)
+        skipped = 0 if ok else skipped + 1
+
+        if (step + 1) % args.generator_every == 0:  # the generator follows the teacher: gradient through the last executed step only
+            u_G, noise_G, back_G = uniform(), normal(), normal()
+            for i, text in enumerate(texts):
+                G, F = (play(transformer, roles[role], text) for role in ("generator", "fake"))
+                teacher = play(transformer, roles["teacher"], text, negative, args.cfg)
+                x = paths[i][k - 1]
+                x_s = cps_step(x, G(x, levels[k - 1]), levels[k - 1], s, args.eta, step_noise[k - 1][i])[0]
+                loss = generator_loss(x_s, s, renoise_time(s, u_G[i]), noise_G[i], back_G[i], teacher, F, args.eta)
+                (loss.sum() / N).backward()
+                sums[3] += loss.sum().detach()
+            G_norm, ok = update(G_params, G_opt, args)
+            skipped = 0 if ok else skipped + 1
+        torch._foreach_lerp_(ema, [p.detach() for p in G_params], 1 - args.ema)
+        if skipped >= args.max_skipped:
+            die(f"step {step}: {skipped} updates in a row were not finite; the last good checkpoint is in {args.out_dir}", status=1)
+
+        names = ("loss_fake", "loss_ambient", "loss_consistency", "loss_generator")
+        numbers = {**dict(zip(names, (all_sum(sums) / N).tolist())), "grad_fake": F_norm, "grad_generator": G_norm}
+        log(bar, N, step=step, k=k, **numbers)
+        if args.sample_every and (step + 1) % args.sample_every == 0:
+            preview(pipe, roles["generator"], encode, rows, args, f"step_{step + 1}")
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            save_checkpoint(args, state, step + 1)
+    if rank == 0:
+        print(f"done: {args.out_dir}/generator_ema.pt (the generator), {args.out_dir}/fake.pt (stage 2 starts from both)", flush=True)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------- 3. plumbing, shared with stage 2 and sample.py
+def die(message, status=2):
+    """One line on stderr, exit status 2, no traceback. Under torchrun only rank 0 speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def checked(function, *inputs):
+    """function(*inputs), its ValueError (rewards.py raises them with a line that says what to do) turned into `die`."""
+    try:
+        return function(*inputs)
+    except ValueError as e:
+        die(e)
+
+
+def make_parser(description, presets, out_dir):
+    """Parser with the flags that stage 1 and stage 2 share; the preset's values become defaults -> (parser, parser.add_argument)"""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="sd35m")
+    preset = first.parse_known_args()[0].preset
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.error, parser.preset, add = die, presets.get(preset, {}), parser.add_argument
+    add("--preset", choices=list(presets), default="sd35m", help="set of default flags")
+    add("--pretrained", help="diffusers directory or hub id of the Stable Diffusion 3 model")
+    add("--out_dir", default=out_dir, help="where checkpoints, log.jsonl and samples/ go")
+    add("--prompts", default="", help="file with a prompt a line, or jsonl with \"prompt\"; default: the preset's own prompts")
+    add("--seed", type=int, default=0, help="one seed, one result")
+    add("--device", default="cuda", help="cuda, cpu, mps, or auto: the best there is")
+    add("--resume", action="store_true", help="continue from out_dir/ckpt.pt if it exists")
+    add("--resolution", type=int, default=512, help="height and width of the pictures in pixels")
+    add("--max_sequence_length", type=int, default=128, help="T5 tokens of a prompt")
+    add("--num_steps", type=int, default=4, help="sampling steps K of the generator")
+    add("--shift", type=float, default=3.0, help="SD3 time shift of the sampling grid")
+    add("--eta", type=float, default=.9, help="stochasticity of CPS steps: 0 Euler, 1 consistency-model sampler")
+    add("--cfg", type=float, default=4.5, help="guidance scale of the teacher")
+    add("--gamma", type=float, default=.01, help="weight of the fake score's consistency loss; 0 is A-DMD")
+    add("--lora_rank", type=int, default=32, help="rank of the adapters")
+    add("--lora_alpha", type=float, default=64, help="alpha of the adapters; their product is scaled by alpha / rank")
+    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
+    add("--max_skipped", type=int, default=20, help="stop after so many updates in a row with a non-finite gradient")
+    add("--gradient_checkpointing", action="store_true", help="trade a third of the speed for most of the activations' memory")
+    add("--cache_text", type=int, default=64, help="keep the text embeddings of so many prompts")
+    add("--sample_every", type=int, default=500, help="save a picture grid every so many steps; 0: never")
+    add("--save_every", type=int, default=500, help="save a checkpoint every so many steps")
+    return parser, add
+
+
+def parse(parser):
+    """Parse and check the command line; dies with one line on what is wrong."""
+    parser.set_defaults(**parser.preset)
+    args = parser.parse_args()
+    for name, value in vars(args).items():
+        if name in ("batch_size", "micro_batch", "steps", "num_steps", "generator_every", "resolution", "lora_rank", "save_every") and value < 1:
+            die(f"--{name} must be at least 1, got {value}")
+    if not 0 <= args.eta <= 1:
+        die(f"--eta must lie in [0, 1], got {args.eta}")
+    return args
+
+
+def setup_device(args):
+    """Check the device and that out_dir can be written to -> (device, rank, world size)"""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        die("no CUDA GPU found, and this recipe needs one; to try everything on this machine: --preset tiny (or insist with --device cpu)")
+    try:
+        device = torch.device(args.device, local) if args.device == "cuda" else torch.device(args.device)
+    except RuntimeError:
+        die(f"--device must be cuda, cpu, mps or auto, got {args.device!r}")
+    try:
+        os.makedirs(args.out_dir, exist_ok=True)
+        test = os.path.join(args.out_dir, f".write_test_{rank}")
+        open(test, "w").close(), os.remove(test)
+    except OSError as e:
+        die(f"cannot write to --out_dir {args.out_dir}: {e.strerror}")
+    return device, rank, world
+
+
+def setup(args):
+    """Device, process group and output directory of a training run -> (device, rank, world size)"""
+    device, rank, world = setup_device(args)
+    if os.path.exists(os.path.join(args.out_dir, "ckpt.pt")) and not args.resume:
+        die(f"{args.out_dir} holds a run already: add --resume to continue it, or choose another --out_dir")
+    os.makedirs(os.path.join(args.out_dir, "samples"), exist_ok=True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    return device, rank, world
+
+
+def load_pipeline(args, device):
+    """The diffusers pipeline, frozen; bf16 on a GPU, float32 elsewhere."""
+    transformers_logging.set_verbosity_error(), transformers_logging.disable_progress_bar(), diffusers_logging.disable_progress_bar()
+    from diffusers import StableDiffusion3Pipeline
+    if os.sep in args.pretrained and args.pretrained.count("/") != 1 and not os.path.isdir(args.pretrained):
+        die(f"--pretrained {args.pretrained}: no such directory")
+    try:
+        pipe = StableDiffusion3Pipeline.from_pretrained(args.pretrained, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    except (OSError, ValueError, KeyError) as e:
+        die(f"--pretrained {args.pretrained}: neither a pipeline directory nor a model that the hub gives ({str(e).splitlines()[0][:200]})")
+    unit = pipe.vae_scale_factor * pipe.transformer.config.patch_size
+    if args.resolution % unit:
+        die(f"--resolution {args.resolution} is not divisible by {unit}, as this model's VAE and patches need")
+    for module in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+        module.requires_grad_(False).eval().to(device)
+    pipe.transformer.lora_layers = []
+    if getattr(args, "gradient_checkpointing", False):
+        def checkpoint(block, *inputs):  # recompute with the adapter of the forward pass, whichever is active by then
+            adapters = pipe.transformer.lora_layers[0]._active_adapter
+            def run(*inputs):
+                set_adapters(pipe.transformer, adapters)
+                return block(*inputs)
+            return torch.utils.checkpoint.checkpoint(run, *inputs, use_reentrant=False)
+        pipe.transformer.enable_gradient_checkpointing(checkpoint)
+    return pipe
+
+
+def latent_shape(pipe, args):
+    side = args.resolution // pipe.vae_scale_factor
+    return pipe.transformer.config.in_channels, side, side
+
+
+def add_adapter(transformer, name, args):
+    """Put a fresh float32 LoRA under `name`; it changes nothing yet, since its B is 0."""
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{args.seed}/{name}".encode()).digest()[:4], "big"))  # the same on all ranks
+    transformer.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian", target_modules=TARGETS), name)
+    transformer.lora_layers = [m for m in transformer.modules() if isinstance(m, LoraLayer)]
+    for p in adapter(transformer, name).values():
+        p.data = p.data.float()
+
+
+def train_only(transformer, *names):
+    """Freeze everything but these adapters -> one list of parameters for each."""
+    transformer.requires_grad_(False)
+    return [[p.requires_grad_(True) for p in adapter(transformer, name).values()] for name in names]
+
+
+def adapter(transformer, name):
+    """{key in the published format: parameter} of one adapter, e.g. transformer_blocks.0.attn.to_q.lora_A.default.weight"""
+    mark = f".{name}.weight"
+    return {k[:-len(mark)] + ".default.weight": p for k, p in transformer.named_parameters() if k.endswith(mark) and ".lora_" in k}
+
+
+def set_adapters(transformer, adapters):
+    """Which LoRAs add to the base from now on. Unlike peft's set_adapter it leaves requires_grad alone: flipping that between
+    forward and backward makes the gradient zero without any error."""
+    for layer in transformer.lora_layers:
+        layer._active_adapter = adapters
+
+
+def play(transformer, adapters, text, negative=None, cfg=1.0):
+    """The velocity function of the transformer in one role: v(x [B,C,H,W], sigma float or [B]) -> float32 like x.
+
+    text, negative: (prompt_embeds [B or 1,L,D], pooled [B or 1,P]); with negative, classifier-free guidance in one call.
+    """
+    def velocity(x, sigma):
+        set_adapters(transformer, adapters)
+        n = len(x)
+        embeds, pooled = (e if len(e) == n else e.repeat(n // len(e), *[1] * (e.dim() - 1)) for e in text)
+        timestep = 1000 * torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(n)
+        if negative is not None:
+            x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
+            embeds, pooled = (torch.cat([e.expand(n, *e.shape[1:]), p]) for e, p in zip(negative, (embeds, pooled)))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+            v = transformer(hidden_states=x.to(embeds.dtype), encoder_hidden_states=embeds, pooled_projections=pooled,
+                            timestep=timestep, return_dict=False)[0].float()
+        if negative is not None:
+            without, with_text = v.chunk(2)
+            v = without + cfg * (with_text - without)
+        return v
+    return velocity
+
+
+def text_encoder(pipe, args):
+    """-> encode(prompts) -> (prompt_embeds [B,L,D], pooled [B,P]); remembers the last args.cache_text prompts."""
+    cache = {}
+
+    @torch.no_grad()
+    def encode(prompts):
+        new = [p for p in dict.fromkeys(prompts) if p not in cache]
+        for i in range(0, len(new), 32):
+            embeds, _, pooled, _ = pipe.encode_prompt(new[i:i + 32], None, None, device=pipe.transformer.device,
+                                                      do_classifier_free_guidance=False, max_sequence_length=args.max_sequence_length)
+            cache.update(zip(new[i:i + 32], zip(embeds, pooled)))
+        embeds, pooled = (torch.stack(e) for e in zip(*(cache[p] for p in prompts)))
+        for p in list(cache)[:max(0, len(cache) - args.cache_text)]:
+            del cache[p]
+        return embeds, pooled
+    return encode
+
+
+def generator(device, *key):
+    """A random generator seeded by its key, e.g. (seed, step): stateless, so that resuming needs nothing but the step."""
+    return torch.Generator(device).manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big"))
+
+
+def shard(n, rank, world):
+    """This rank's rows of a batch of n; sizes differ by one at most where world does not divide n."""
+    return slice(rank * n // world, (rank + 1) * n // world)
+
+
+def data_order(length, first, count, seed):
+    """Places first ... first+count-1 of an endless sequence of shuffled passes over `length` prompts."""
+    order = {e: random.Random(f"{seed}/pass/{e}").sample(range(length), length) for e in range(first // length, (first + count - 1) // length + 1)}
+    return [order[i // length][i % length] for i in range(first, first + count)]
+
+
+def all_sum(tensor):
+    """Sum over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def update(parameters, optimizer, args):
+    """One optimiser step on gradients summed over ranks in one flat all-reduce -> (gradient norm, whether it was finite).
+    A gradient that is not finite changes nothing."""
+    flat = all_sum(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]))
+    norm = flat.norm().item()
+    if math.isfinite(norm):
+        flat *= min(1, args.max_grad_norm / (norm + 1e-6))
+        for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad = g.view_as(p)
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm, math.isfinite(norm)
+
+
+def make_log(args):
+    """-> log(bar, images, **numbers): a line in out_dir/log.jsonl and the same numbers in the progress bar; rank 0 only."""
+    if os.environ.get("RANK", "0") != "0":
+        return lambda *_, **__: None
+    path, last = os.path.join(args.out_dir, "log.jsonl"), [time.time()]
+    if args.resume and os.path.exists(path):  # forget what came after the checkpoint
+        with open(path) as f:
+            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] < args.start]
+        write_atomically(path, lambda p: open(p, "w").writelines(kept))
+    file = open(path, "a" if args.resume else "w", buffering=1)
+
+    def log(bar, images, **numbers):
+        now, peak = time.time(), torch.cuda.max_memory_allocated() / 2 ** 30 if torch.cuda.is_available() else 0
+        speed = {"images_per_s": round(images / (now - last[0]), 2), **({"peak_gib": round(peak, 2)} if peak else {})}
+        last[0] = now
+        file.write(json.dumps({**numbers, **speed}) + "\n")
+        bar.set_postfix({k: f"{v:.3g}" for k, v in {**numbers, **speed}.items() if k != "step" and not isinstance(v, list)}, refresh=False)
+    return log
+
+
+def write_atomically(path, write):
+    """write(temporary name), flush to disk, rename: a reader finds the old file or the new one, never half of one."""
+    write(path + ".tmp")
+    with open(path + ".tmp", "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def save_checkpoint(args, state, step):
+    """generator_ema.pt and fake.pt (flat, published format) and ckpt.pt, from which --resume goes on exactly."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    save = lambda name, thing: write_atomically(os.path.join(args.out_dir, name), lambda p: torch.save(thing, p))
+    content = {k: v.state_dict() if hasattr(v, "state_dict") else [p.detach().cpu() for p in v] for k, v in state.items() if k != "keys"}
+    save("ckpt.pt", {**content, "step": step, "flags": vars(args), "versions": {"torch": str(torch.__version__)}})
+    save("generator_ema.pt", dict(zip(state["keys"], content["ema"])))
+    save("fake.pt", dict(zip(state["keys"], content["fake"])))
+
+
+def read(path, what):
+    """torch.load without unpickling anything but tensors and plain values."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        die(f"{what} {path}: no such file")
+    except Exception as e:  # torch raises a dozen different ones for a damaged or foreign file
+        die(f"{what} {path}: damaged, or not a file of tensors ({str(e).splitlines()[0][:120]})")
+
+
+def load_checkpoint(args, state):
+    """Put out_dir/ckpt.pt into state -> the step to go on with (0 if there is no checkpoint)."""
+    path = os.path.join(args.out_dir, "ckpt.pt")
+    if not os.path.exists(path):
+        return 0
+    saved, free = read(path, "checkpoint"), ("out_dir", "resume", "device", "micro_batch", "steps", "epochs", "start", "cache_text",
+                                             "gradient_checkpointing", "sample_every", "save_every", "preset")
+    changed = [f"--{k} {saved['flags'].get(k)} -> {v}" for k, v in vars(args).items() if k not in free and saved["flags"].get(k) != v]
+    if changed:
+        die(f"{path} was made with other flags ({', '.join(changed)}): repeat them, or choose another --out_dir")
+    for name, mine in state.items():
+        if hasattr(mine, "load_state_dict"):
+            mine.load_state_dict(saved[name])
+        elif name != "keys":
+            for p, q in zip(mine, saved[name], strict=True):
+                p.data.copy_(q)
+    return saved["step"]
+
+
+def find_weights(where, subfolder, name, must=True):
+    """Path of where/name, or of subfolder/name in the hub repository `where`; without `must`, None if there is no such file."""
+    path = os.path.join(where, name)
+    if os.path.exists(path) or os.path.isdir(where) or where.count("/") != 1:
+        if must and not os.path.exists(path):
+            die(f"{path}: no such file; run stage 1 first, or name its directory or a hub repository")
+        return path if os.path.exists(path) else None
+    from huggingface_hub import hf_hub_download
+    try:
+        return hf_hub_download(where, f"{subfolder}/{name}")
+    except Exception as e:  # offline, no such repository, no such file, no permission
+        if must:
+            die(f"{where}: neither a directory nor a hub repository that has {subfolder}/{name} ({str(e).splitlines()[0][:120]})")
+
+
+def load_adapter(transformer, name, path):
+    """Fill one adapter from a file in the published format; dies unless every key and shape matches."""
+    saved, mine = read(path, "adapter"), adapter(transformer, name)
+    matched = set(saved) & set(mine) if isinstance(saved, dict) else set()
+    if not matched:
+        die(f"{path}: none of its keys belongs to this model (expected {len(mine)} like {next(iter(mine))})")
+    if len(matched) < len(mine) or len(saved) > len(mine):
+        die(f"{path}: matches {len(matched)} of this model's {len(mine)} keys and has {len(saved) - len(matched)} others: is it another model's?")
+    for key in mine:
+        if saved[key].shape != mine[key].shape:
+            die(f"{path}: {key} has shape {tuple(saved[key].shape)}, expected {tuple(mine[key].shape)}: check --lora_rank and --pretrained")
+        mine[key].data.copy_(saved[key])
+
+
+def decode(pipe, latents):
+    """Latents [B,C,h,w] -> pictures [B,3,H,W] in [0,1], float32, differentiable."""
+    config = pipe.vae.config
+    pictures = pipe.vae.decode((latents / config.scaling_factor + config.shift_factor).to(pipe.vae.dtype)).sample
+    return (pictures.float() / 2 + .5).clamp(0, 1)
+
+
+def save_grid(pictures, path, columns=8):
+    """[B,3,H,W] in [0,1] -> one PNG; small pictures are magnified to 64 pixels."""
+    images = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pictures.detach().float()))
+    columns, size = min(columns, len(images)), images[0].size
+    images += [Image.new("RGB", size, "white")] * (-len(images) % columns)
+    write_atomically(path, lambda p: make_image_grid(images, len(images) // columns, columns, resize=max(64, size[0])).save(p, format="png"))
+
+
+@torch.no_grad()
+def preview(pipe, adapters, encode, rows, args, name):
+    """Eight fixed prompts and seeds through the generator as it is now -> out_dir/samples/name.png; rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        device, levels = pipe.transformer.device, sigmas(args.num_steps, args.shift)
+        g, text = generator(device, "preview", args.seed), encode([rows[i * len(rows) // 8]["prompt"] for i in range(8)])
+        noise = [torch.randn(8, *latent_shape(pipe, args), generator=g, device=device) for _ in levels]
+        x = rollout(play(pipe.transformer, adapters, text), noise[0], levels, args.num_steps, args.eta, noise[1:])[-1]
+        save_grid(decode(pipe, x), os.path.join(args.out_dir, "samples", name + ".png"))
+
+
+if __name__ == "__main__":
+    main()

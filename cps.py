@@ -1,0 +1,146 @@
+"""The mathematics of the sampler: rectified flow, CPS steps, the sub-interval kernel and its target. No model in sight.
+
+Notation, as in the paper (Sec. 2): x_t = (1-t) x0 + t eps, t in [0,1], t = 1 is noise, velocity v = eps - x0, and the model is
+given the timestep 1000 t. diffusers calls t "sigma", and so do we. From a velocity: x0 = x_t - t v, eps = x_t + (1-t) v.
+
+Everything here is done in float32 (float64 stays float64), whatever dtype the model's output has. Any sigma may be a float
+or a [B] tensor, one value a sample. Read from top to bottom: 60 lines of mathematics, then the same as a diffusers scheduler.
+"""
+import math
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+def sigmas(num_steps=4, shift=3.0):
+    """Noise levels t_0..t_K of a K-step sampler: an even grid from 1, SD3's time shift t -> 3t/(1+2t) applied ONCE, and 0.
+
+    sigmas() is [1.0, 0.9, 0.75, 0.5, 0.0]. (A scheduler that is given these as `sigmas=` shifts them again, and diffusers' own
+    grid for 4 steps is [1, .858, .602, .009]: sampling or training at such times is the common bug of few-step SD3 code.)
+    Raises ValueError if num_steps < 1 or shift <= 0.
+    """
+    if num_steps < 1 or shift <= 0:
+        raise ValueError(f"sigmas needs num_steps >= 1 and shift > 0, got {num_steps} and {shift}")
+    grid = [1 - k / num_steps for k in range(num_steps)]
+    return [shift * t / (1 + (shift - 1) * t) for t in grid] + [0.0]
+
+
+def at_least_float32(x):
+    """bf16 and fp16 tensors become float32; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def per_sample(sigma, x):
+    """A float or [B] tensor -> a tensor that broadcasts over x [B,...], in x's dtype and on its device."""
+    sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    return sigma.view(-1, *[1] * (x.dim() - 1)) if sigma.dim() else sigma
+
+
+def cps_step(x, v, sigma, sigma_next, eta, noise=None):
+    """One coefficients-preserving step from noise level sigma to sigma_next (Eq. 19-21, App. C) -> (x_next, mean, std).
+
+        mean = (1-t) x0 + t cos(eta pi/2) eps,    std = t sin(eta pi/2),    x_next = mean + std noise,    t = sigma_next
+
+    x, v [B,...]; noise like x (drawn here if None); eta in [0,1]: 0 is an Euler step, 1 the consistency-model sampler, the paper
+    uses 0.9. Signal and noise coefficients stay on schedule for every eta: cos^2 + sin^2 = 1, so Var(x_next | x0) = t^2.
+    At sigma_next = 0 the step is deterministic: std = 0 and x_next = mean = x0. std broadcasts over x. ValueError: eta not in [0,1].
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1], got {eta}")
+    x, v = at_least_float32(x), at_least_float32(v)
+    s, t = per_sample(sigma, x), per_sample(sigma_next, x)
+    x0, eps = x - s * v, x + (1 - s) * v
+    mean = (1 - t) * x0 + t * math.cos(eta * math.pi / 2) * eps
+    std = t * math.sin(eta * math.pi / 2)
+    if noise is None:
+        noise = torch.randn_like(x)
+    return mean + std * noise, mean, std
+
+
+def renoise(x_s, sigma_s, sigma_t, noise):
+    """From x_s at noise level s up to t > s inside the sub-interval [s, 1] (Eq. 10): x_t = a x_s + sig n, shapes [B,...].
+
+        a = (1-t)/(1-s),    sig^2 = t^2 - a^2 s^2
+
+    so that x_t has the marginal of level t whenever x_s has that of level s (App. B prints sig = (t-s)/(1-s), which does not:
+    see the test of the Gaussian world). s = 0 gives (1-t) x0 + t n, ordinary re-noising, ordinary DMD2.
+    """
+    x_s = at_least_float32(x_s)
+    a, std = sub_interval(per_sample(sigma_s, x_s), per_sample(sigma_t, x_s))
+    return a * x_s + std * at_least_float32(noise)
+
+
+def sub_interval(s, t):
+    """Coefficients (a, sig) of the kernel x_s -> x_t; sig^2 = (t - a s)(t + a s) with t - a s = (t-s)/(1-s): no cancellation."""
+    a = (1 - t) / (1 - s)
+    return a, ((t - s) / (1 - s) * (t + a * s)).clamp(min=0).sqrt()
+
+
+def ambient_target(x_s, sigma_s, sigma_t, noise):
+    """The velocity target of ambient denoising score matching -> (v_target like x_s, std broadcasting over it).
+
+    The conditional score of the kernel above is -n/sig. Put into v(x,t) = -x/(1-t) - t/(1-t) score (Eq. 2) it reads
+
+        v* = -x_s/(1-s) + (t + (1-t) s^2/(1-s)^2) / sig * n,    and E[v* | x_t] is the student's velocity at t (Prop. D.1).
+
+    s = 0 gives n - x0. Grows like 1/sig as t -> s, which is why the loss multiplies it by sig; finite for every t > s.
+    """
+    x_s = at_least_float32(x_s)
+    s, t = per_sample(sigma_s, x_s), per_sample(sigma_t, x_s)
+    _, std = sub_interval(s, t)
+    std = std.clamp(min=torch.finfo(x_s.dtype).tiny ** .25)
+    return -x_s / (1 - s) + (t + (1 - t) * (s / (1 - s)) ** 2) / std * at_least_float32(noise), std
+
+
+def log_prob(x_next, mean, std=None):
+    """Log-density of x_next under a CPS step, up to a constant, per sample: [B,...] -> [B].
+
+    With std: the Gaussian of Eq. 13, -||x_next - mean||^2 / (2 std^2). Without: what the authors' release uses,
+    -mean (x_next - mean)^2, i.e. the former without 1/(2 std^2) and averaged over the elements.
+    """
+    square = (at_least_float32(x_next) - at_least_float32(mean)).square()
+    if std is None:
+        return -square.flatten(1).mean(1)
+    return -(square / (2 * torch.as_tensor(std) ** 2)).flatten(1).sum(1)
+
+
+default_sigmas = sigmas  # below, the name is an argument of diffusers' interface
+
+
+class CPSScheduler(FlowMatchEulerDiscreteScheduler):
+    """The sampler for any diffusers flow-matching pipeline: `pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, eta=0.9)`.
+
+    Pipelines do not hand their generator to `step`; put it (one, or a list with one an image) into `scheduler.generator` to get
+    the same images as sample.py's own loop, else the noise comes from torch's global generator. `sigmas=` are taken as they are.
+    """
+
+    @register_to_config
+    def __init__(self, num_train_timesteps: int = 1000, shift: float = 3.0, eta: float = 0.9):
+        super().__init__(num_train_timesteps=num_train_timesteps, shift=shift)
+        self.generator = None
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+        """Noise levels: `sigmas` as given (ending in 0 or not), else ours for num_inference_steps. device as in diffusers."""
+        levels = [float(s) for s in sigmas] if sigmas is not None else default_sigmas(num_inference_steps, self.config.shift)
+        levels = levels if levels[-1] == 0 else levels + [0.0]
+        self.num_inference_steps = len(levels) - 1
+        self.sigmas = torch.tensor(levels)
+        self.timesteps = torch.tensor([s * self.config.num_train_timesteps for s in levels[:-1]], device=device)
+        self._step_index = self._begin_index = None
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, **unused):
+        """One CPS step; arithmetic in float32, result in model_output's dtype."""
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        here, there = self.sigmas[self.step_index].item(), self.sigmas[self.step_index + 1].item()
+        noise = None
+        if there > 0 and self.config.eta > 0:
+            noise = randn_tensor(sample.shape, generator=generator or self.generator, device=sample.device, dtype=torch.float32)
+        else:
+            noise = torch.zeros_like(sample)
+        x = cps_step(sample, model_output, here, there, self.config.eta, noise)[0].to(model_output.dtype)
+        self._step_index += 1
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x) if return_dict else (x,)

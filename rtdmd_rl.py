@@ -1,0 +1,227 @@
+"""Stage 2: RTDMD reinforces the 4-step generator (Sec. 3.2, App. G, H, I). Minimising the KL to the teacher tilted by exp(reward)
+(Eq. 7, 13) splits into terms, each of which is a few lines below:
+
+    SubGRPO          on the stochastic steps: advantages times log-probabilities, on a random subset of steps (Eq. 14, 16, 17)
+    back-propagation through the deterministic last step, for the differentiable rewards (Eq. 15)
+    AC-DMD           stage 1's distribution-matching term, imported from cold_start.py, as the anchor to the teacher (Eq. 9)
+
+What GRPO usually has and is not here: no reference model and no KL penalty (AC-DMD is the anchor), and one update an epoch, so
+that every update is exactly on-policy. One epoch = roll out, score, one step of F, one step of G.
+
+Read in this order: `advantages`, `policy_loss`, `shared_noise`, then `main` (Algorithm 1, second half).
+
+    torchrun --nproc_per_node=8 rtdmd_rl.py                       # SD3.5-M on stage 1's result in out/cold_start
+    python rtdmd_rl.py --preset tiny                              # the laptop model
+"""
+import os
+import random
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from cold_start import (HERE, adapter, add_adapter, all_sum, checked, data_order, decode, die, fake_score_loss, find_weights, generator, generator_loss,
+                        latent_shape, load_adapter, load_checkpoint, load_pipeline, make_log, make_parser, parse, play, preview,
+                        renoise_time, save_checkpoint, setup, shard, text_encoder, train_only, update)
+from cps import cps_step, log_prob, sigmas
+from rewards import build, load_prompts, parse_weights
+
+PRESETS = {
+    "sd35m": dict(pretrained="stabilityai/stable-diffusion-3.5-medium"),
+    "sd3m": dict(pretrained="stabilityai/stable-diffusion-3-medium-diffusers"),
+    "tiny": dict(pretrained=os.path.join(HERE, "assets/tiny"), prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"), device="auto",
+                 resolution=32, max_sequence_length=8, cfg=2.0, epochs=100, prompts_per_epoch=8, group_size=8, micro_batch=64, lr=3e-4,
+                 fake_lr=1e-3, ema=.9, ema_every=1, rewards="clipscore:1,checker:1", reward_path=[f"clipscore={HERE}/assets/tiny/clip"],
+                 det_weight=.01, dm_weight=.02, sample_every=50, save_every=50, cache_text=200),
+}
+
+
+def arguments():
+    parser, add = make_parser("Stage 2: RTDMD, reinforcement of the 4-step generator.", PRESETS, "out/rtdmd")
+    add("--cold_start", default="out/cold_start", help="stage 1's out_dir, or a hub repository with cold_start/generator_ema.pt")
+    add("--epochs", type=int, default=1000, help="epochs; one update of G and of F each")
+    add("--prompts_per_epoch", type=int, default=48, help="prompts an epoch over all GPUs together")
+    add("--group_size", type=int, default=24, help="pictures of each prompt; they may lie on any GPUs")
+    add("--micro_batch", type=int, default=9, help="pictures a GPU handles at once")
+    add("--lr", type=float, default=3e-6, help="learning rate of the generator")
+    add("--weight_decay", type=float, default=1e-4, help="AdamW's weight decay of the generator's adapter")
+    add("--fake_lr", type=float, default=3e-5, help="learning rate of the fake score")
+    add("--ema", type=float, default=.9, help="decay of the generator's average; warm-up min(decay, (1+n)/(10+n))")
+    add("--ema_every", type=int, default=8, help="update the average every so many epochs")
+    add("--rewards", default="clipscore:1,pickscore:1", help="name:weight,... (see rewards.py)")
+    add("--reward_path", action="append", default=[], metavar="NAME=DIR", help="local directory of a reward's model")
+    add("--subset", type=int, default=2, help="M: how many of the K-1 stochastic steps are reinforced an epoch (Eq. 16); K-1 is GRPO")
+    add("--shared_noise", type=int, choices=(0, 1), default=1, help="1: steps outside the subset share their noise within a prompt's group")
+    add("--subset_factor", type=int, choices=(0, 1), default=0, help="1: multiply SubGRPO by (K-1)/M as Eq. 17 has it (the release does not)")
+    add("--policy_weight", type=float, default=1.0, help="weight of SubGRPO; 0 leaves it out")
+    add("--det_weight", type=float, default=1e-4, help="weight of back-propagation through the last step; 0 leaves it out")
+    add("--dm_weight", type=float, default=1e-3, help="weight of AC-DMD; 0 leaves it out (watch the reward being hacked)")
+    add("--margin", type=float, default=3.0, help="back-propagation stops where the weighted rewards exceed this")
+    add("--clip", type=float, default=1e-5, help="PPO clip range of the ratio")
+    add("--old_log_prob", choices=("update", "rollout"), default="update", help="where the ratio's denominator comes from: the update's own "
+        "pass (the ratio is 1: one update an epoch is exactly on-policy), or the rollout as in the release, where rounding gets clipped")
+    add("--log_prob", choices=("release", "gaussian"), default="release", help="-mean d^2, or Eq. 13's -sum d^2 / (2 std^2)")
+    add("--advantage_std", choices=("batch", "group"), default="batch", help="standard deviation over the whole batch, or each group (paper)")
+    add("--advantage_clip", type=float, default=5.0, help="advantages are clipped to +- this")
+    return parse(parser)
+
+
+# ------------------------------------------------------------------------------------------------------- 1. the mathematics
+def advantages(scores, weights, group_size, std="batch", clip=5.0):
+    """Group-relative advantages (Eq. 14): scores [R,I] of I pictures, groups consecutive -> [I].
+
+    Each reward: minus its group's mean, over the standard deviation of the batch (release) or of the group (paper); weighted sum;
+    standardised once more over the batch; clipped. A reward that does not vary gives 0.
+    """
+    grouped = scores.view(len(scores), -1, group_size)
+    centred = grouped - grouped.mean(2, keepdim=True)
+    spread = grouped.std(2, keepdim=True) if std == "group" else scores.std(1).view(-1, 1, 1)
+    total = (torch.as_tensor(weights, dtype=scores.dtype, device=scores.device).view(-1, 1, 1) * centred / (spread + 1e-4)).sum(0).flatten()
+    return ((total - total.mean()) / (total.std() + 1e-4)).clamp(-clip, clip)
+
+
+def policy_loss(log_p, old_log_p, advantage, clip):
+    """PPO's clipped surrogate (Eq. 14), all [B] -> [B]. With the policy that drew the samples the ratio is 1 and the gradient is
+    -advantage * grad log_p."""
+    ratio = torch.exp(log_p - old_log_p)
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def shared_noise(shape, prompts, device, *key):
+    """Noise [B,C,H,W] that is the same for all pictures of a prompt, on any rank (Eq. 16): seeded by key = (seed, epoch, step) and prompt."""
+    each = {p: torch.randn(shape, generator=generator(device, *key, p), device=device) for p in dict.fromkeys(prompts)}
+    return torch.stack([each[p] for p in prompts])
+
+
+# ------------------------------------------------------------------------------------------ 2. Algorithm 1, lines of stage 2
+def main():
+    args = arguments()
+    weights = checked(parse_weights, args.rewards)
+    K, M = args.num_steps, args.subset
+    if not 1 <= M <= K - 1:
+        die(f"--subset must lie in 1..{K - 1} (the stochastic steps of {K}), got {M}")
+    device, rank, world = setup(args)
+    rows = checked(load_prompts, args.prompts)
+    pipe = load_pipeline(args, device)
+    rewards = checked(build, weights, device, args.reward_path)
+    args.det_weight *= any(r.differentiable for r in rewards)  # nothing to differentiate: SubGRPO alone (App. L)
+    transformer, encode, shape = pipe.transformer, text_encoder(pipe, args), latent_shape(pipe, args)
+    # Stage 1's adapters are frozen and the new ones stacked on them; the teacher is still the plain base.
+    roles = {"generator": ["cold_generator", "generator"], "fake": ["cold_fake", "fake"], "teacher": []}
+    for name in ("cold_generator", "generator", "cold_fake", "fake"):
+        add_adapter(transformer, name, args)
+    load_adapter(transformer, "cold_generator", find_weights(args.cold_start, "cold_start", "generator_ema.pt"))
+    fake_file = find_weights(args.cold_start, "cold_start", "fake.pt", must=False)
+    if fake_file:
+        load_adapter(transformer, "cold_fake", fake_file)
+    elif rank == 0:
+        print(f"{args.cold_start} has no fake.pt: the fake score starts from the teacher and needs some epochs to catch up", flush=True)
+    G_params, F_params = train_only(transformer, "generator", "fake")
+    G_opt = torch.optim.AdamW(G_params, lr=args.lr, betas=(.9, .999), weight_decay=args.weight_decay)
+    F_opt = torch.optim.AdamW(F_params, lr=args.fake_lr, betas=(.9, .999), weight_decay=0)
+    ema = [p.detach().clone() for p in G_params]
+    state = {"generator": G_params, "fake": F_params, "ema": ema, "G_opt": G_opt, "F_opt": F_opt, "keys": list(adapter(transformer, "fake"))}
+    args.start = load_checkpoint(args, state) if args.resume else 0
+    levels, negative = sigmas(K, args.shift), encode([""])
+    I = args.prompts_per_epoch * args.group_size
+    mine = shard(I, rank, world)
+    if rank == 0:
+        print(f"RTDMD: {args.epochs} epochs of {args.prompts_per_epoch} prompts x {args.group_size} pictures on {world} x {device.type}; rewards "
+              + ", ".join(f"{r.name} ({r.weight:g}{', by back-propagation too' if r.differentiable else ''})" for r in rewards), flush=True)
+
+    bar, log, skipped = tqdm(range(args.start, args.epochs), initial=args.start, total=args.epochs, disable=None if rank == 0 else True), make_log(args), 0
+    for epoch in bar:
+        # As in stage 1, every random number comes from (seed, epoch) and is drawn for all pictures: the number of GPUs does not matter.
+        rng, g = random.Random(f"{args.seed}/{epoch}"), generator(device, args.seed, epoch)
+        S = sorted(rng.sample(range(K - 1), M))  # Eq. 16: the steps to reinforce, the same for all pictures of the epoch
+        normal = lambda: torch.randn(I, *shape, generator=g, device=device)[mine]
+        uniform = lambda: torch.rand(I, generator=g, device=device)[mine]
+        chosen = [rows[i] for i in data_order(len(rows), epoch * args.prompts_per_epoch, args.prompts_per_epoch, args.seed)]
+        chosen = [row for row in chosen for _ in range(args.group_size)][mine]
+        prompts, metadata = [row["prompt"] for row in chosen], [row["metadata"] for row in chosen]
+        x_K = normal()
+        # steps in S explore with independent noise; the others share theirs within a group, so that they do not blur the comparison
+        noise = [normal() if k in S or not args.shared_noise else shared_noise(shape, prompts, device, args.seed, epoch, k) for k in range(K - 1)]
+        noise.append(torch.zeros_like(x_K))  # the last step is deterministic
+        batches = [slice(i, i + args.micro_batch) for i in range(0, len(prompts), args.micro_batch)]
+        texts = [encode(prompts[b]) for b in batches]
+        std_or_none = (lambda std: std) if args.log_prob == "gaussian" else (lambda std: None)
+
+        # ---- roll out all K steps, decode, score
+        path, old_log_p, scores = [x_K] + [torch.empty_like(x_K) for _ in range(K)], torch.zeros(K, len(prompts), device=device), torch.zeros(len(rewards), I, device=device)
+        with torch.no_grad():
+            for b, text in zip(batches, texts):
+                G = play(transformer, roles["generator"], text)
+                for k in range(K):
+                    x = path[k][b]
+                    path[k + 1][b], mean, std = cps_step(x, G(x, levels[k]), levels[k], levels[k + 1], args.eta, noise[k][b])
+                    if k in S:
+                        old_log_p[k][b] = log_prob(path[k + 1][b], mean, std_or_none(std))
+                pictures = decode(pipe, path[K][b])
+                for r, reward in enumerate(rewards):
+                    scores[r, mine][b] = reward(pictures, prompts[b], metadata[b]).float()
+        scores = all_sum(scores)
+        advantage_all = advantages(scores, [r.weight for r in rewards], args.group_size, args.advantage_std, args.advantage_clip)
+        advantage, kept = advantage_all[mine], (advantage_all != 0).sum().clamp(min=1)
+
+        # ---- one step of the fake score on the finished pictures (s = 0)
+        sums = torch.zeros(6, device=device)
+        u, n, back, n1, n2 = uniform(), normal(), uniform(), normal(), normal()
+        for b, text in zip(batches, texts):
+            F, steps_back = play(transformer, roles["fake"], text), (1 + (200 * back[b]).floor()) / 1000
+            loss, *_ = fake_score_loss(F, path[K][b], 0.0, renoise_time(0.0, u[b]), n[b], steps_back, n1[b], n2[b], args.gamma, args.eta)
+            (loss.sum() / I).backward()
+            sums[0] += loss.sum().detach() / I
+        F_norm, F_ok = update(F_params, F_opt, args)
+
+        # ---- one step of the generator
+        u, n, back_noise = uniform(), normal(), normal()
+        for b, text in zip(batches, texts):
+            G, F = (play(transformer, roles[role], text) for role in ("generator", "fake"))
+            for k in S if args.policy_weight else ():  # SubGRPO (Eq. 17); pictures with advantage 0 add nothing and are not counted
+                _, mean, std = cps_step(path[k][b], G(path[k][b], levels[k]), levels[k], levels[k + 1], args.eta, noise[k][b])
+                log_p = log_prob(path[k + 1][b], mean, std_or_none(std))
+                drift = (torch.exp(log_p - old_log_p[k][b]) - 1).detach().abs()
+                old = log_p.detach() if args.old_log_prob == "update" else old_log_p[k][b]
+                loss = policy_loss(log_p, old, advantage[b], args.clip).sum() / kept / M
+                (args.policy_weight * ((K - 1) / M if args.subset_factor else 1) * loss).backward()
+                sums[1] += loss.detach()
+                sums[4] += (drift > args.clip).sum() / I / M
+                sums[5] = torch.maximum(sums[5], drift.max() / world)
+            if args.det_weight or args.dm_weight:  # the last step. x is a constant: its dependence on G is SubGRPO's part (App. G.2)
+                x = path[K - 1][b]
+                x_0 = cps_step(x, G(x, levels[K - 1]), levels[K - 1], 0.0, args.eta, noise[K - 1][b])[0]
+                loss = 0.0
+                if args.det_weight:  # Eq. 15
+                    pictures = decode(pipe, x_0)
+                    total = sum(r.weight * r(pictures, prompts[b], metadata[b]) for r in rewards if r.differentiable)
+                    det = torch.relu(args.margin - total).sum() / I
+                    loss, sums[2] = loss + args.det_weight * det, sums[2] + det.detach()
+                if args.dm_weight:  # Eq. 9 at s = 0, with the teacher's guidance
+                    teacher = play(transformer, roles["teacher"], text, negative, args.cfg)
+                    dm = generator_loss(x_0, 0.0, renoise_time(0.0, u[b]), n[b], back_noise[b], teacher, F, args.eta).sum() / I
+                    loss, sums[3] = loss + args.dm_weight * dm, sums[3] + dm.detach()
+                loss.backward()
+        G_norm, G_ok = update(G_params, G_opt, args)
+        if (epoch + 1) % args.ema_every == 0:
+            n = (epoch + 1) // args.ema_every
+            torch._foreach_lerp_(ema, [p.detach() for p in G_params], 1 - min(args.ema, (1 + n) / (10 + n)))
+        skipped = 0 if F_ok and G_ok else skipped + 1
+        if skipped >= args.max_skipped:
+            die(f"epoch {epoch}: {skipped} updates in a row were not finite; the last good checkpoint is in {args.out_dir}", status=1)
+
+        names = ("loss_fake", "loss_policy", "loss_det", "loss_dm", "drift_clipped", "drift_max")
+        log(bar, I, step=epoch, S=S, **{f"reward_{r.name}": scores[i].mean().item() for i, r in enumerate(rewards)},
+            **dict(zip(names, all_sum(sums).tolist())), group_std=path[K].std(0).mean().item(), grad_fake=F_norm, grad_generator=G_norm)
+        if args.sample_every and (epoch + 1) % args.sample_every == 0:
+            preview(pipe, roles["generator"], encode, rows, args, f"epoch_{epoch + 1}")
+        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+            save_checkpoint(args, state, epoch + 1)
+    if rank == 0:
+        print(f"done: {args.out_dir}/generator_ema.pt, to be stacked on {args.cold_start}/generator_ema.pt (sample.py does)", flush=True)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Draw pictures: 4 CPS steps, no guidance, stage 1's and stage 2's adapters stacked on the base.
+
+    python sample.py "a red circle above a blue square" --preset tiny
+    python sample.py "a photo of two cats" --num_images 8                  # out/cold_start and out/rtdmd on SD3.5-M
+    python sample.py "..." --cold_start Harahan/SD35M-RTDMD --rtdmd Harahan/SD35M-RTDMD       # the published weights
+    python sample.py --prompts FILE --rewards clipscore,pickscore          # scores.jsonl and means
+    python sample.py "..." --teacher                                       # the base, 50 steps with guidance, to compare
+
+`draw` is the whole sampler. Each picture has its own seed (seed + its index), so that it does not depend on the batch size.
+"""
+import argparse
+import json
+import math
+import os
+import time
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from cold_start import (PRESETS, add_adapter, checked, decode, die, find_weights, latent_shape, load_adapter, load_pipeline, play, read,
+                        save_grid, setup_device, text_encoder, write_atomically)
+from cps import cps_step, sigmas
+from rewards import build, load_prompts
+
+
+@torch.no_grad()
+def draw(v, seeds, shape, levels, eta, device):
+    """The sampler (Eq. 19-21): one latent a seed -> [B,C,h,w] float32. v is a velocity function, levels as from cps.sigmas."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    normal = lambda: randn_tensor((len(seeds), *shape), generator=generators, device=device, dtype=torch.float32)
+    x = normal()
+    for s, t in zip(levels, levels[1:]):
+        x = cps_step(x, v(x, s), s, t, eta, normal() if t > 0 and eta > 0 else torch.zeros_like(x))[0]
+    return x
+
+
+def load_generator(pipe, args):
+    """Stack the adapters of --cold_start and --rtdmd on the base -> their names, for `play`. Never the second INTO the first."""
+    names = []
+    for name, where, subfolder in (("cold_generator", args.cold_start, "cold_start"), ("generator", args.rtdmd, "rtdmd")):
+        if where:
+            path = find_weights(where, subfolder, "generator_ema.pt")
+            saved = read(path, "adapter")
+            args.lora_rank = next((v.shape[0] for k, v in saved.items() if "lora_A" in k), 1) if isinstance(saved, dict) else 1
+            add_adapter(pipe.transformer, name, args)
+            load_adapter(pipe.transformer, name, path)
+            names.append(name)
+    pipe.transformer.requires_grad_(False)
+    return names
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description="Draw pictures with the 4-step generator, or with its teacher.", allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error, add = die, parser.add_argument
+    add("prompt", nargs="?", help="what to draw")
+    add("--preset", choices=list(PRESETS), default="sd35m", help="set of default flags")
+    add("--pretrained", help="diffusers directory or hub id of the base model")
+    add("--cold_start", default="out/cold_start", help="stage 1's out_dir, or a hub repository; '' to leave it out")
+    add("--rtdmd", default="out/rtdmd", help="stage 2's out_dir, or a hub repository; '' to draw with stage 1 alone")
+    add("--teacher", action="store_true", help="draw with the base alone: many steps, guidance, no adapters")
+    add("--prompts", default="", help="file with a prompt a line, or jsonl with \"prompt\" and metadata for rewards")
+    add("--num_images", type=int, default=1, help="pictures of each prompt")
+    add("--batch_size", type=int, default=8, help="pictures at once; does not change them")
+    add("--seed", type=int, default=0, help="picture i is drawn from seed + i")
+    add("--steps", type=int, help="sampling steps (default: 4, teacher 50)")
+    add("--eta", type=float, help="stochasticity of the CPS steps in [0, 1] (default: 0.9, teacher 0: Euler)")
+    add("--shift", type=float, default=3.0, help="SD3 time shift of the sampling grid")
+    add("--cfg", type=float, help="guidance scale (default: 1, none; teacher: the preset's)")
+    add("--lora_alpha", type=float, default=64, help="alpha of the adapters")
+    add("--resolution", type=int, default=512, help="height and width in pixels")
+    add("--max_sequence_length", type=int, default=128, help="T5 tokens of a prompt")
+    add("--rewards", default="", help="name,name,...: score the pictures, print means, write scores.jsonl")
+    add("--reward_path", action="append", default=[], metavar="NAME=DIR", help="local directory of a reward's model")
+    add("--device", default="cuda", help="cuda, cpu, mps, or auto: the best there is")
+    add("--cache_text", type=int, default=64, help="keep the text embeddings of so many prompts")
+    add("--out_dir", default="out/samples", help="where grid.png, the single pictures and scores.jsonl go")
+    preset = PRESETS.get(parser.parse_known_args()[0].preset, {})
+    known = {action.dest for action in parser._actions} - {"steps", "batch_size", "prompts", "cfg"}
+    parser.set_defaults(**{k: v for k, v in preset.items() if k in known})
+    args = parser.parse_args()
+    if args.cfg is None:
+        args.cfg = preset.get("cfg", 4.5) if args.teacher else 1.0
+    args.steps = (50 if args.teacher else 4) if args.steps is None else args.steps
+    args.eta = (0.0 if args.teacher else .9) if args.eta is None else args.eta
+    for name in ("num_images", "batch_size", "steps", "resolution"):
+        if getattr(args, name) < 1:
+            die(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.eta <= 1:
+        die(f"--eta must lie in [0, 1], got {args.eta}")
+    if not args.prompts and not (args.prompt or "").strip():
+        die("nothing to draw: give a prompt, or --prompts FILE")
+    return args
+
+
+def main():
+    args = arguments()
+    rows = checked(load_prompts, args.prompts) if args.prompts else [{"prompt": args.prompt, "metadata": {}}]
+    rows = [row for row in rows for _ in range(args.num_images)]
+    device, *_ = setup_device(args)
+    pipe = load_pipeline(args, device)
+    rewards = checked(build, args.rewards, device, args.reward_path) if args.rewards else []
+    adapters = [] if args.teacher else load_generator(pipe, args)
+    encode, levels = text_encoder(pipe, args), sigmas(args.steps, args.shift)
+    negative = encode([""]) if args.cfg != 1 else None
+    scores, pictures, start = [[] for _ in rewards], [], time.time()
+    for i in range(0, len(rows), args.batch_size):
+        batch = rows[i:i + args.batch_size]
+        prompts = [row["prompt"] for row in batch]
+        v = play(pipe.transformer, adapters, encode(prompts), negative, args.cfg)
+        with torch.no_grad():
+            images = decode(pipe, draw(v, range(args.seed + i, args.seed + i + len(batch)), latent_shape(pipe, args), levels, args.eta, device))
+            for out, reward in zip(scores, rewards):
+                out += checked(reward, images, prompts, [row["metadata"] for row in batch]).tolist()
+        for j, image in enumerate(images):
+            save_grid(image[None], os.path.join(args.out_dir, f"{i + j:05d}.png"))
+        pictures += list(images[:max(0, 64 - len(pictures))].cpu())
+    save_grid(torch.stack(pictures), os.path.join(args.out_dir, "grid.png"), columns=min(8, max(4, args.num_images)))
+    print(f"{len(rows)} pictures in {time.time() - start:.1f} s -> {args.out_dir}/grid.png")
+    if rewards:
+        lines = [{"image": f"{i:05d}.png", "prompt": row["prompt"], "seed": args.seed + i, **{r.name: s[i] for r, s in zip(rewards, scores)}}
+                 for i, row in enumerate(rows)]
+        write_atomically(os.path.join(args.out_dir, "scores.jsonl"), lambda p: open(p, "w").writelines(json.dumps(line) + "\n" for line in lines))
+        for reward, s in zip(rewards, torch.tensor(scores)):
+            error = s.std().item() / math.sqrt(len(s)) if len(s) > 1 else float("nan")
+            print(f"{reward.name:12s} {s.mean().item():.4f} +- {error:.4f}")
+
+
+if __name__ == "__main__":
+    main()
