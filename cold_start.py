@@ -41,8 +41,8 @@ PRESETS = {  # defaults that differ; everything else is the same for every model
     "sd35m": dict(pretrained="stabilityai/stable-diffusion-3.5-medium"),
     "sd3m": dict(pretrained="stabilityai/stable-diffusion-3-medium-diffusers"),
     "tiny": dict(pretrained=os.path.join(HERE, "assets/tiny"), prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"), device="auto",
-                 resolution=32, max_sequence_length=8, cfg=2.0, steps=600, batch_size=64, micro_batch=64, lr=1e-3, fake_lr=1e-3,
-                 generator_every=3, ema=.97, sample_every=150, save_every=150, cache_text=200),
+                 resolution=32, max_sequence_length=8, cfg=2.0, steps=800, batch_size=64, micro_batch=64, lr=1e-3, fake_lr=1e-3,
+                 generator_every=2, ema=.97, sample_every=200, save_every=200, cache_text=200),
 }
 
 
@@ -121,7 +121,7 @@ def main():
     device, rank, world = setup(args)
     rows = checked(load_prompts, args.prompts)
     pipe = load_pipeline(args, device)
-    transformer, encode, shape = pipe.transformer, text_encoder(pipe, args), latent_shape(pipe, args)
+    transformer, encode, shape = pipe.transformer, text_encoder(pipe, args), pipe.latent_shape
     roles = {"generator": ["generator"], "fake": ["fake"], "teacher": []}
     for name in ("generator", "fake"):
         add_adapter(transformer, name, args)
@@ -137,8 +137,8 @@ def main():
         print(f"AC-DMD: {args.steps} steps of {N} pictures on {world} x {device.type}, {len(rows)} prompts, "
               f"{sum(p.numel() for p in G_params) / 1e6:.1f} M parameters an adapter", flush=True)
 
-    G_norm = 0.0
-    bar, log, skipped = tqdm(range(args.start, args.steps), initial=args.start, total=args.steps, disable=None if rank == 0 else True), make_log(args), 0
+    bar, log = tqdm(range(args.start, args.steps), initial=args.start, total=args.steps, disable=None if rank == 0 else True), make_log(args)
+    skipped = {"generator": 0, "fake": 0}  # updates in a row that were not finite
     for step in bar:
         # All random numbers of a step come from (seed, step) and are drawn for the whole batch, of which each rank keeps its rows:
         # the same run on any number of GPUs, and a resumed one needs no generator state. k is shared, so that ranks stay in step.
@@ -162,8 +162,7 @@ def main():
                                                          noise1[i], noise2[i], args.gamma, args.eta)
             (loss.sum() / N).backward()
             sums[:3] += torch.stack([loss.sum(), ambient.sum(), consistency.sum()]).detach()
-        F_norm, ok = update(F_params, F_opt, args)
-        skipped = 0 if ok else skipped + 1
+        numbers = {"grad_fake": update(F_params, F_opt, args, skipped, "fake")}
 
         if (step + 1) % args.generator_every == 0:  # the generator follows the teacher: gradient through the last executed step only
             u_G, noise_G, back_G = uniform(), normal(), normal()
@@ -175,15 +174,13 @@ def main():
                 loss = generator_loss(x_s, s, renoise_time(s, u_G[i]), noise_G[i], back_G[i], teacher, F, args.eta)
                 (loss.sum() / N).backward()
                 sums[3] += loss.sum().detach()
-            G_norm, ok = update(G_params, G_opt, args)
-            skipped = 0 if ok else skipped + 1
+            numbers["grad_generator"] = update(G_params, G_opt, args, skipped, "generator")
         torch._foreach_lerp_(ema, [p.detach() for p in G_params], 1 - args.ema)
-        if skipped >= args.max_skipped:
-            die(f"step {step}: {skipped} updates in a row were not finite; the last good checkpoint is in {args.out_dir}", status=1)
 
-        names = ("loss_fake", "loss_ambient", "loss_consistency", "loss_generator")
-        numbers = {**dict(zip(names, (all_sum(sums) / N).tolist())), "grad_fake": F_norm, "grad_generator": G_norm}
-        log(bar, N, step=step, k=k, **numbers)
+        losses = dict(zip(("loss_fake", "loss_ambient", "loss_consistency", "loss_generator"), (all_sum(sums) / N).tolist()))
+        if "grad_generator" not in numbers:
+            del losses["loss_generator"]
+        log(bar, N, step=step, k=k, **losses, **numbers)
         if args.sample_every and (step + 1) % args.sample_every == 0:
             preview(pipe, roles["generator"], encode, rows, args, f"step_{step + 1}")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
@@ -201,7 +198,6 @@ def die(message, status=2):
         print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(status)
 
-
 def checked(function, *inputs):
     """function(*inputs), its ValueError (rewards.py raises them with a line that says what to do) turned into `die`."""
     try:
@@ -209,11 +205,11 @@ def checked(function, *inputs):
     except ValueError as e:
         die(e)
 
-
 def make_parser(description, presets, out_dir):
     """Parser with the flags that stage 1 and stage 2 share; the preset's values become defaults -> (parser, parser.add_argument)"""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="sd35m")
+    first.error = die
     preset = first.parse_known_args()[0].preset
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.error, parser.preset, add = die, presets.get(preset, {}), parser.add_argument
@@ -241,21 +237,22 @@ def make_parser(description, presets, out_dir):
     add("--save_every", type=int, default=500, help="save a checkpoint every so many steps")
     return parser, add
 
+RANGES = {"eta": (0, 1), "ema": (0, 1), "shift": (.01, 100), "seed": (0, 2 ** 63 - 1), "group_size": (2, 10 ** 6), **dict.fromkeys((
+    "batch_size", "micro_batch", "steps", "epochs", "num_steps", "generator_every", "resolution", "lora_rank", "save_every", "prompts_per_epoch",
+    "ema_every", "max_sequence_length", "max_skipped", "num_images"), (1, 10 ** 9))}
 
 def parse(parser):
-    """Parse and check the command line; dies with one line on what is wrong."""
+    """Parse the command line; every number must lie in its range (not negative, where RANGES has none), or die."""
     parser.set_defaults(**parser.preset)
     args = parser.parse_args()
     for name, value in vars(args).items():
-        if name in ("batch_size", "micro_batch", "steps", "num_steps", "generator_every", "resolution", "lora_rank", "save_every") and value < 1:
-            die(f"--{name} must be at least 1, got {value}")
-    if not 0 <= args.eta <= 1:
-        die(f"--eta must lie in [0, 1], got {args.eta}")
+        low, high = RANGES.get(name, (0, math.inf))
+        if isinstance(value, (int, float)) and not low <= value <= high:  # also nan
+            die(f"--{name} must lie in [{low}, {high}], got {value}")
     return args
 
-
-def setup_device(args):
-    """Check the device and that out_dir can be written to -> (device, rank, world size)"""
+def setup(args, training=True):
+    """Device, output directory and process group -> (device, rank, world size); dies where a run could not end well."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -263,61 +260,45 @@ def setup_device(args):
         die("no CUDA GPU found, and this recipe needs one; to try everything on this machine: --preset tiny (or insist with --device cpu)")
     try:
         device = torch.device(args.device, local) if args.device == "cuda" else torch.device(args.device)
-    except RuntimeError:
-        die(f"--device must be cuda, cpu, mps or auto, got {args.device!r}")
+        assert device.type != "mps" or torch.backends.mps.is_available()
+    except (RuntimeError, AssertionError):
+        die(f"--device must be cuda, cpu, mps or auto, and be there; got {args.device!r}")
+    if training and os.path.exists(f"{args.out_dir}/ckpt.pt") and not args.resume:
+        die(f"{args.out_dir} holds a run already: add --resume to continue it, or choose another --out_dir")
     try:
-        os.makedirs(args.out_dir, exist_ok=True)
-        test = os.path.join(args.out_dir, f".write_test_{rank}")
+        os.makedirs(f"{args.out_dir}/samples" if training else args.out_dir, exist_ok=True)
+        test = f"{args.out_dir}/.write_test_{rank}"
         open(test, "w").close(), os.remove(test)
     except OSError as e:
         die(f"cannot write to --out_dir {args.out_dir}: {e.strerror}")
-    return device, rank, world
-
-
-def setup(args):
-    """Device, process group and output directory of a training run -> (device, rank, world size)"""
-    device, rank, world = setup_device(args)
-    if os.path.exists(os.path.join(args.out_dir, "ckpt.pt")) and not args.resume:
-        die(f"{args.out_dir} holds a run already: add --resume to continue it, or choose another --out_dir")
-    os.makedirs(os.path.join(args.out_dir, "samples"), exist_ok=True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:
+    if training and world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     return device, rank, world
-
 
 def load_pipeline(args, device):
     """The diffusers pipeline, frozen; bf16 on a GPU, float32 elsewhere."""
     transformers_logging.set_verbosity_error(), transformers_logging.disable_progress_bar(), diffusers_logging.disable_progress_bar()
     from diffusers import StableDiffusion3Pipeline
-    if os.sep in args.pretrained and args.pretrained.count("/") != 1 and not os.path.isdir(args.pretrained):
-        die(f"--pretrained {args.pretrained}: no such directory")
     try:
         pipe = StableDiffusion3Pipeline.from_pretrained(args.pretrained, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-    except (OSError, ValueError, KeyError) as e:
+    except Exception as e:  # a directory can be wrong in a dozen ways
         die(f"--pretrained {args.pretrained}: neither a pipeline directory nor a model that the hub gives ({str(e).splitlines()[0][:200]})")
-    unit = pipe.vae_scale_factor * pipe.transformer.config.patch_size
-    if args.resolution % unit:
-        die(f"--resolution {args.resolution} is not divisible by {unit}, as this model's VAE and patches need")
+    unit, most = pipe.vae_scale_factor * pipe.transformer.config.patch_size, pipe.transformer.config.pos_embed_max_size
+    if args.resolution % unit or args.resolution > unit * most:
+        die(f"--resolution {args.resolution} must be divisible by {unit} and at most {unit * most} for this model's VAE and patches")
     for module in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         module.requires_grad_(False).eval().to(device)
     pipe.transformer.lora_layers = []
+    pipe.latent_shape = (pipe.transformer.config.in_channels, *[args.resolution // pipe.vae_scale_factor] * 2)
     if getattr(args, "gradient_checkpointing", False):
         def checkpoint(block, *inputs):  # recompute with the adapter of the forward pass, whichever is active by then
             adapters = pipe.transformer.lora_layers[0]._active_adapter
-            def run(*inputs):
-                set_adapters(pipe.transformer, adapters)
-                return block(*inputs)
+            run = lambda *inputs: (set_adapters(pipe.transformer, adapters), block(*inputs))[1]
             return torch.utils.checkpoint.checkpoint(run, *inputs, use_reentrant=False)
         pipe.transformer.enable_gradient_checkpointing(checkpoint)
     return pipe
-
-
-def latent_shape(pipe, args):
-    side = args.resolution // pipe.vae_scale_factor
-    return pipe.transformer.config.in_channels, side, side
-
 
 def add_adapter(transformer, name, args):
     """Put a fresh float32 LoRA under `name`; it changes nothing yet, since its B is 0."""
@@ -329,25 +310,21 @@ def add_adapter(transformer, name, args):
     for p in adapter(transformer, name).values():
         p.data = p.data.float()
 
-
 def train_only(transformer, *names):
     """Freeze everything but these adapters -> one list of parameters for each."""
     transformer.requires_grad_(False)
     return [[p.requires_grad_(True) for p in adapter(transformer, name).values()] for name in names]
-
 
 def adapter(transformer, name):
     """{key in the published format: parameter} of one adapter, e.g. transformer_blocks.0.attn.to_q.lora_A.default.weight"""
     mark = f".{name}.weight"
     return {k[:-len(mark)] + ".default.weight": p for k, p in transformer.named_parameters() if k.endswith(mark) and ".lora_" in k}
 
-
 def set_adapters(transformer, adapters):
     """Which LoRAs add to the base from now on. Unlike peft's set_adapter it leaves requires_grad alone: flipping that between
     forward and backward makes the gradient zero without any error."""
     for layer in transformer.lora_layers:
         layer._active_adapter = adapters
-
 
 def play(transformer, adapters, text, negative=None, cfg=1.0):
     """The velocity function of the transformer in one role: v(x [B,C,H,W], sigma float or [B]) -> float32 like x.
@@ -371,7 +348,6 @@ def play(transformer, adapters, text, negative=None, cfg=1.0):
         return v
     return velocity
 
-
 def text_encoder(pipe, args):
     """-> encode(prompts) -> (prompt_embeds [B,L,D], pooled [B,P]); remembers the last args.cache_text prompts."""
     cache = {}
@@ -389,22 +365,18 @@ def text_encoder(pipe, args):
         return embeds, pooled
     return encode
 
-
 def generator(device, *key):
     """A random generator seeded by its key, e.g. (seed, step): stateless, so that resuming needs nothing but the step."""
     return torch.Generator(device).manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big"))
-
 
 def shard(n, rank, world):
     """This rank's rows of a batch of n; sizes differ by one at most where world does not divide n."""
     return slice(rank * n // world, (rank + 1) * n // world)
 
-
 def data_order(length, first, count, seed):
     """Places first ... first+count-1 of an endless sequence of shuffled passes over `length` prompts."""
     order = {e: random.Random(f"{seed}/pass/{e}").sample(range(length), length) for e in range(first // length, (first + count - 1) // length + 1)}
     return [order[i // length][i % length] for i in range(first, first + count)]
-
 
 def all_sum(tensor):
     """Sum over ranks, in place."""
@@ -412,26 +384,27 @@ def all_sum(tensor):
         dist.all_reduce(tensor)
     return tensor
 
-
-def update(parameters, optimizer, args):
-    """One optimiser step on gradients summed over ranks in one flat all-reduce -> (gradient norm, whether it was finite).
-    A gradient that is not finite changes nothing."""
+def update(parameters, optimizer, args, skipped, name):
+    """One optimiser step on gradients summed over ranks in one flat all-reduce -> gradient norm. One that is not finite changes
+    nothing but skipped[name]; args.max_skipped of them in a row end the run."""
     flat = all_sum(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]))
     norm = flat.norm().item()
+    skipped[name] = 0 if math.isfinite(norm) else skipped[name] + 1
     if math.isfinite(norm):
         flat *= min(1, args.max_grad_norm / (norm + 1e-6))
         for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
             p.grad = g.view_as(p)
         optimizer.step()
+    elif skipped[name] >= args.max_skipped:
+        die(f"{skipped[name]} updates in a row of the {name} adapter were not finite; the last good checkpoint is in {args.out_dir}", status=1)
     optimizer.zero_grad()
-    return norm, math.isfinite(norm)
-
+    return norm
 
 def make_log(args):
     """-> log(bar, images, **numbers): a line in out_dir/log.jsonl and the same numbers in the progress bar; rank 0 only."""
     if os.environ.get("RANK", "0") != "0":
         return lambda *_, **__: None
-    path, last = os.path.join(args.out_dir, "log.jsonl"), [time.time()]
+    path, last = f"{args.out_dir}/log.jsonl", [time.time()]
     if args.resume and os.path.exists(path):  # forget what came after the checkpoint
         with open(path) as f:
             kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] < args.start]
@@ -440,12 +413,12 @@ def make_log(args):
 
     def log(bar, images, **numbers):
         now, peak = time.time(), torch.cuda.max_memory_allocated() / 2 ** 30 if torch.cuda.is_available() else 0
-        speed = {"images_per_s": round(images / (now - last[0]), 2), **({"peak_gib": round(peak, 2)} if peak else {})}
+        speed = {"seconds": round(now - last[0], 4), "images_per_s": round(images / (now - last[0]), 2), **({"peak_gib": round(peak, 2)} if peak else {})}
         last[0] = now
+        numbers["skipped"] = sum(not math.isfinite(v) for k, v in numbers.items() if k.startswith("grad_"))
         file.write(json.dumps({**numbers, **speed}) + "\n")
         bar.set_postfix({k: f"{v:.3g}" for k, v in {**numbers, **speed}.items() if k != "step" and not isinstance(v, list)}, refresh=False)
     return log
-
 
 def write_atomically(path, write):
     """write(temporary name), flush to disk, rename: a reader finds the old file or the new one, never half of one."""
@@ -454,17 +427,18 @@ def write_atomically(path, write):
         os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
 
-
 def save_checkpoint(args, state, step):
     """generator_ema.pt and fake.pt (flat, published format) and ckpt.pt, from which --resume goes on exactly."""
     if os.environ.get("RANK", "0") != "0":
         return
-    save = lambda name, thing: write_atomically(os.path.join(args.out_dir, name), lambda p: torch.save(thing, p))
+    save = lambda name, thing: write_atomically(f"{args.out_dir}/{name}", lambda p: torch.save(thing, p))
     content = {k: v.state_dict() if hasattr(v, "state_dict") else [p.detach().cpu() for p in v] for k, v in state.items() if k != "keys"}
-    save("ckpt.pt", {**content, "step": step, "flags": vars(args), "versions": {"torch": str(torch.__version__)}})
-    save("generator_ema.pt", dict(zip(state["keys"], content["ema"])))
-    save("fake.pt", dict(zip(state["keys"], content["fake"])))
-
+    try:
+        save("generator_ema.pt", dict(zip(state["keys"], content["ema"])))
+        save("fake.pt", dict(zip(state["keys"], content["fake"])))
+        save("ckpt.pt", {**content, "step": step, "flags": vars(args), "torch": str(torch.__version__)})  # last: it vouches for the others
+    except OSError as e:
+        die(f"cannot save to {args.out_dir} ({e.strerror}); make room and go on from the last checkpoint with --resume", status=1)
 
 def read(path, what):
     """torch.load without unpickling anything but tensors and plain values."""
@@ -475,61 +449,56 @@ def read(path, what):
     except Exception as e:  # torch raises a dozen different ones for a damaged or foreign file
         die(f"{what} {path}: damaged, or not a file of tensors ({str(e).splitlines()[0][:120]})")
 
-
 def load_checkpoint(args, state):
     """Put out_dir/ckpt.pt into state -> the step to go on with (0 if there is no checkpoint)."""
-    path = os.path.join(args.out_dir, "ckpt.pt")
+    path = f"{args.out_dir}/ckpt.pt"
     if not os.path.exists(path):
         return 0
-    saved, free = read(path, "checkpoint"), ("out_dir", "resume", "device", "micro_batch", "steps", "epochs", "start", "cache_text",
-                                             "gradient_checkpointing", "sample_every", "save_every", "preset")
+    saved, free = read(path, "checkpoint"), ("out_dir", "resume", "device", "micro_batch", "steps", "epochs", "start", "cache_text", "preset",
+                                             "gradient_checkpointing", "sample_every", "save_every")
+    if not isinstance(saved, dict) or not {"step", "flags", *state} - {"keys"} <= set(saved):
+        die(f"{path} is not a checkpoint of this program")
     changed = [f"--{k} {saved['flags'].get(k)} -> {v}" for k, v in vars(args).items() if k not in free and saved["flags"].get(k) != v]
     if changed:
         die(f"{path} was made with other flags ({', '.join(changed)}): repeat them, or choose another --out_dir")
-    for name, mine in state.items():
-        if hasattr(mine, "load_state_dict"):
-            mine.load_state_dict(saved[name])
-        elif name != "keys":
-            for p, q in zip(mine, saved[name], strict=True):
-                p.data.copy_(q)
+    for name in set(state) - {"keys"}:
+        if hasattr(state[name], "load_state_dict"):
+            state[name].load_state_dict(saved[name])
+        else:
+            torch._foreach_copy_([p.data for p in state[name]], saved[name])
     return saved["step"]
 
-
 def find_weights(where, subfolder, name, must=True):
-    """Path of where/name, or of subfolder/name in the hub repository `where`; without `must`, None if there is no such file."""
-    path = os.path.join(where, name)
-    if os.path.exists(path) or os.path.isdir(where) or where.count("/") != 1:
-        if must and not os.path.exists(path):
-            die(f"{path}: no such file; run stage 1 first, or name its directory or a hub repository")
-        return path if os.path.exists(path) else None
-    from huggingface_hub import hf_hub_download
-    try:
-        return hf_hub_download(where, f"{subfolder}/{name}")
-    except Exception as e:  # offline, no such repository, no such file, no permission
-        if must:
-            die(f"{where}: neither a directory nor a hub repository that has {subfolder}/{name} ({str(e).splitlines()[0][:120]})")
-
+    """Path of where/name, or of subfolder/name in the hub repository `where`. If there is none: None, or with `must`, die."""
+    path, reason = f"{where}/{name}", "no such file"
+    if not os.path.exists(where) and where.count("/") == 1:
+        from huggingface_hub import hf_hub_download
+        try:
+            return hf_hub_download(where, f"{subfolder}/{name}")
+        except Exception as e:  # offline, no such repository, no such file, no permission
+            reason = f"neither that file nor {subfolder}/{name} in a hub repository: {str(e).splitlines()[0][:120]}"
+    if must and not os.path.exists(path):
+        die(f"{path}: {reason}; run stage 1 first, or name the directory of a run")
+    return path if os.path.exists(path) else None
 
 def load_adapter(transformer, name, path):
     """Fill one adapter from a file in the published format; dies unless every key and shape matches."""
     saved, mine = read(path, "adapter"), adapter(transformer, name)
-    matched = set(saved) & set(mine) if isinstance(saved, dict) else set()
-    if not matched:
-        die(f"{path}: none of its keys belongs to this model (expected {len(mine)} like {next(iter(mine))})")
-    if len(matched) < len(mine) or len(saved) > len(mine):
-        die(f"{path}: matches {len(matched)} of this model's {len(mine)} keys and has {len(saved) - len(matched)} others: is it another model's?")
+    saved = saved if isinstance(saved, dict) else {}
+    wrong = [k for k in mine if not torch.is_tensor(saved.get(k)) or saved[k].shape != mine[k].shape]
+    if not wrong and not all(saved[k].isfinite().all() for k in mine):
+        die(f"{path}: holds numbers that are not finite; it is of a run that went wrong")
+    if wrong or len(saved) > len(mine):
+        die(f"{path}: {len(mine) - len(wrong)} of this model's {len(mine)} adapter tensors match in name and shape, the file has {len(saved)}; first "
+            f"difference: {next(iter(wrong or set(saved) - set(mine)))}. Is it of another model, or made with another --lora_rank?")
     for key in mine:
-        if saved[key].shape != mine[key].shape:
-            die(f"{path}: {key} has shape {tuple(saved[key].shape)}, expected {tuple(mine[key].shape)}: check --lora_rank and --pretrained")
         mine[key].data.copy_(saved[key])
-
 
 def decode(pipe, latents):
     """Latents [B,C,h,w] -> pictures [B,3,H,W] in [0,1], float32, differentiable."""
     config = pipe.vae.config
     pictures = pipe.vae.decode((latents / config.scaling_factor + config.shift_factor).to(pipe.vae.dtype)).sample
     return (pictures.float() / 2 + .5).clamp(0, 1)
-
 
 def save_grid(pictures, path, columns=8):
     """[B,3,H,W] in [0,1] -> one PNG; small pictures are magnified to 64 pixels."""
@@ -538,16 +507,15 @@ def save_grid(pictures, path, columns=8):
     images += [Image.new("RGB", size, "white")] * (-len(images) % columns)
     write_atomically(path, lambda p: make_image_grid(images, len(images) // columns, columns, resize=max(64, size[0])).save(p, format="png"))
 
-
 @torch.no_grad()
 def preview(pipe, adapters, encode, rows, args, name):
     """Eight fixed prompts and seeds through the generator as it is now -> out_dir/samples/name.png; rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         device, levels = pipe.transformer.device, sigmas(args.num_steps, args.shift)
         g, text = generator(device, "preview", args.seed), encode([rows[i * len(rows) // 8]["prompt"] for i in range(8)])
-        noise = [torch.randn(8, *latent_shape(pipe, args), generator=g, device=device) for _ in levels]
+        noise = [torch.randn(8, *pipe.latent_shape, generator=g, device=device) for _ in levels]
         x = rollout(play(pipe.transformer, adapters, text), noise[0], levels, args.num_steps, args.eta, noise[1:])[-1]
-        save_grid(decode(pipe, x), os.path.join(args.out_dir, "samples", name + ".png"))
+        save_grid(decode(pipe, x), f"{args.out_dir}/samples/{name}.png")
 
 
 if __name__ == "__main__":

@@ -55,8 +55,7 @@ def cps_step(x, v, sigma, sigma_next, eta, noise=None):
     x0, eps = x - s * v, x + (1 - s) * v
     mean = (1 - t) * x0 + t * math.cos(eta * math.pi / 2) * eps
     std = t * math.sin(eta * math.pi / 2)
-    if noise is None:
-        noise = torch.randn_like(x)
+    noise = torch.randn_like(x) if noise is None else at_least_float32(noise)
     return mean + std * noise, mean, std
 
 

@@ -1,7 +1,7 @@
 """Rewards: what a picture is worth. One function each, and `build` to load the ones that are asked for. Below them, the prompts.
 
 A reward is a callable (images [B,3,H,W] float in [0,1], prompts [B], metadata [B]) -> scores [B] float32, with the attributes
-`name`, `weight` and `differentiable`. The differentiable ones enter stage 2 twice, through SubGRPO and by back-propagation
+`name`, `weight`, `differentiable` and `check(prompts, metadata)`, which raises ValueError for prompts that it cannot score. The differentiable ones enter stage 2 twice, through SubGRPO and by back-propagation
 through the last step (Eq. 15); the others through SubGRPO alone (App. L).
 
 To add one: write a function `name(device, path) -> score(images, prompts, metadata)` and name it in REWARDS below.
@@ -69,12 +69,19 @@ def checker(device, path):
     import tiny
     known = {row["prompt"]: row for row in tiny.captions()}
 
-    def score(images, prompts, metadata):
+    def rows_of(prompts, metadata):
         rows = [m if m and "include" in m else known.get(p) for p, m in zip(prompts, metadata)]
-        if None in rows:
-            raise ValueError(f"the checker knows only captions of tiny.py's world, not {prompts[rows.index(None)]!r}")
+        for prompt, row in zip(prompts, rows):
+            if row is None:
+                raise ValueError(f"the checker knows only captions of tiny.py's world, not {prompt!r}")
+            if not tiny.well_formed(row):
+                raise ValueError(f"the metadata of {prompt!r}: \"include\" is not as tiny.captions() writes it")
+        return rows
+
+    def score(images, prompts, metadata):
         found = tiny.detect(images.detach())
-        return torch.tensor([float(tiny.check(objects, row)) for objects, row in zip(found, rows)], device=images.device)
+        return torch.tensor([float(tiny.check(o, row)) for o, row in zip(found, rows_of(prompts, metadata))], device=images.device)
+    score.check = rows_of
     return score
 
 
@@ -95,7 +102,8 @@ def parse_weights(text):
             raise ValueError(f"unknown reward {name!r}; there are {', '.join(REWARDS)}")
         try:
             weights[name] = float(weight or 1)
-        except ValueError:
+            assert abs(weights[name]) < float("inf")
+        except (ValueError, AssertionError):
             raise ValueError(f"the weight of reward {name!r} must be a number, got {weight!r}") from None
     return weights
 
@@ -120,10 +128,11 @@ def build(weights, device, paths=()):
             raise ValueError(f"reward {name}: {place or 'no directory given'}: no such directory; give --reward_path {name}=DIRECTORY")
         try:
             score = load(device, place)
-        except (OSError, KeyError) as e:
+        except Exception as e:  # a directory can be wrong in a dozen ways
             raise ValueError(f"reward {name}: cannot load {place} ({str(e).splitlines()[0][:150]}); download it and give "
                              f"--reward_path {name}=DIRECTORY") from None
         score.name, score.weight, score.differentiable = name, weight, differentiable
+        score.check = getattr(score, "check", lambda prompts, metadata: None)
         rewards.append(score)
     return rewards
 
@@ -193,5 +202,7 @@ def load_prompts(path):
                 raise ValueError(f"--prompts {path}, line {i}: not valid JSON") from None
             if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
                 raise ValueError(f"--prompts {path}, line {i}: needs an object with a non-empty text under \"prompt\"")
+            if row["prompt"].encode("utf-8", "ignore").decode() != row["prompt"]:
+                raise ValueError(f"--prompts {path}, line {i}: the prompt holds half a surrogate pair, which is no text")
         rows.append({"prompt": row["prompt"], "metadata": row})
     return rows

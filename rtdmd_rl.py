@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from cold_start import (HERE, adapter, add_adapter, all_sum, checked, data_order, decode, die, fake_score_loss, find_weights, generator, generator_loss,
-                        latent_shape, load_adapter, load_checkpoint, load_pipeline, make_log, make_parser, parse, play, preview,
+                        load_adapter, load_checkpoint, load_pipeline, make_log, make_parser, parse, play, preview,
                         renoise_time, save_checkpoint, setup, shard, text_encoder, train_only, update)
 from cps import cps_step, log_prob, sigmas
 from rewards import build, load_prompts, parse_weights
@@ -30,9 +30,9 @@ PRESETS = {
     "sd35m": dict(pretrained="stabilityai/stable-diffusion-3.5-medium"),
     "sd3m": dict(pretrained="stabilityai/stable-diffusion-3-medium-diffusers"),
     "tiny": dict(pretrained=os.path.join(HERE, "assets/tiny"), prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"), device="auto",
-                 resolution=32, max_sequence_length=8, cfg=2.0, epochs=100, prompts_per_epoch=8, group_size=8, micro_batch=64, lr=3e-4,
+                 resolution=32, max_sequence_length=8, cfg=2.0, epochs=250, prompts_per_epoch=8, group_size=8, micro_batch=64, lr=5e-4,
                  fake_lr=1e-3, ema=.9, ema_every=1, rewards="clipscore:1,checker:1", reward_path=[f"clipscore={HERE}/assets/tiny/clip"],
-                 det_weight=.01, dm_weight=.02, sample_every=50, save_every=50, cache_text=200),
+                 det_weight=.3, dm_weight=.1, sample_every=50, save_every=50, cache_text=200),
 }
 
 
@@ -74,10 +74,11 @@ def advantages(scores, weights, group_size, std="batch", clip=5.0):
     standardised once more over the batch; clipped. A reward that does not vary gives 0.
     """
     grouped = scores.view(len(scores), -1, group_size)
-    centred = grouped - grouped.mean(2, keepdim=True)
+    centred = grouped - grouped[..., :1]  # first, so that a group whose pictures all score the same gives exactly 0
+    centred = centred - centred.mean(2, keepdim=True)
     spread = grouped.std(2, keepdim=True) if std == "group" else scores.std(1).view(-1, 1, 1)
     total = (torch.as_tensor(weights, dtype=scores.dtype, device=scores.device).view(-1, 1, 1) * centred / (spread + 1e-4)).sum(0).flatten()
-    return ((total - total.mean()) / (total.std() + 1e-4)).clamp(-clip, clip)
+    return (total / (total.std() + 1e-4)).clamp(-clip, clip)  # its mean is 0 already
 
 
 def policy_loss(log_p, old_log_p, advantage, clip):
@@ -104,8 +105,10 @@ def main():
     rows = checked(load_prompts, args.prompts)
     pipe = load_pipeline(args, device)
     rewards = checked(build, weights, device, args.reward_path)
+    for reward in rewards:
+        checked(reward.check, [row["prompt"] for row in rows], [row["metadata"] for row in rows])
     args.det_weight *= any(r.differentiable for r in rewards)  # nothing to differentiate: SubGRPO alone (App. L)
-    transformer, encode, shape = pipe.transformer, text_encoder(pipe, args), latent_shape(pipe, args)
+    transformer, encode, shape = pipe.transformer, text_encoder(pipe, args), pipe.latent_shape
     # Stage 1's adapters are frozen and the new ones stacked on them; the teacher is still the plain base.
     roles = {"generator": ["cold_generator", "generator"], "fake": ["cold_fake", "fake"], "teacher": []}
     for name in ("cold_generator", "generator", "cold_fake", "fake"):
@@ -129,7 +132,8 @@ def main():
         print(f"RTDMD: {args.epochs} epochs of {args.prompts_per_epoch} prompts x {args.group_size} pictures on {world} x {device.type}; rewards "
               + ", ".join(f"{r.name} ({r.weight:g}{', by back-propagation too' if r.differentiable else ''})" for r in rewards), flush=True)
 
-    bar, log, skipped = tqdm(range(args.start, args.epochs), initial=args.start, total=args.epochs, disable=None if rank == 0 else True), make_log(args), 0
+    bar, log = tqdm(range(args.start, args.epochs), initial=args.start, total=args.epochs, disable=None if rank == 0 else True), make_log(args)
+    skipped = {"generator": 0, "fake": 0}  # updates in a row that were not finite
     for epoch in bar:
         # As in stage 1, every random number comes from (seed, epoch) and is drawn for all pictures: the number of GPUs does not matter.
         rng, g = random.Random(f"{args.seed}/{epoch}"), generator(device, args.seed, epoch)
@@ -172,7 +176,7 @@ def main():
             loss, *_ = fake_score_loss(F, path[K][b], 0.0, renoise_time(0.0, u[b]), n[b], steps_back, n1[b], n2[b], args.gamma, args.eta)
             (loss.sum() / I).backward()
             sums[0] += loss.sum().detach() / I
-        F_norm, F_ok = update(F_params, F_opt, args)
+        F_norm = update(F_params, F_opt, args, skipped, "fake")
 
         # ---- one step of the generator
         u, n, back_noise = uniform(), normal(), normal()
@@ -202,13 +206,10 @@ def main():
                     dm = generator_loss(x_0, 0.0, renoise_time(0.0, u[b]), n[b], back_noise[b], teacher, F, args.eta).sum() / I
                     loss, sums[3] = loss + args.dm_weight * dm, sums[3] + dm.detach()
                 loss.backward()
-        G_norm, G_ok = update(G_params, G_opt, args)
+        G_norm = update(G_params, G_opt, args, skipped, "generator")
         if (epoch + 1) % args.ema_every == 0:
             n = (epoch + 1) // args.ema_every
             torch._foreach_lerp_(ema, [p.detach() for p in G_params], 1 - min(args.ema, (1 + n) / (10 + n)))
-        skipped = 0 if F_ok and G_ok else skipped + 1
-        if skipped >= args.max_skipped:
-            die(f"epoch {epoch}: {skipped} updates in a row were not finite; the last good checkpoint is in {args.out_dir}", status=1)
 
         names = ("loss_fake", "loss_policy", "loss_det", "loss_dm", "drift_clipped", "drift_max")
         log(bar, I, step=epoch, S=S, **{f"reward_{r.name}": scores[i].mean().item() for i, r in enumerate(rewards)},

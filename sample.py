@@ -17,8 +17,8 @@ import time
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from cold_start import (PRESETS, add_adapter, checked, decode, die, find_weights, latent_shape, load_adapter, load_pipeline, play, read,
-                        save_grid, setup_device, text_encoder, write_atomically)
+from cold_start import (PRESETS, add_adapter, checked, decode, die, find_weights, load_adapter, load_pipeline, parse, play, read,
+                        save_grid, setup, text_encoder, write_atomically)
 from cps import cps_step, sigmas
 from rewards import build, load_prompts
 
@@ -77,17 +77,11 @@ def arguments():
     add("--out_dir", default="out/samples", help="where grid.png, the single pictures and scores.jsonl go")
     preset = PRESETS.get(parser.parse_known_args()[0].preset, {})
     known = {action.dest for action in parser._actions} - {"steps", "batch_size", "prompts", "cfg"}
-    parser.set_defaults(**{k: v for k, v in preset.items() if k in known})
-    args = parser.parse_args()
-    if args.cfg is None:
-        args.cfg = preset.get("cfg", 4.5) if args.teacher else 1.0
-    args.steps = (50 if args.teacher else 4) if args.steps is None else args.steps
-    args.eta = (0.0 if args.teacher else .9) if args.eta is None else args.eta
-    for name in ("num_images", "batch_size", "steps", "resolution"):
-        if getattr(args, name) < 1:
-            die(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if not 0 <= args.eta <= 1:
-        die(f"--eta must lie in [0, 1], got {args.eta}")
+    parser.preset = {k: v for k, v in preset.items() if k in known}
+    args = parse(parser)
+    for name, usual in (("cfg", preset.get("cfg", 4.5) if args.teacher else 1.0), ("steps", 50 if args.teacher else 4), ("eta", 0.0 if args.teacher else .9)):
+        if getattr(args, name) is None:
+            setattr(args, name, usual)
     if not args.prompts and not (args.prompt or "").strip():
         die("nothing to draw: give a prompt, or --prompts FILE")
     return args
@@ -97,9 +91,11 @@ def main():
     args = arguments()
     rows = checked(load_prompts, args.prompts) if args.prompts else [{"prompt": args.prompt, "metadata": {}}]
     rows = [row for row in rows for _ in range(args.num_images)]
-    device, *_ = setup_device(args)
+    device, *_ = setup(args, training=False)
     pipe = load_pipeline(args, device)
     rewards = checked(build, args.rewards, device, args.reward_path) if args.rewards else []
+    for reward in rewards:
+        checked(reward.check, [row["prompt"] for row in rows], [row["metadata"] for row in rows])
     adapters = [] if args.teacher else load_generator(pipe, args)
     encode, levels = text_encoder(pipe, args), sigmas(args.steps, args.shift)
     negative = encode([""]) if args.cfg != 1 else None
@@ -109,7 +105,7 @@ def main():
         prompts = [row["prompt"] for row in batch]
         v = play(pipe.transformer, adapters, encode(prompts), negative, args.cfg)
         with torch.no_grad():
-            images = decode(pipe, draw(v, range(args.seed + i, args.seed + i + len(batch)), latent_shape(pipe, args), levels, args.eta, device))
+            images = decode(pipe, draw(v, range(args.seed + i, args.seed + i + len(batch)), pipe.latent_shape, levels, args.eta, device))
             for out, reward in zip(scores, rewards):
                 out += checked(reward, images, prompts, [row["metadata"] for row in batch]).tolist()
         for j, image in enumerate(images):

@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import sys
 import time
 
 import torch
@@ -35,7 +34,8 @@ def captions(split="all"):
     """The world's captions as GenEval metadata: {"prompt", "tag", "include": [{"class", "count", "color"?, "position"?}]}.
 
     split "train" is what every stage trains on; "test" is what the scoreboard draws: the captions held out of every stage
-    (2 of 12 colours, 12 of 72 colour bindings, each pair in both orders), and for categories too small to hold any out, all of them.
+    (2 of 12 colours, and 12 of 72 colour bindings whose mirror image is trained on: "a blue square and a red circle" is new, the scene
+    is not), and for categories too small to hold any out, all of them.
     """
     rows, held = [], set()
 
@@ -60,7 +60,7 @@ def captions(split="all"):
             add("position", f"a {a} {relation} a {b}", one(a, position=[relation, 1]), one(b))
     for i, (s, t, c, d) in enumerate((s, t, c, d) for s, t in pairs[:2] + pairs[3:4] for c in COLORS for d in COLORS if c != d):
         add("color_attr", f"a {c} {s} and a {d} {t}", one(s, c), one(t, d), hold=i % 6 == 1)
-        add("color_attr", f"a {d} {t} and a {c} {s}", one(t, d), one(s, c), hold=i % 6 == 1)
+        add("color_attr", f"a {d} {t} and a {c} {s}", one(t, d), one(s, c), hold=i % 6 == 4)
     with_held = {r["tag"] for r in rows if r["prompt"] in held}
     return [r for r in rows if split == "all" or (r["prompt"] in held) == (split == "test")
             or (split == "test" and r["tag"] not in with_held)]
@@ -150,6 +150,15 @@ def detect(images, min_iou=.7):
     return found
 
 
+def well_formed(metadata):
+    """Is this metadata that `check` can decide?"""
+    try:
+        return all(o["class"] in SHAPES and 1 <= o["count"] <= 4 and o.get("color", "red") in COLORS and ("position" not in o or (
+            o["position"][0] in RELATIONS and 0 <= o["position"][1] < len(metadata["include"]))) for o in metadata["include"])
+    except (TypeError, KeyError, IndexError, AttributeError):
+        return False
+
+
 def check(objects, metadata):
     """Do the detected objects satisfy the caption exactly: nothing missing, nothing extra, colours and places right? -> bool"""
     wanted = [o for o in metadata["include"] for _ in range(o["count"])]
@@ -225,7 +234,7 @@ def optimise(parameters, loss_of_step, steps, lr, name, ema=None):
 def train_vae(rows, steps, batch, device):
     """AutoencoderKL with factor 2: 3x32x32 pictures <-> 4x16x16 latents, normalised by the config's shift and scale."""
     from diffusers import AutoencoderKL
-    vae = AutoencoderKL(block_out_channels=(16, 32), latent_channels=4, layers_per_block=1, norm_num_groups=8, sample_size=SIZE,
+    vae = AutoencoderKL(block_out_channels=(8, 16), latent_channels=4, layers_per_block=1, norm_num_groups=4, sample_size=SIZE,
                         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
                         use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False).to(device)
     picture = lambda n: render(*scenes(rows, torch.randint(len(rows), (n,), device=device))) * 2 - 1
@@ -256,30 +265,22 @@ def train_clip(rows, tokenizer, steps, batch, device, width, patch):
                            image_size=SIZE, patch_size=patch, projection_dim=64), projection_dim=64)).to(device)
     head = torch.nn.Linear(width, 13, device=device)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in ((.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)))
-    want = torch.zeros(len(rows), 12 + 3, device=device)  # how many of each (shape, colour), how many of each shape
-    open_color = torch.tensor([[("color" not in r["include"][0])] for r in rows], device=device)
-    relation = torch.tensor([next((RELATIONS.index(o["position"][0]) for o in r["include"] if "position" in o), -1) for r in rows], device=device)
-    first, second = (torch.tensor([SHAPES.index(r["include"][j]["class"]) for r in rows], device=device) for j in (0, -1))
-    for i, r in enumerate(rows):
-        for o in r["include"]:
-            want[i, 12 + SHAPES.index(o["class"])] += o["count"]
-            if "color" in o:
-                want[i, SHAPES.index(o["class"]) * 4 + list(COLORS).index(o["color"])] += 1
+    column = lambda f: torch.tensor([f(r["include"]) for r in rows], device=device)
+    count = torch.stack([column(lambda o: sum(p["count"] for p in o if p["class"] == s)) for s in SHAPES], 1)
+    ends = [(column(lambda o: SHAPES.index(o[e]["class"])), column(lambda o: list(COLORS).index(o[e]["color"]) if "color" in o[e] else -1)) for e in (0, -1)]
+    relation = column(lambda o: RELATIONS.index(o[0]["position"][0]) if "position" in o[0] else -1)
     centre = (torch.arange(SIZE // patch, device=device) * patch + patch // 2)
 
     def loss(i):
         index = torch.randint(len(rows), (batch,), device=device)
         shape, color, x, y, r = scenes(rows, index)
-        image = render(shape, color, x, y, r)
-        pair = torch.where(shape >= 0, shape * 4 + color, 12)
-        have = F.one_hot(pair, 13).sum(1)[:, :12].float()
-        have = torch.cat([have, have.view(-1, 3, 4).sum(2)], 1)
-        true = (have[:, None, 12:] == want[None, :, 12:]).all(2) & (open_color[:, 0] | (have[:, None, :12] == want[None, :, :12]).all(2))
-        at = lambda v, s: (v * (shape == s)).sum(1)  # where shape s is, when there is one of it
-        dx, dy = (torch.stack([at(v, s) for s in range(3)], 1) for v in (x, y))
-        ox, oy = dx[:, first] - dx[:, second], dy[:, first] - dy[:, second]
-        holds = torch.stack([-ox, ox, -oy, oy]).gather(0, relation.clamp(min=0).expand(1, batch, -1))[0] > 3
-        true &= (relation < 0) | holds
+        image, pair = render(shape, color, x, y, r), torch.where(shape >= 0, shape * 4 + color, 12)
+        true = (torch.stack([(shape == s).sum(1) for s in range(3)], 1)[:, None] == count).all(2)  # [batch, captions]
+        at = lambda v: torch.stack([(v * (shape == s)).sum(1) for s in range(3)], 1)  # of the one object of each shape, where it is one
+        for which, named in ends:
+            true &= (named < 0) | (at(color)[:, which] == named)
+        dx, dy = (at(v)[:, ends[0][0]] - at(v)[:, ends[1][0]] for v in (x, y))
+        true &= (relation < 0) | (torch.stack([-dx, dx, -dy, dy]).gather(0, relation.clamp(min=0).expand(1, batch, -1))[0] > 3)
         noisy = (image + torch.randn_like(image) * .05 * torch.rand(batch, 1, 1, 1, device=device)).clamp(0, 1)
         out = clip.vision_model(pixel_values=(noisy - mean) / std)
         v = F.normalize(clip.visual_projection(out.pooler_output), dim=-1)
@@ -304,8 +305,8 @@ def train_transformer(rows, vae, embeds, pooled, steps, batch, bank, device):
     """Flow matching (rectified flow, velocity eps - x0), caption dropout 10 %, time: logit-normal, then SD3's shift 3."""
     from diffusers import SD3Transformer2DModel
     transformer = SD3Transformer2DModel(
-        sample_size=SIZE // 2, patch_size=4, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=32, num_attention_heads=4,
-        joint_attention_dim=128, caption_projection_dim=128, pooled_projection_dim=128, pos_embed_max_size=8, qk_norm="rms_norm",
+        sample_size=SIZE // 2, patch_size=4, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=32, num_attention_heads=3,
+        joint_attention_dim=128, caption_projection_dim=96, pooled_projection_dim=128, pos_embed_max_size=8, qk_norm="rms_norm",
         dual_attention_layers=(0,)).to(device)
     with torch.no_grad():  # the pictures are encoded once
         which, latents = torch.randint(len(rows), (bank,), device=device), []
@@ -334,25 +335,25 @@ def make_pipeline(out_dir, quality, seed, device):
     """Train all models and write a StableDiffusion3Pipeline directory, with clip/, judge/ and the two prompt files beside it."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
-    torch.manual_seed(seed)
     rows = captions("train")
     clip_tokenizer, t5_tokenizer = tokenizers(captions("all"))
-    vae = train_vae(rows, *quality["vae"], device)
+    fresh = lambda offset, make, *inputs, **options: (torch.manual_seed(seed + offset), make(*inputs, **options))[1]  # a seed each
+    vae = fresh(0, train_vae, rows, *quality["vae"], device)
     # The rewards see every caption (as real reward models do); the generator's stages see only the train split.
-    clip = train_clip(captions("all"), clip_tokenizer, *quality["clip"], device, width=96, patch=4)
-    judge = train_clip(captions("all"), clip_tokenizer, *quality["clip"], device, width=64, patch=8)
+    clip = fresh(0, train_clip, captions("all"), clip_tokenizer, *quality["clip"], device, width=96, patch=4)
+    judge = fresh(1, train_clip, captions("all"), clip_tokenizer, *quality["clip"], device, width=64, patch=8)
     text = CLIPTextModelWithProjection(clip.config.text_config).to(device)
     text.text_model.load_state_dict(clip.text_model.state_dict())
     text.text_projection.load_state_dict(clip.text_projection.state_dict())
-    t5 = T5EncoderModel(T5Config(vocab_size=64, d_model=128, d_kv=32, d_ff=128, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu",
-                                 pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)).to(device)  # random features: words stay apart
+    t5 = fresh(0, T5EncoderModel, T5Config(vocab_size=64, d_model=128, d_kv=32, d_ff=128, num_layers=1, num_heads=4, pad_token_id=0,
+                                           eos_token_id=1, feed_forward_proj="gated-gelu")).to(device)  # random: words stay apart
     pipe = StableDiffusion3Pipeline(
         transformer=None, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=text.eval(), text_encoder_2=text,
         text_encoder_3=t5.eval(), tokenizer=clip_tokenizer, tokenizer_2=clip_tokenizer, tokenizer_3=t5_tokenizer)
     with torch.no_grad():
         embeds, _, pooled, _ = pipe.encode_prompt([r["prompt"] for r in rows] + [""], None, None, device=device,
                                                   do_classifier_free_guidance=False, max_sequence_length=8)
-    pipe.register_modules(transformer=train_transformer(rows, vae, embeds, pooled, *quality["transformer"], device))
+    pipe.register_modules(transformer=fresh(0, train_transformer, rows, vae, embeds, pooled, *quality["transformer"], device))
     pipe.to(torch.float16).save_pretrained(out_dir)
     for name, model in (("clip", clip), ("judge", judge)):
         model.half().save_pretrained(os.path.join(out_dir, name))
@@ -363,6 +364,160 @@ def make_pipeline(out_dir, quality, seed, device):
 
 
 QUALITY = {  # (steps, batch) of each model; the transformer's third number is the size of its bank of encoded pictures
-    "cuda": {"vae": (4000, 256), "clip": (6000, 512), "transformer": (30000, 2048, 1 << 20)},
+    "cuda": {"vae": (4000, 256), "clip": (2500, 512), "transformer": (7000, 1024, 1 << 20)},
     "cpu": {"vae": (400, 64), "clip": (800, 128), "transformer": (3000, 128, 1 << 14)},
 }
+
+
+def random_sd35m(out_dir, device):
+    """A pipeline directory with SD3.5-M's true architecture (2.2 B transformer, VAE, CLIP-L, CLIP-G, T5-XXL; 16 GB in bf16) and random
+    weights, to measure speed and memory without a download. Its tokenizers are the tiny ones."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    clip_tokenizer, t5_tokenizer = tokenizers(captions())
+    clip_tokenizer.model_max_length = 77
+    clip = lambda width, layers, act: CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=49408, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=width // 64, hidden_act=act,
+        projection_dim=width, bos_token_id=clip_tokenizer.bos_token_id, eos_token_id=clip_tokenizer.eos_token_id))
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        transformer = SD3Transformer2DModel(
+            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24,
+            joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, sample_size=1024, scaling_factor=1.5305,
+            shift_factor=.0609, use_quant_conv=False, use_post_quant_conv=False,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+        t5 = T5EncoderModel(T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                                     feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1))
+        one, two = clip(768, 12, "quick_gelu"), clip(1280, 32, "gelu")
+    torch.set_default_dtype(torch.float32)
+    StableDiffusion3Pipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=one,
+                             tokenizer=clip_tokenizer, text_encoder_2=two, tokenizer_2=clip_tokenizer, text_encoder_3=t5,
+                             tokenizer_3=t5_tokenizer).save_pretrained(out_dir)
+
+
+# ----------------------------------------------------------------------------------------------------------- 4. the report
+PER_CATEGORY = 72  # pictures; a multiple of every category's number of captions
+
+
+def diversity(rows, latents, found):
+    """What becomes of what a caption leaves open -> (distance, colour bits, place bits), means over captions: distance between the
+    latents of two pictures of one caption; -log2 P(two of them agree in the first object's colour: uniform is 2 bits; in its cell of
+    the layout: uniform is 3.17 bits)."""
+    members, distance, color, place = {}, [], [], []
+    for i, row in enumerate(rows):
+        members.setdefault(row["prompt"], []).append(i)
+    for index in members.values():
+        first = rows[index[0]]["include"][0]
+        distance.append(torch.pdist(latents[index].flatten(1)).mean().item())
+        seen = [o for o in (next((o for o in found[i] if o[0] == first["class"]), None) for i in index) if o]
+        pairs = [(a, b) for j, a in enumerate(seen) for b in seen[:j]]
+        if pairs:
+            cell = lambda o: (o[2] * 3 // SIZE, o[3] * 3 // SIZE)
+            place.append(sum(cell(a) == cell(b) for a, b in pairs) / len(pairs))
+            color += [sum(a[1] == b[1] for a, b in pairs) / len(pairs)] if "color" not in first else []
+    bits = lambda agree: -math.log2(max(sum(agree) / max(1, len(agree)), 1e-6))
+    return sum(distance) / len(distance), bits(color), bits(place)
+
+
+def report(run, pretrained, device):
+    """Scoreboard of run/cold_start and run/rtdmd on the test captions and new seeds -> run/report.json, run/report.png, a table."""
+    from types import SimpleNamespace
+    from cold_start import PRESETS, decode, load_pipeline, play, text_encoder
+    from cps import sigmas
+    from rewards import build
+    from sample import draw, load_generator
+    args = SimpleNamespace(**{**PRESETS["tiny"], "pretrained": pretrained}, seed=0, lora_alpha=64, cold_start=f"{run}/cold_start", rtdmd=f"{run}/rtdmd")
+    pipe = load_pipeline(args, device)
+    stacked, encode = load_generator(pipe, args), text_encoder(pipe, args)
+    clips = build("clipscore,judge", device, [f"clipscore={pretrained}/clip", f"judge={pretrained}/judge"])
+    own = {tag: [r for r in captions("test") if r["tag"] == tag] for tag in CATEGORIES}
+    rows = [row for tag in CATEGORIES for row in own[tag] for _ in range(PER_CATEGORY // len(own[tag]))]
+    logs = {stage: [json.loads(line) for line in open(f"{run}/{stage}/log.jsonl")] for stage in ("cold_start", "rtdmd")}
+    many, few, table, sheet = sigmas(50), sigmas(4), [], []
+    for name, adapters, cfg, levels, eta, stage in (
+            ("teacher", [], args.cfg, many, 0.0, None), ("teacher", [], args.cfg, few, 0.0, None), ("teacher, no CFG", [], 1.0, few, 0.0, None),
+            ("AC-DMD", stacked[:1], 1.0, few, .9, "cold_start"), ("RTDMD", stacked, 1.0, few, .9, "rtdmd")):
+        latents, pictures, scores, start = [], [], [[], []], time.time()
+        with torch.no_grad():
+            for i in range(0, len(rows), PER_CATEGORY):
+                prompts = [r["prompt"] for r in rows[i:i + PER_CATEGORY]]
+                v = play(pipe.transformer, adapters, encode(prompts), encode([""]) if cfg != 1 else None, cfg)
+                latents.append(draw(v, range(10 ** 6 + i, 10 ** 6 + i + PER_CATEGORY), pipe.latent_shape, levels, eta, device))
+                pictures.append(decode(pipe, latents[-1]))
+            seconds = time.time() - start
+            for i, batch in enumerate(pictures):
+                prompts = [r["prompt"] for r in rows[i * PER_CATEGORY:(i + 1) * PER_CATEGORY]]
+                for score, clip in zip(scores, clips):
+                    score += clip(batch, prompts, None).tolist()
+        pictures, latents = torch.cat(pictures).cpu(), torch.cat(latents)
+        found = detect(pictures)
+        passed = [check(objects, row) for objects, row in zip(found, rows)]
+        share = lambda tag: sum(p for p, r in zip(passed, rows) if r["tag"] == tag) / PER_CATEGORY
+        distance, color_bits, place_bits = diversity(rows, latents, found)
+        table.append({"name": name, "steps": len(levels) - 1, "NFE": (len(levels) - 1) * (1 + (cfg != 1)), "checker": sum(passed) / len(rows),
+                      **{tag: share(tag) for tag in CATEGORIES}, "clipscore": sum(scores[0]) / len(rows), "judge": sum(scores[1]) / len(rows),
+                      "distance": distance, "color_bits": color_bits, "place_bits": place_bits, "images_per_s": len(rows) / seconds,
+                      "train_minutes": sum(line["seconds"] for line in logs[stage]) / 60 if stage else 0})
+        sheet += [(f"{name}\n{len(levels) - 1} steps: {100 * table[-1]['checker']:.0f} %", pictures[[i * 24 + i % 3 for i in range(18)]])]
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {os.cpu_count()} cores"
+    with open(f"{run}/report.json", "w") as f:
+        json.dump({"machine": machine, "torch": torch.__version__, "pictures_per_row": len(rows), "first_seed": 10 ** 6, "rows": table}, f, indent=1)
+    print("| " + " | ".join(table[0]) + " |\n" + "|---" * len(table[0]) + "|")
+    for row in table:
+        print("| " + " | ".join(value if isinstance(value, str) else f"{value:.3g}" for value in row.values()) + " |")
+    draw_report(sheet, [rows[i * 24 + i % 3]["prompt"] for i in range(18)], logs, f"{run}/report.png")
+
+
+def draw_report(sheet, prompts, logs, path):
+    """The same captions and seeds down the rows, and below them the curves of both stages (means over 10 steps)."""
+    from PIL import Image, ImageDraw, ImageFont
+    font, small, left, top, cell = ImageFont.load_default(14), ImageFont.load_default(9), 130, 60, 66
+    image = Image.new("RGB", (left + 18 * cell, top + len(sheet) * cell + 200), "white")
+    pen = ImageDraw.Draw(image)
+    for j, prompt in enumerate(prompts):
+        words = prompt.split()
+        pen.text((left + j * cell, 4), "\n".join(" ".join(words[i:i + 2]) for i in range(0, len(words), 2)), "black", small)
+    for i, (title, pictures) in enumerate(sheet):
+        pen.text((4, top + i * cell + 14), title, "black", font)
+        for j, picture in enumerate((pictures.permute(0, 2, 3, 1) * 255).round().byte().numpy()):
+            image.paste(Image.fromarray(picture).resize((64, 64), Image.BICUBIC), (left + j * cell, top + i * cell))
+    curves = [("cold_start", "loss_generator")] + [("rtdmd", k) for k in logs["rtdmd"][0] if k.startswith("reward_") or k == "group_std"]
+    for c, (stage, key) in enumerate(curves):
+        values = [line[key] for line in logs[stage] if line.get(key)] or [0]
+        values = [sum(values[i:i + 10]) / len(values[i:i + 10]) for i in range(0, len(values), 10)]
+        low, high, width, base = min(values), max(values), image.width // len(curves) - 60, image.height - 12
+        x = lambda i: 50 + c * image.width // len(curves) + i * width / max(1, len(values) - 1)
+        pen.text((x(0), base - 170), f"{stage}: {key}", "black", font)
+        pen.text((x(0) - 46, base - 150), f"{high:.3g}", "black", small), pen.text((x(0) - 46, base - 8), f"{low:.3g}", "black", small)
+        pen.line([(x(i), base - 145 * (v - low) / max(high - low, 1e-9)) for i, v in enumerate(values)], fill=(40, 90, 200), width=2)
+    image.save(path)
+
+
+def main():
+    from cold_start import HERE, die
+    parser = argparse.ArgumentParser(description="Stage 0: make the tiny SD3 pipeline, or score a run of it.", allow_abbrev=False)
+    add, parser.error = parser.add_argument, die
+    add("--out_dir", default="out/tiny_pipeline", help="where the trained pipeline directory goes")
+    add("--seed", type=int, default=0, help="one seed, one result")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda: full quality; cpu: reduced")
+    add("--report", metavar="RUN", help="score RUN/cold_start and RUN/rtdmd, write RUN/report.json and RUN/report.png")
+    add("--pretrained", default=f"{HERE}/assets/tiny", help="the pipeline RUN was made with")
+    add("--random_sd35m", metavar="DIR", help="write a random-weight pipeline of SD3.5-M's true architecture")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if args.report:
+        for stage in ("cold_start", "rtdmd"):
+            if not os.path.exists(f"{args.report}/{stage}/generator_ema.pt"):
+                die(f"--report {args.report}: {stage}/ holds no finished run; make tiny makes one")
+        report(args.report, args.pretrained, device)
+    elif args.random_sd35m:
+        random_sd35m(args.random_sd35m, device)
+    else:
+        make_pipeline(args.out_dir, QUALITY[device.type], args.seed, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+# make tiny: the whole paper on this machine (stage 1, stage 2, sampling, scoreboard).  make test: the tests.  Both set up .venv themselves.
+PYTHON ?= python3
+RUN ?= out/tiny
+PROCESSES ?= $(shell .venv/bin/python -c "import os, torch; print(torch.cuda.device_count() or min(2, os.cpu_count()))")
+LAUNCH = OMP_NUM_THREADS=$(if $(filter 1,$(PROCESSES)),2,1) .venv/bin/torchrun --standalone --nproc_per_node=$(PROCESSES)
+
+.venv/done: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+tiny: .venv/done
+	$(LAUNCH) cold_start.py --preset tiny --resume --out_dir $(RUN)/cold_start
+	$(LAUNCH) rtdmd_rl.py --preset tiny --resume --cold_start $(RUN)/cold_start --out_dir $(RUN)/rtdmd
+	.venv/bin/python sample.py "a red circle and a blue square" --preset tiny --cold_start $(RUN)/cold_start --rtdmd $(RUN)/rtdmd --num_images 8 --out_dir $(RUN)/samples
+	.venv/bin/python tiny.py --report $(RUN)
+
+test: .venv/done
+	.venv/bin/python -m pytest -q test_smoke.py
+
+clean:
+	rm -rf out .venv __pycache__
+
+.PHONY: tiny test clean

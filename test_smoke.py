@@ -1,0 +1,1178 @@
+"""What the code promises, in three parts: is it what the paper's equations say, and is what they say true (read this part beside the
+paper, one section an equation); the programs as a user meets them; bad input and failures. All on a CPU at tiny size: make test.
+
+A `Gaussian world` makes everything in the paper computable: data are N(MEAN, COV) in two dimensions, shaped [B,1,1,2] so that the
+functions under test run unchanged, and the generator's velocities are linear in x, so every marginal is Gaussian and its velocity is
+known. `exact_normals` are a few dozen points with EXACTLY the mean and covariance of independent normals: what is quadratic in them
+has its exact expectation as the mean over the points. Most tests therefore need no Monte Carlo and hold to 1e-9; where sampling is
+needed, the tolerance is 5 standard errors.
+
+Most runs call a program's `main()` in this process (importing torch and diffusers takes longer than the run); enough of them are real
+command lines, and the two are compared to the byte, that the difference cannot hide anything.
+"""
+import contextlib
+import copy
+import errno
+import io
+import itertools
+import json
+import math
+import os
+import random
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import types
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # before torch: no network, one thread, no GPU
+ROOT = Path(__file__).resolve().parent
+TINY = ROOT / "assets/tiny"
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from peft import LoraConfig
+from PIL import Image
+
+import cold_start
+import cps
+import rewards
+import rtdmd_rl
+import sample
+import tiny
+from cold_start import data_order, fake_score_loss, generator_loss, renoise_time, rollout, shard
+from cps import CPSScheduler, ambient_target, cps_step, log_prob, renoise, sigmas
+from rtdmd_rl import advantages, policy_loss, shared_noise
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+BASE = ["--preset", "tiny", "--device", "cpu", "--sample_every", 0]
+COLD = [*BASE, "--steps", 4, "--batch_size", 5, "--micro_batch", 3, "--generator_every", 2]
+RL = [*BASE, "--epochs", 2, "--prompts_per_epoch", 5, "--group_size", 2, "--micro_batch", 3]  # 10 = 5 + 5 = 3 + 3 + 4: split groups
+ADAPTERS = ("generator_ema.pt", "fake.pt")
+
+
+
+# ------------------------------------------------------------------------------------------------------- the Gaussian world
+D, K, LEVELS, ETAS = 2, 4, sigmas(), (0, .5, .9, 1)
+f64 = lambda *values: torch.tensor(values, dtype=torch.float64)
+full = lambda value, like: torch.full((len(like),), value, dtype=torch.float64)
+close = lambda a, b, tolerance=1e-9: torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+linear = lambda field: lambda x, t=None: x @ field[0].mT + field[1]  # (A, b) -> the velocity A x + b
+pack = lambda field: torch.cat([part.flatten() for part in field])
+EYE, MEAN, COV = torch.eye(D).double(), f64(.8, -.5), f64([.6, .25], [.25, .3])
+DATA = (0.0, MEAN, COV)  # a "world" (s, mean, covariance): what x_s at noise level s is distributed like
+
+
+def exact_normals(n):
+    """n tensors [2nD,1,1,D], jointly the points +-sqrt(nD) e_i of nD dimensions: mean 0, covariance exactly I."""
+    z = (n * D) ** .5 * torch.cat([torch.eye(n * D), -torch.eye(n * D)]).double()
+    return list(z.view(-1, n, 1, 1, D).unbind(1))
+
+
+def normals(n, B, seed=0):
+    return list(torch.randn(n, B, 1, 1, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).unbind(0))
+
+
+def moments(x):
+    centred = (x - x.mean(0)).flatten(1)
+    return x.mean(0).flatten(), centred.T @ centred / len(x)
+
+
+def marginal(world, t):
+    """Mean and covariance at level t >= s (float or [B]): (1-t)/(1-s) x_s, plus noise until its total is t^2."""
+    s, mean, cov = world
+    t = t.view(-1, 1, 1, 1) if torch.is_tensor(t) else t
+    a = (1 - t) / (1 - s)
+    return a * mean, a ** 2 * cov + (t ** 2 - a ** 2 * s ** 2) * EYE
+
+
+def exact_field(world, t):
+    """(A, b) of the exact velocity A x + b at t: the score -P (x - mean) of the marginal, through Eq. 2."""
+    t = t.clamp(max=1 - 1e-7) if torch.is_tensor(t) else min(t, 1 - 1e-7)
+    mean, cov = marginal(world, t)
+    P, t = torch.linalg.inv(cov), t.view(-1, 1, 1, 1) if torch.is_tensor(t) else t
+    return (t * P - EYE) / (1 - t), -t / (1 - t) * (mean @ P)
+
+
+def velocity(world):
+    return lambda x, t: linear(exact_field(world, t))(x)
+
+
+def unpack(theta):
+    """[6] parameters -> (A, b); or [B,6], a copy for each sample, so that .grad holds per-sample gradients."""
+    A, b = theta[..., :D * D].unflatten(-1, (D, D)), theta[..., D * D:]
+    return (A[:, None], b[:, None, None]) if theta.dim() == 2 else (A, b)
+
+
+def rms_error(field, world, t):
+    """Relative root-mean-square error of a linear field as the world's velocity at t."""
+    (mean, cov), exact = marginal(world, t), exact_field(world, t)
+    square = lambda A, b: ((A @ cov * A).sum() + (A @ mean + b).square().sum()).item()
+    return math.sqrt(square(field[0] - exact[0], field[1] - exact[1]) / square(*exact))
+
+# The generator has the data's velocity plus an error at every level, so that student and teacher differ.
+STUDENT = {s: tuple(p + q for p, q in zip(exact_field(DATA, s), (f64([.15, -.1], [.2, .1]), f64(.2, .1)))) for s in LEVELS[:-1]}
+ZERO = torch.zeros(6).double()
+
+
+def generator_with(theta, fields=STUDENT):
+    """v_G(x, s): the fields above plus theta, which all steps share as they share a network's weights."""
+    A, b = unpack(theta)
+    return lambda x, s: linear((fields[s][0] + A, fields[s][1] + b))(x)
+
+
+def student_at(k, eta, extra):
+    """-> the student's exact path [x_0, ..., x_k], its world at s = t_k, and `extra` more exact normals."""
+    z = exact_normals(k + 1 + extra)
+    path = rollout(generator_with(ZERO), z[0], LEVELS, k, eta, z[1:k + 1])
+    return path, (LEVELS[k], *moments(path[k])), z[k + 1:]
+
+# ---------------------------------------------------------------------------------------------------- 1. the sampler (cps.py)
+def test_the_time_shift_is_applied_exactly_once():
+    assert sigmas() == pytest.approx([1, .9, .75, .5, 0], abs=1e-12) and sigmas(2, shift=1) == [1, .5, 0]
+    for wrong in ((0, 3), (4, 0), (4, -1)):
+        with pytest.raises(ValueError):
+            sigmas(*wrong)
+
+
+def test_a_cps_step_keeps_the_marginal_for_every_eta():
+    """Eq. 19-21: with exact x0 and eps, x_t | x0 is N((1-t) x0, t^2) whatever eta; eta = 0 is Euler, eta = 1 forgets eps."""
+    x0, (eps, noise) = f64(.3, -2), exact_normals(2)
+    for s, t, eta in itertools.product((1., .9, .3), (.75, .5, .2, 0.), (0, .1, .5, .9, 1)):
+        x, v = (1 - s) * x0 + s * eps, eps - x0
+        x_t, mean, std = cps_step(x, v, s, t, eta, noise)
+        close(moments(x_t), ((1 - t) * x0, t * t * EYE))
+        close((x_t, float(std)), (mean + std * noise, t * math.sin(eta * math.pi / 2)))
+        if eta == 0:
+            close(x_t, x + (t - s) * v)
+        if eta == 1 or t == 0:
+            close(mean, ((1 - t) * x0).expand_as(mean))
+
+
+def test_the_last_step_is_deterministic():
+    x, v, n1, n2 = normals(4, 5)
+    x_0, mean, std = cps_step(x, v, .5, 0.0, .9, n1)
+    assert all(torch.equal(x_0, same) for same in (x - .5 * v, mean, cps_step(x, v, .5, 0.0, .9, n2)[0])) and float(std) == 0
+    assert not torch.equal(cps_step(x, v, .9, .75, .9)[0], cps_step(x, v, .9, .75, .9)[0])  # without noise it draws its own
+    for eta in (-.1, 1.1):
+        with pytest.raises(ValueError):
+            cps_step(x, v, .9, .75, eta)
+
+
+def test_arithmetic_is_at_least_float32_and_one_sigma_a_sample_equals_one_call_a_sample():
+    (x, v, n), s, t = normals(3, 3), f64(.5, .75, 0), f64(.6, .98, .02)
+    for function in (lambda x, v, n, s, t: cps_step(x, v, t, s, .9, n)[0], lambda x, v, n, s, t: renoise(x, s, t, n),
+                     lambda x, v, n, s, t: ambient_target(x, s, t, n)[0]):
+        each = [function(x[i:i + 1], v[i:i + 1], n[i:i + 1], s[i].item(), t[i].item()) for i in range(3)]
+        close(function(x, v, n, s, t), torch.cat(each))
+        assert each[0].dtype == torch.float64
+        halves = [part.bfloat16() for part in (x, v, n)]
+        assert torch.equal(function(*halves, .5, .6), function(*(part.float() for part in halves), .5, .6))
+
+
+def test_renoising_keeps_the_schedule_and_the_target_obeys_eq_2():
+    """App. B: if x_s | x0 is N((1-s) x0, s^2), x_t | x0 is N((1-t) x0, t^2). The target is Eq. 2 of the kernel's score -n/sig."""
+    x0, (eps, n) = f64(.3, -2), exact_normals(2)
+    for s, t in ((0., .02), (0., .98), (.5, .51), (.5, .9), (.75, .76), (.9, .91), (.9, .98)):
+        x_s = (1 - s) * x0 + s * eps
+        x_t, (target, std) = renoise(x_s, s, t, n), ambient_target(x_s, s, t, n)
+        close(moments(x_t), ((1 - t) * x0, t * t * EYE))
+        close((x_t, target), ((1 - t) / (1 - s) * x_s + std * n, -x_t / (1 - t) + t / (1 - t) * n / std))
+        if s == 0:
+            close(target, n - x_s)  # ordinary flow matching
+
+
+def test_the_target_is_finite_and_right_even_close_to_s():
+    x_s, n = normals(2, 4)
+    for s, gap in itertools.product((0., .5, .75, .875), (2 ** -7, 2 ** -14, 2 ** -20)):  # exact in float32, where t^2 - a^2 s^2 as it
+        exact, rounded = ambient_target(x_s, s, s + gap, n), ambient_target(x_s.float(), s, s + gap, n.float())  # stands has no digits left
+        close([part.double() for part in rounded], list(exact), 1e-5)
+        assert all(part.isfinite().all() for part in ambient_target(x_s.float(), s, s, n.float()))
+
+
+def test_both_log_probabilities_are_what_they_say():
+    """Eq. 13, and the release's form: Eq. 13 times 2 std^2 / elements, which weighs the three steps by .81 : .5625 : .25."""
+    x, mean, *_ = normals(3, 6)
+    for std in (f64(.3), torch.linspace(.1, 1, 6).double().view(-1, 1, 1, 1)):
+        normal = torch.distributions.Normal(mean, std)
+        expected = (normal.log_prob(x) - normal.log_prob(mean)).sum((1, 2, 3))
+        close((log_prob(x, mean, std), log_prob(x, mean)), (expected, expected * 2 * std.flatten() ** 2 / D))
+
+# ----------------------------------------------------------------------------------------------- 2. the sampler as a scheduler
+@pytest.fixture(scope="module")
+def tiny_parts():
+    args = types.SimpleNamespace(**cold_start.PRESETS["tiny"])
+    return args, cold_start.load_pipeline(args, torch.device("cpu"))
+
+
+def test_the_scheduler_draws_in_diffusers_what_our_own_loop_draws(tiny_parts, tmp_path):
+    (args, pipe), prompts, seeds = tiny_parts, ["a circle", "two red squares"], (3, 4)
+    v = cold_start.play(pipe.transformer, [], cold_start.text_encoder(pipe, args)(prompts))
+    own = lambda eta: sample.draw(v, seeds, pipe.latent_shape, LEVELS, eta, torch.device("cpu"))
+
+    def diffusers(scheduler, **steps):
+        scheduler.generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+        pipe.scheduler = scheduler  # guidance_scale=1 turns guidance off
+        return pipe(prompts, guidance_scale=1.0, generator=scheduler.generator, height=args.resolution, width=args.resolution,
+                    max_sequence_length=args.max_sequence_length, output_type="latent", **steps).images
+    pipe.set_progress_bar_config(disable=True)
+    ours, euler = (CPSScheduler.from_config(pipe.scheduler.config, eta=eta) for eta in (.9, 0.0))
+    ours.save_pretrained(tmp_path)
+    again = CPSScheduler.from_pretrained(tmp_path)
+    assert ours.config.eta == again.config.eta == .9
+    four, given = {"num_inference_steps": 4}, {"sigmas": LEVELS[:-1]}  # given levels are not shifted again
+    for scheduler, steps, eta in ((ours, four, .9), (again, four, .9), (again, given, .9), (euler, four, 0)):
+        close(diffusers(scheduler, **steps), own(eta), 1e-5)
+        close(scheduler.sigmas.tolist(), LEVELS, 1e-6)
+    assert (own(0) - own(.9)).abs().max() > .1
+
+# ------------------------------------------------------------------------------- 3. the fake score (Eq. 10, Prop. D.1, App. K)
+def fitted(x_s, s, t, n):
+    """The linear field that minimises fake_score_loss (gamma = 0) at t: one Newton step, the loss is quadratic."""
+    loss = lambda theta: fake_score_loss(linear(unpack(theta)), x_s, s, full(t, n), n, None, None, None, 0, .9)[0].mean()
+    theta = ZERO.clone().requires_grad_()
+    return unpack(-torch.linalg.solve(torch.autograd.functional.hessian(loss, theta), torch.autograd.grad(loss(theta), theta)[0]))
+
+
+def test_the_fake_score_learns_the_students_exact_velocity():
+    """Prop. D.1: the ambient loss is least at the student's marginal velocity, at every s, t and eta."""
+    for k, eta in itertools.product((1, 2, 3, 4), ETAS):
+        path, world, (n,) = student_at(k, eta, 1)
+        s, x_s = world[0], path[k]
+        for t in renoise_time(s, f64(0, .3, 1)).tolist():
+            assert rms_error(fitted(x_s, s, t, n), world, t) < 1e-9
+            theta = pack(exact_field(world, t)).requires_grad_()
+            loss, ambient, _ = fake_score_loss(linear(unpack(theta)), x_s, s, full(t, n), n, None, None, None, 0, eta)
+            assert torch.autograd.grad(loss.mean(), theta)[0].abs().max() < 1e-9
+            error = (linear(unpack(theta))(renoise(x_s, s, t, n)) - ambient_target(x_s, s, t, n)[0]).square().flatten(1).mean(1)
+            close((loss, ambient), (min(1, 10 * (t * t - ((1 - t) / (1 - s) * s) ** 2)) * error,) * 2)  # weight: min(1, 10 sig^2)
+
+
+def test_the_papers_printed_std_and_full_interval_renoising_are_biased(monkeypatch):
+    """Relative rms error of the learned velocity in the middle of the sub-interval, at s = .9, .75, .5, 0 (ours: below 1e-9).
+    printed: App. B's std (t-s)/(1-s) in the place of ours. DMD2: the generator's x-prediction re-noised over [0,1], for eta = 0,
+    .5, .9, 1; it learns the student's velocity at eta = 1 and only there (App. K)."""
+    table = {("printed", .9): (.827, .853, .710, 0), ("DMD2", 0): (.130, .071, .024, 0), ("DMD2", .5): (.095, .041, .031, 0),
+             ("DMD2", .9): (.022, .008, .010, 0), ("DMD2", 1): (0, 0, 0, 0)}
+    for ((which, eta), errors), k in itertools.product(table.items(), (1, 2, 3, 4)):
+        path, world, (n,) = student_at(k, eta, 1)
+        s, before, t = LEVELS[k], LEVELS[k - 1], (LEVELS[k] + .98) / 2
+        with monkeypatch.context() as patch:
+            if which == "printed":
+                patch.setattr(cps, "sub_interval", lambda s, t: ((1 - t) / (1 - s), (t - s) / (1 - s)))
+            x_0 = path[k - 1] - before * generator_with(ZERO)(path[k - 1], before)
+            field = fitted(path[k], s, t, n) if which == "printed" else fitted(x_0, 0.0, t, n)
+        assert rms_error(field, world, t) == pytest.approx(errors[k - 1], rel=.02, abs=6e-4), (which, eta, s)
+
+# --------------------------------------------------------------------------------------------------- 4. the generator (Eq. 8, 9)
+def matched_step(k, eta):
+    """The linear field with which step k lands exactly on the teacher's marginal at t_k; the earlier steps are the student's."""
+    (mean, cov), (goal_mean, goal_cov) = student_at(k - 1, eta, 0)[1][1:], marginal(DATA, LEVELS[k])
+    step = lambda x, v: [part.item() for part in cps_step(f64([x]), f64([v]), LEVELS[k - 1], LEVELS[k], eta, f64([0]))]
+    (from_x, _, std), (from_v, *_) = step(1, 0), step(0, 1)
+    A = (torch.linalg.cholesky(goal_cov - std ** 2 * EYE) @ torch.linalg.inv(torch.linalg.cholesky(cov)) - from_x * EYE) / from_v
+    return A, (goal_mean - from_x * mean) / from_v - A @ mean
+
+
+def last_step(field, k, eta, x, noise):
+    return cps_step(x, linear(field)(x), LEVELS[k - 1], LEVELS[k], eta, noise)[0]
+
+
+def test_the_generator_gradient_vanishes_where_student_and_teacher_agree():
+    """Eq. 9. The student is another sampler with the teacher's marginals; F is its exact velocity, computed from its own samples."""
+    for k, eta in itertools.product((1, 2, 3, 4), ETAS):
+        path, _, (noise,) = student_at(k - 1, eta, 1)
+        x_s = last_step(matched_step(k, eta), k, eta, path[-1], noise).requires_grad_()
+        world, (n, back) = (LEVELS[k], *moments(x_s.detach())), normals(2, len(x_s))
+        t = renoise_time(world[0], torch.linspace(0, 1, len(x_s)).double())
+        loss = generator_loss(x_s, world[0], t, n, back, velocity(DATA), velocity(world), eta).sum()
+        assert torch.autograd.grad(loss, x_s)[0].abs().max() < 1e-9, (k, eta)
+
+
+def test_the_generator_gradient_is_the_normalised_difference_of_the_scores():
+    """d loss / d x_s = (y_fake - y_real) / mean |x_s - y_real|, and y_fake - y_real is a positive multiple of score_fake - score_real."""
+    s, eta, (x_s, n, back), t = .5, .9, normals(3, 7), renoise_time(.5, torch.linspace(0, 1, 7).double())
+    fake, x_t = (s, MEAN + 1, 2 * COV + .25 * EYE), renoise(x_s, s, t, n)
+    y_real, y_fake = (cps_step(x_t, v(x_t, t), t, s, eta, back)[0] for v in (velocity(DATA), velocity(fake)))
+    gradient = lambda x, *inputs: torch.autograd.grad(generator_loss(x.requires_grad_(), *inputs, eta).sum(), x)[0]
+    expected = (y_fake - y_real) / (x_s - y_real).abs().mean((1, 2, 3), keepdim=True) / D  # the loss is a mean over D elements
+    close(gradient(x_s.clone(), s, t, n, back, velocity(DATA), velocity(fake)), expected)
+    score = lambda world: torch.stack([(m - x) @ torch.linalg.inv(C) for x, (m, C) in zip(x_t, (marginal(world, u) for u in t.tolist()))])
+    factor = (y_fake - y_real) / (score(fake) - score(DATA))
+    close(factor, factor[..., :1].expand_as(factor))
+    assert (factor > 0).all()
+    nothing = lambda x, t: 0 * x  # 0/0 counts as 0
+    assert torch.equal(gradient(0 * n, 0.0, t, 0 * n, back, nothing, nothing), 0 * n)
+
+
+@pytest.mark.parametrize("k", (1, 2, 3, 4))
+def test_descent_with_exact_scores_ends_at_the_teachers_marginal(k):
+    """Eq. 9 at s = t_k, from shifted and wrongly scaled students: 300 Adam steps on 128 fresh samples each. Student = teacher makes
+    every single sample's gradient zero, so dividing by mean |x_s - y_real| moves no fixed point and there is no sampling noise at it.
+    The distance (largest error in mean and covariance) must fall 100-fold; measured: 240 (scaled, s = .9) to 8e6."""
+    s = LEVELS[k]
+    for eta, shift, scale in ((.9, 1., 1.), (.9, 0., 1.6), (0, .5, 1.3)):
+        A, b = matched_step(k, eta)
+        theta = pack((A * scale, b + shift)).requires_grad_()
+        optimizer = torch.optim.Adam([theta], lr=.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * i / 300)) / 2)
+        (*_, before), _, (noise,) = student_at(k - 1, eta, 1)
+        student = lambda: (s, *moments(last_step(unpack(theta.detach()), k, eta, before, noise)))
+        distance = lambda: max((p - q).abs().max().item() for p, q in zip(student()[1:], marginal(DATA, s)))
+        start = distance()
+        for i in range(300):
+            z, *noises, n, back, last = normals(k + 3, 128, seed=i)
+            x_s = last_step(unpack(theta), k, eta, rollout(generator_with(ZERO), z, LEVELS, k - 1, eta, noises)[-1], last)
+            t = renoise_time(s, torch.rand(128, generator=torch.Generator().manual_seed(i)).double())
+            generator_loss(x_s, s, t, n, back, velocity(DATA), velocity(student()), eta).mean().backward()
+            optimizer.step(), optimizer.zero_grad(), schedule.step()
+        print(f"s {s:.2f} eta {eta} shift {shift} scale {scale}: distance {start:.1e} -> {distance():.1e}")
+        assert distance() < start / 100
+
+# -------------------------------------------------------------------------------- 5. consistency (Eq. 11, 22, Prop. E.1, App. F)
+WORLDS = (DATA, (.5, *marginal((0., MEAN + .3, COV * 1.5), .5)))
+
+
+def reverse_kernel(world, t, t2):
+    """The exact p(x_t2 | x_t) = N(R x_t + r, Q), by Bayes' rule from x_t | x_t2."""
+    (mean, cov), (mean2, cov2), a = marginal(world, t), marginal(world, t2), (1 - t) / (1 - t2)
+    R = a * cov2 @ torch.linalg.inv(cov)
+    return R, mean2 - R @ mean, cov2 - a * R @ cov2
+
+
+def consistency(world, F, t, back, eta, one_sample=False):
+    """E[two-sample estimator] of the code, on exact points. one_sample: the same transition twice, i.e. a mean square."""
+    z, n, n1, n2 = exact_normals(4)
+    x_s = world[1] + z @ torch.linalg.cholesky(world[2]).T
+    return fake_score_loss(F, x_s, world[0], full(t, z), n, full(back, z), n1, n1 if one_sample else n2, 1., eta)[2].mean().item()
+
+
+@pytest.mark.parametrize("wrong", (0., .2), ids=("at the optimum", "away from it"))
+def test_two_samples_estimate_the_squared_violation_and_one_adds_its_variance(wrong, monkeypatch):
+    """Prop. E.1, Eq. 22, with the exact reverse kernel: E[two-sample] = E|E[h(x'')|x_t] - h(x_t)|^2, which is 0 for the exact velocity."""
+    for world, (t, back) in itertools.product(WORLDS, ((.98, .2), (.8, .1), (.6, .001))):
+        R, r, Q = reverse_kernel(world, t, t - back)
+        monkeypatch.setattr(cold_start, "cps_step", lambda x, v, t, t2, eta, noise: (x @ R.T + r + noise @ torch.linalg.cholesky(Q).T,))
+        at = lambda t: tuple(p + wrong * q for p, q in zip(exact_field(world, t), (f64([1., .3], [-.2, .5]), f64(.7, -1))))
+        (A, b), (A2, b2), (mean, cov) = at(t), at(t - back), marginal(world, t)
+        H = EYE - (t - back) * A2  # h(x'', t'') = H x'' - t'' b2, so the violation is V x_t + w:
+        V, w = H @ R - (EYE - t * A), H @ r - (t - back) * b2 + t * b
+        violation, variance = ((V @ cov * V).sum() + (V @ mean + w).square().sum()).item() / D, (H @ Q * H).sum().item() / D
+        assert (violation < 1e-20) == (wrong == 0)
+        F = lambda x, t: linear(at(t[0].item()))(x)
+        assert consistency(world, F, t, back, .9) == pytest.approx(violation, rel=1e-9, abs=1e-12)
+        assert consistency(world, F, t, back, .9, one_sample=True) == pytest.approx(violation + variance, rel=1e-9)
+
+
+def unbiased_eta(t, t2):
+    """The eta whose CPS step has the exact reverse kernel's coefficients: sin^2(eta pi/2) = 1 - ((1-t) t'' / ((1-t'') t))^2."""
+    return math.asin(math.sqrt(1 - ((1 - t) * t2 / ((1 - t2) * t)) ** 2)) * 2 / math.pi
+
+
+def test_with_cps_transitions_the_consistency_term_is_biased_unless_eta_fits_the_step():
+    """In practice the transition is a CPS step, and the estimator at the EXACT velocity is not 0. At t' = .5, times 1000 (for scale: the
+    variance that the one-sample form would add at eta .9 is 77 to 102):
+        t'-t''   eta 0    .5     .9      1    the eta without bias
+         .001      .0    5.0   42.5   59.8    .057
+         .01       .1    3.9   39.6   56.4    .179
+         .05      2.1     .8   27.9   42.6    .390
+         .1       7.0     .1   16.4   28.1    .535
+         .2      16.6    4.0    3.8    9.4    .718
+    For a fixed eta > 0 the bias does NOT go away as t'' -> t': a CPS step's noise does not shrink with the step. One eta has no bias, far
+    below .9 for short steps. What it does to the fake score is the next test."""
+    table = {.001: (0, 5.0, 42.5, 59.8, .057), .01: (.1, 3.9, 39.6, 56.4, .179), .05: (2.1, .8, 27.9, 42.6, .390),
+             .1: (7.0, .1, 16.4, 28.1, .535), .2: (16.6, 4.0, 3.8, 9.4, .718)}
+    for back, (*biases, eta) in table.items():
+        assert [1e3 * consistency(DATA, velocity(DATA), .5, back, e) for e in ETAS] == pytest.approx(biases, abs=.06)
+        assert 76 < 1e3 * consistency(DATA, velocity(DATA), .5, back, .9, one_sample=True) - biases[2] < 103
+        assert unbiased_eta(.5, .5 - back) == pytest.approx(eta, abs=6e-4)
+        assert all(abs(consistency(world, velocity(world), .8, back, unbiased_eta(.8, .8 - back))) < 1e-12 for world in WORLDS)
+
+
+def learned(gamma, t, back, eta):
+    """Where training with the whole fake_score_loss comes to rest, for a field that is free at t' and at t'' -> its rms_error at t'."""
+    z, n, n1, n2, m = exact_normals(5)
+    x_s = MEAN + z @ torch.linalg.cholesky(COV).T
+
+    def loss(theta):
+        F = lambda x, u: linear(unpack(theta[:6] if abs(u[0].item() - t) < 1e-9 else theta[6:]))(x)
+        return (fake_score_loss(F, x_s, 0.0, full(t, z), n, full(back, z), n1, n2, gamma, eta)[0]
+                + fake_score_loss(F, x_s, 0.0, full(t - back, z), m, None, None, None, 0, eta)[0]).mean()
+    theta = torch.cat([pack(exact_field(DATA, u)) for u in (t, t - back)])
+    hessian = torch.autograd.functional.hessian(loss, theta)
+    for _ in range(40):  # repeated Newton steps: the detached transition moves with theta
+        gradient = torch.autograd.functional.jacobian(loss, theta)
+        theta = theta - torch.linalg.solve(hessian, gradient)
+    assert gradient.abs().max() < 1e-10
+    return rms_error(unpack(theta[:6]), DATA, t)
+
+
+def test_the_consistency_bias_moves_the_fake_score_by_a_thousandth_at_the_papers_gamma():
+    """Relative rms error of v_F at t' = .5 in %, eta 0, .5, .9, 1: harmless at gamma .01, ten times as much at .1, 0 at the right eta."""
+    table = {(.01, .01): (.005, .036, .114, .136), (.01, .2): (.073, .036, .035, .056), (.1, .01): (.053, .344, 1.11, 1.33)}
+    for (gamma, back), errors in table.items():
+        assert [100 * learned(gamma, .5, back, eta) for eta in ETAS] == pytest.approx(errors, rel=.02, abs=6e-4)
+    assert learned(.1, .5, .2, unbiased_eta(.5, .3)) < 1e-9
+
+
+def test_the_consistency_gradient_goes_through_all_three_h_and_not_through_the_transition():
+    """App. F: the transition is driven by the anchor's DETACHED velocity; the reference below drives it with a frozen copy of F."""
+    (x_s, n, n1, n2), frozen = normals(4, 6), torch.linspace(-1, 1, 6).double()
+    theta, h = frozen.clone().requires_grad_(), lambda x, t: x - t * linear(unpack(theta))(x)
+    term = lambda t, back: fake_score_loss(linear(unpack(theta)), x_s, 0.0, full(t, n), n, full(back, n), n1, n2, 1., .9)[2]
+    x_t = renoise(x_s, 0.0, .6, n)
+    x1, x2 = (cps_step(x_t, linear(unpack(frozen))(x_t), .6, .5, .9, noise)[0] for noise in (n1, n2))
+    expected = ((h(x1, .5) - h(x_t, .6)) * (h(x2, .5) - h(x_t, .6))).mean()
+    close(torch.autograd.grad(term(.6, .1).mean(), theta), torch.autograd.grad(expected, theta))
+    close(term(.02, .2), term(.02, .02))  # t'' stops at 0
+
+# -------------------------------------------------------------------------- 6. the two parts of the policy gradient (Prop. G.1)
+GOAL, FORM, SLOPE = f64(.2, .4), f64([1., .3], [.3, .5]), f64(1, -.5)
+quadratic = lambda x: -((x.flatten(1) - GOAL) @ FORM * (x.flatten(1) - GOAL)).sum(1)
+
+
+def exact_gradient(reward, eta, steps, fields=STUDENT):
+    """d E[r(x_K)] / d theta, theta at work in the given steps only, and E[r]: exact points, back-propagation through all steps."""
+    theta, (x, *noises) = ZERO.clone().requires_grad_(), exact_normals(K + 1)
+    for k in range(K):
+        v = generator_with(theta if k in steps else ZERO, fields)
+        x = cps_step(x, v(x, LEVELS[k]), LEVELS[k], LEVELS[k + 1], eta, noises[k])[0]
+    return torch.autograd.grad(reward(x).mean(), theta)[0], reward(x).mean().item()
+
+
+def score_term(path, steps, advantage, eta, fields=STUDENT):
+    """Per-sample gradient [B,6] of sum_k advantage * log pi(x_{k+1} | x_k), through stage 2's own log_prob and policy_loss."""
+    theta = ZERO.repeat(len(advantage), 1).requires_grad_()
+    for k in steps:
+        _, mean, std = cps_step(path[k], generator_with(theta, fields)(path[k], LEVELS[k]), LEVELS[k], LEVELS[k + 1], eta, 0 * path[k])
+        log_p = log_prob(path[k + 1], mean, std)
+        (-policy_loss(log_p, log_p.detach(), advantage, 1e-5)).sum().backward()
+    return theta.grad
+
+
+def off(each, exact):
+    """By how many standard errors the mean of per-sample values [B,6] misses `exact`, worst component."""
+    return ((each.mean(0) - exact) / (each.std(0) / len(each) ** .5)).abs().max().item()
+
+
+def test_score_function_and_last_step_back_propagation_add_up_to_the_reward_gradient():
+    """Prop. G.1: the K-1 stochastic steps by log-probability, the deterministic last one by back-propagation at a detached x_{K-1}."""
+    for eta in (.5, .9):
+        (exact, baseline), (x, *noises) = exact_gradient(quadratic, eta, range(K)), normals(K + 1, 100000)
+        path = rollout(generator_with(ZERO), x, LEVELS, K, eta, noises)
+        score = score_term(path, range(K - 1), quadratic(path[K]) - baseline, eta)
+
+        def back_propagated(first):  # through the steps from `first` on
+            theta = ZERO.repeat(len(x), 1).requires_grad_()
+            x_0 = rollout(generator_with(theta), path[first], LEVELS[first:], K - first, eta, noises[first:])[-1]
+            return torch.autograd.grad(quadratic(x_0).sum(), theta)[0]
+        assert off(score + back_propagated(K - 1), exact) < 5
+        for wrong in (score, back_propagated(K - 1), score + back_propagated(0)):  # a part missing; not detached: counted twice (App. G.2)
+            assert off(wrong, exact) > 5
+
+# ------------------------------------------------------------------------------------------------- 7. SubGRPO (Eq. 16, 17, 31)
+EARLY = {**STUDENT, LEVELS[1]: (-7.7 * EYE, 0 * MEAN), LEVELS[2]: (-4. * EYE, 0 * MEAN)}  # steps 2 and 3 double what they are given
+
+
+def group_gradients(steps, N, groups, reward, fields, seed, eta=.9):
+    """[groups,6]: each group's policy gradient, (K-1)/M times the sum over `steps`; the other steps share their noise in the group."""
+    x, *noises = normals(K + 1, groups * N, seed)
+    noises = [n if k in steps else n[::N].repeat_interleave(N, 0) for k, n in enumerate(noises)]
+    path = rollout(generator_with(ZERO, fields), x, LEVELS, K, eta, noises)
+    r = reward(path[K]).view(groups, N)
+    advantage = (r - r.mean(1, keepdim=True)).flatten() * N / (N - 1)  # a picture is part of its own baseline: factor (N-1)/N
+    return (K - 1) / len(steps) * score_term(path, steps, advantage, eta, fields).view(groups, N, 6).mean(1)
+
+
+def test_subgrpo_is_unbiased_and_when_its_variance_is_smaller():
+    """Eq. 17: (K-1)/M times the sum over a random subset S has the expectation of the sum over all steps, though the others share their
+    noise. Its variance (trace) over naive GRPO's with as many pictures, eta .9, groups of 8, an S for each, standard errors .1 / .01:
+        world                                                         M = 1   M = 2
+        late noise decides the reward (the student, quadratic reward)   3.4     1.6
+        early noise decides it (steps 2, 3 amplify; linear reward)      .21     .77
+    Sharing takes the other steps' noise out of the reward, but S costs the factor (K-1)/M, and what a group shares does not average out
+    in it (groups of 24: 6 and 2.4 in the first world). Linear reward, bias as parameter, many dimensions: let h_k be the variance of
+    grad log pi_k and V_k that of the reward by step k's noise (V_0: by the start); M = 1 wins if (K-1) sum h_k (V_0 + V_k) <
+    sum h_k (V_0 + sum V_k), i.e. if the steps with the loudest scores are not those that decide. CPS at eta .9 is loudest in its last
+    steps (h = .08, .43, 2.2 here), so early decisions must matter most. SubGRPO needs M/(K-1) of naive GRPO's policy passes."""
+    N, groups = 8, 6000
+    for world, reward, fields, sign in (("late", quadratic, STUDENT, 1), ("early", lambda x: x.flatten(1) @ SLOPE, EARLY, -1)):
+        exact, _ = exact_gradient(reward, .9, range(K - 1), fields)
+        naive = group_gradients(range(K - 1), N, groups, reward, fields, 1)
+        assert off(naive, exact) < 5
+        for M in (1, 2):
+            subsets = enumerate(itertools.combinations(range(K - 1), M))
+            each = torch.stack([group_gradients(S, N, groups, reward, fields, 2 + i) for i, S in subsets])
+            error = (each.var(1).sum(0) / groups).sqrt() / 3  # the three subsets equally often: only the spread within a subset counts
+            assert ((each.mean((0, 1)) - exact) / error).abs().max() < 5
+            a, b = ((g - exact).square().sum(-1).flatten() for g in (each, naive))  # the means are the traces of the variances
+            difference, error = (a.mean() - b.mean()).item(), (a.var() / len(a) + b.var() / len(b)).sqrt().item()
+            print(f"{world} noise decides, M = {M}: variance ratio {a.mean() / b.mean():.3f} +- {error / b.mean():.3f}")
+            assert sign * difference > 5 * error
+
+# --------------------------------------------------------------------------------------- 8. advantages, policy loss, shared noise
+def test_advantages_have_their_closed_forms():
+    """Eq. 14 with the release's and the paper's standard deviation. 1e-3: the 1e-4 that guards the divisions."""
+    pairs, outlier, uneven = f64([0., 1.] * 4), f64([0.] * 7 + [1.] + [0.] * 92), f64([0., 1., 0., 10.])
+    scores, weights = torch.randn(3, 48, generator=torch.Generator().manual_seed(0)).double(), f64(1, .5, 2)
+    for std in ("batch", "group"):
+        of = lambda scores, weights=(1.,), N=6, **clip: advantages(scores, weights, N, std, **clip)
+        close(of(pairs, N=2), math.sqrt(7 / 8) * (2 * pairs[0] - 1), 1e-3)  # +-1, up to the n-1 in the standard deviation
+        assert torch.equal(of(torch.full((2, 48), .5), (1., 2.)), torch.zeros(48))  # no reward varies
+        a = of(scores, weights)
+        assert a.view(-1, 6).mean(1).abs().max() < 1e-9 and float(a.std()) == pytest.approx(1, abs=1e-3)
+        close(a, of(scores * f64([10], [3], [7]), weights), 2e-3)  # the scales of rewards do not matter, that of the weights neither
+        close(a, of(scores, weights * 10), 2e-3)
+        close(a, of(torch.cat([scores, scores[:1]]), f64(0, .5, 2, 1)), 2e-3)
+        close(of(scores[[0, 0]], (1., -1.)), torch.zeros(48).double())
+        close(of(scores[:1]), of(scores[:1] + torch.arange(8).repeat_interleave(6)), 2e-3)  # a hard prompt makes no picture worse
+        assert [of(outlier, N=100, clip=c)[7] for c in (5, 2)] == [5, 2] and of(outlier, N=100)[7] == 5 and of(-outlier, N=100)[7] == -5
+    by_group, by_batch = (advantages(uneven, [1.], 2, std).abs() for std in ("group", "batch"))
+    close(by_group[2] / by_group[0], f64(1)[0], 1e-3), close(by_batch[2] / by_batch[0], f64(10)[0], 1e-2)
+
+
+def test_a_group_whose_pictures_all_score_the_same_has_advantage_exactly_0():
+    """Such pictures are not counted, so rounding must not let them in (the checker's groups are often all right or all wrong)."""
+    scores = torch.tensor([[1.] * 8 + [0.] * 8 + [.27] * 8 + [1, 0, 0, 1, 0, 0, 0, 0]])
+    for std in ("batch", "group"):
+        assert (advantages(scores, [1.], 8, std) != 0).tolist() == [False] * 24 + [True] * 8
+
+
+def test_the_policy_gradient_is_minus_advantage_at_ratio_1_and_is_clipped_on_one_side():
+    def gradient(log_ratio, advantage, clip=.2):
+        log_p = f64(*log_ratio).requires_grad_()
+        loss = policy_loss(log_p, torch.zeros_like(log_p), f64(*advantage), clip)
+        return torch.autograd.grad(loss.sum(), log_p)[0].tolist(), loss.tolist()
+    assert gradient((0, 0, 0), (2, -3, 0), 1e-5)[0] == pytest.approx([-2, 3, 0])
+    up, down = math.log(1.5), math.log(.5)
+    grads, losses = gradient((up, up, down, down), (1, -1, 1, -1))  # nothing to gain from going on, but a wrong move is always taken back
+    assert grads == pytest.approx([0, 1.5, -.5, 0]) and losses == pytest.approx([-1.2, 1.5, -.5, .8])
+
+
+def test_shared_noise_depends_on_prompt_step_and_epoch_and_on_nothing_else():
+    prompts, draw = ["a", "a", "b", "a", "c", "b"], lambda prompts, *key: shared_noise((4, 8, 8), prompts, "cpu", *key)
+    noise = draw(prompts, 0, 5, 1)
+    assert all(torch.equal(noise[i], noise[j]) == (prompts[i] == prompts[j]) for i, j in itertools.combinations(range(6), 2))
+    for rows in (shard(6, rank, world) for world in (1, 2, 3, 4) for rank in range(world)):  # whichever rows a rank holds
+        assert torch.equal(draw(prompts[rows], 0, 5, 1), noise[rows])
+    others = [draw(["a"], *key) for key in ((0, 5, 1), (0, 5, 2), (0, 6, 1), (1, 5, 1), (0, 1, 5), (0, 51))]
+    assert not any(torch.equal(p, q) for p, q in itertools.combinations(others, 2))
+    many = draw([str(i) for i in range(40)], 0)
+    assert abs(many.mean()) < 5 / many.numel() ** .5 and abs(many.var() - 1) < 5 * (2 / many.numel()) ** .5
+
+# -------------------------------------------------------------------------------- 9. rollout, times, data order; the real loops
+def test_a_rollout_takes_k_steps_and_follows_the_grad_mode():
+    theta, (x, *noises), seen = ZERO.clone().requires_grad_(), normals(K + 1, 3), []
+    G = lambda x, s: seen.append(s) or generator_with(theta)(x, s)
+    for k in range(K + 1):
+        seen.clear()
+        with torch.no_grad():
+            path = rollout(G, x, LEVELS, k, .9, iter(noises))
+            assert seen == LEVELS[:k] and len(path) == k + 1 and path[0] is x and not any(p.requires_grad for p in path)
+            for i in range(k):
+                close(path[i + 1], cps_step(path[i], G(path[i], LEVELS[i]), LEVELS[i], LEVELS[i + 1], .9, noises[i])[0])
+    assert rollout(G, x, LEVELS, 2, .9, noises)[2].requires_grad
+
+
+def test_times_stay_inside_the_sub_interval():
+    u = torch.linspace(0, 1, 5).double()
+    for s in LEVELS[1:]:
+        assert renoise_time(s, u).tolist() == pytest.approx([min(max(s + .01 + (.99 - s) * w, .02), .98) for w in u.tolist()])
+
+
+def test_a_batch_is_the_same_on_any_number_of_ranks_and_every_prompt_comes_once_a_pass():
+    draw = lambda n, step: torch.randn(n, 3, generator=cold_start.generator("cpu", 0, step))
+    for n, world in itertools.product((1, 2, 7, 12), (1, 2, 3)):
+        parts = [draw(n, 9)[shard(n, rank, world)] for rank in range(world)]
+        assert torch.equal(torch.cat(parts), draw(n, 9)) and max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert not torch.equal(draw(4, 9), draw(4, 10))
+    for length, batch in ((10, 4), (3, 8), (5, 5)):
+        order = [i for first in range(0, 6 * length, batch) for i in data_order(length, first, batch, seed=1)][:6 * length]
+        passes = [order[i:i + length] for i in range(0, 6 * length, length)]
+        assert order == data_order(length, 0, 6 * length, seed=1) and len({tuple(p) for p in passes}) > 1
+        assert all(Counter(p) == Counter(range(length)) for p in passes)
+    assert data_order(50, 0, 50, seed=1) != data_order(50, 0, 50, seed=2)
+
+
+def run_main(module, pipe, out_dir, monkeypatch, *flags):
+    """A script's own main(), in this process, on a copy of the tiny pipeline -> the lines of its log."""
+    monkeypatch.setattr(module, "load_pipeline", lambda *_: copy.deepcopy(pipe))
+    monkeypatch.setattr(sys, "argv", f"main --preset tiny --device cpu --out_dir {out_dir} --sample_every 0".split() + list(flags))
+    module.main()
+    with open(out_dir / "log.jsonl") as f:
+        return [json.loads(line) for line in f]
+
+
+def test_stage_1_trains_each_adapter_by_its_own_loss_and_the_generator_through_its_last_step(tiny_parts, tmp_path, monkeypatch):
+    paths, last, grads, update = [], [], [], cold_start.update
+    has_grad = lambda parameters: any(p.grad is not None for p in parameters)
+    monkeypatch.setattr(cold_start, "rollout", lambda *inputs: paths.append(rollout(*inputs)) or paths[-1])
+    monkeypatch.setattr(cold_start, "generator_loss", lambda x_s, *rest: last.append(x_s) or generator_loss(x_s, *rest))
+    monkeypatch.setattr(cold_start, "update", lambda parameters, *rest: grads.append(has_grad(parameters)) or update(parameters, *rest))
+    monkeypatch.setattr(cold_start, "save_checkpoint", lambda args, state, step: grads.append(has_grad(state["generator"])))
+    flags = ["--steps", "2", "--generator_every", "2", "--batch_size", "3", "--micro_batch", "2", "--save_every", "1", "--seed", "4"]
+    log = run_main(cold_start, tiny_parts[1], tmp_path, monkeypatch, *flags)
+    assert grads == [True, False, True, True, False]  # F; the fake score's loss left G alone; F; G; G's gradient is used up
+    assert not any(x.requires_grad for path in paths for x in path) and all(x_s.requires_grad for x_s in last)
+    assert log[1]["grad_generator"] > 0 and log[1]["k"] < K  # with this seed, so that noise takes part
+    for path, x_s in zip(paths[-2:], last, strict=True):
+        close(x_s.detach(), path[-1], 1e-5)  # the last step once more, now with gradient
+
+
+def test_stage_2_shares_noise_on_the_other_steps_only_and_its_first_ratio_is_1(tiny_parts, tmp_path, monkeypatch):
+    """Eq. 16 in the real loop: a prompt's pictures differ in the noise of the steps in S and in their start, and in nothing else."""
+    (tmp_path / "prompts").write_text("a circle\na square\n")
+    calls, ratios, used, N = [], [], [], 3
+    step = lambda x, v, s, t, eta, noise: calls.append((s, x, noise)) or cps_step(x, v, s, t, eta, noise)
+    loss = lambda log_p, old, *rest: ratios.append((log_p.requires_grad, old.requires_grad)) or policy_loss(log_p, old, *rest)
+    nothing = lambda *_, **__: None  # no stage 1 to load
+    for name, stand_in in (("cps_step", step), ("policy_loss", loss), ("find_weights", nothing), ("load_adapter", nothing)):
+        monkeypatch.setattr(rtdmd_rl, name, stand_in)
+    flags = ["--prompts", str(tmp_path / "prompts"), "--prompts_per_epoch", "2", "--group_size", str(N), "--subset", "1"]
+    log = run_main(rtdmd_rl, tiny_parts[1], tmp_path / "a", monkeypatch, "--epochs", "4", *flags)
+    assert len(calls) == 4 * (K + 2) and len({tuple(line["S"]) for line in log}) > 1
+    distinct = lambda noise: len({tuple(row.flatten().tolist()) for row in noise})
+    for epoch, line in enumerate(log):
+        *steps, (s, x, _), (_, last_x, _) = calls[epoch * (K + 2):(epoch + 1) * (K + 2)]
+        assert [step[0] for step in steps] == LEVELS[:K] and [LEVELS.index(s)] == line["S"] and torch.equal(x, steps[line["S"][0]][1])
+        for k, (_, _, noise) in enumerate(steps[:-1]):
+            assert [distinct(group) for group in (*noise.split(N), noise)] == ([N, N, 2 * N] if k in line["S"] else [1, 1, 2])
+            used.append(noise[0])
+        assert distinct(steps[0][1]) == 2 * N and steps[-1][2].abs().max() == 0
+        assert torch.equal(last_x, steps[-1][1]) and not last_x.requires_grad  # Eq. 15 starts from the rollout's x_{K-1}, as a constant
+    assert distinct(used) == len(used)  # new noise for every step and epoch, though the prompts are always the same two
+    assert [line["drift_max"] for line in log] == pytest.approx([0] * 4, abs=1e-6) and set(ratios) == {(True, False)}
+    alone = ["--epochs", "1", "--det_weight", "0", "--dm_weight", "0"]  # the policy's gradient alone, without and with the factor (K-1)/M
+    plain, scaled = (run_main(rtdmd_rl, tiny_parts[1], tmp_path / f, monkeypatch, *flags, *alone, "--subset_factor", f)[0] for f in "01")
+    assert scaled["grad_generator"] == pytest.approx(3 * plain["grad_generator"], rel=1e-4) and plain["grad_generator"] > 0
+
+
+# ------------------------------------------------------------------------------------------------------------------ helpers
+def shell(program, *flags, processes=1):
+    """A real command line -> (exit status, stdout, stderr); with processes > 1 under torchrun."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torchrun = [Path(sys.executable).with_name("torchrun"), f"--nproc_per_node={processes}", f"--master_port={port}"]
+    command = map(str, [*(torchrun if processes > 1 else [sys.executable]), f"{program.__name__}.py", *flags])
+    done = subprocess.run(list(command), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+def here(program, *flags, **replace):
+    """The same command line in this process -> (exit status, stdout, stderr). replace: names of the program's module to replace."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [program.__name__ + ".py", *map(str, flags)])
+        for name, value in replace.items():
+            patch.setattr(program, name, value)
+        try:
+            program.main()
+        except SystemExit as e:
+            status = e.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def good(result):
+    assert result[0] == 0, result
+
+
+def log_of(out_dir, *without):
+    """log.jsonl as a list of dicts, less the numbers that measure time."""
+    lines = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s", "peak_gib", *without)} for line in lines]
+
+
+load = lambda path: torch.load(path, map_location="cpu", weights_only=True)
+flat = lambda tensors: torch.cat([t.detach().flatten() for t in (tensors.values() if isinstance(tensors, dict) else tensors)])
+same_files = lambda one, two, names=ADAPTERS: all((one / f).read_bytes() == (two / f).read_bytes() for f in names)
+listing = lambda folder: {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()} if folder.is_dir() else {}
+stage_of = lambda run, stage: (cold_start, COLD, "--steps", 2) if stage == "cold" else (rtdmd_rl, [*RL, "--cold_start", run.cold], "--epochs", 1)
+tiny_args = lambda **more: SimpleNamespace(**{**cold_start.PRESETS["tiny"], "lora_rank": 32, "lora_alpha": 64, "seed": 0, **more})
+tiny_pipe = lambda **more: cold_start.load_pipeline(tiny_args(**more), torch.device("cpu"))
+
+
+def random_adapter(path, seed, rank=32):
+    """A file in the published format with random A and B, so that the adapter visibly does something -> its content"""
+    transformer, g = tiny_pipe().transformer, torch.Generator().manual_seed(seed)
+    cold_start.add_adapter(transformer, "x", tiny_args(lora_rank=rank))
+    weights = {k: torch.randn(p.shape, generator=g) * .05 for k, p in cold_start.adapter(transformer, "x").items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(weights, path)
+    return weights
+
+
+class Code:
+    """A pickle that runs code when it is loaded: it creates the file `proof`."""
+    def __init__(self, proof):
+        self.proof = str(proof)
+
+    def __reduce__(self):
+        return open, (self.proof, "w")
+
+
+# ------------------------------------------------------------------------------------------------- stage 1 -> stage 2 -> sample
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """Both stages and sample.py as a user runs them: three command lines."""
+    t = tmp_path_factory.mktemp("run")
+    results = [shell(cold_start, *COLD, "--out_dir", t / "cold"), shell(rtdmd_rl, *RL, "--cold_start", t / "cold", "--out_dir", t / "rl"),
+               shell(sample, "a red circle", *BASE[:4], "--num_images", 3, "--cold_start", t / "cold", "--rtdmd", t / "rl", "--out_dir", t / "pictures",
+                     "--rewards", "clipscore,checker", "--reward_path", f"clipscore={TINY}/clip")]
+    return SimpleNamespace(cold=t / "cold", rl=t / "rl", pictures=t / "pictures", results=results)
+
+
+@pytest.fixture(scope="session")
+def again(run, tmp_path_factory):
+    """The same two command lines once more, in this process, with a look at the transformers afterwards."""
+    t, pipes, real = tmp_path_factory.mktemp("again"), {}, cold_start.load_pipeline
+    for stage in ("cold", "rl"):
+        program, flags, *_ = stage_of(run, stage)
+        good(here(program, *flags, "--out_dir", t / stage, load_pipeline=lambda *a: pipes.setdefault(stage, real(*a))))
+    return SimpleNamespace(cold=t / "cold", rl=t / "rl", pipes=pipes)
+
+
+def test_three_commands_go_from_the_teacher_to_pictures(run):
+    for status, out, err in run.results:
+        assert status == 0 and "Traceback" not in err, err
+    for stage, length in ((run.cold, 4), (run.rl, 2)):
+        assert {*ADAPTERS, "ckpt.pt", "log.jsonl"} == {p.name for p in stage.iterdir() if p.is_file()}
+        lines = log_of(stage)
+        assert [line["step"] for line in lines] == list(range(length))
+        numbers = [v for line in lines for v in line.values() if isinstance(v, float)]
+        assert len(numbers) >= 5 * length and all(map(math.isfinite, numbers))
+    assert {p.name for p in run.pictures.iterdir()} == {"grid.png", "00000.png", "00001.png", "00002.png", "scores.jsonl"}
+    scores = [json.loads(line) for line in (run.pictures / "scores.jsonl").read_text().splitlines()]
+    assert [s["seed"] for s in scores] == [0, 1, 2] and all(-1 <= s["clipscore"] <= 1 and s["checker"] in (0, 1) for s in scores)
+
+
+@pytest.mark.parametrize("stage", ["cold", "rl"])
+def test_every_adapter_weight_with_a_gradient_moves_and_the_teacher_does_not_move_by_a_bit(run, again, stage):
+    transformer, trained = tiny_pipe().transformer, again.pipes[stage].transformer.state_dict()
+    for key, value in transformer.state_dict().items():
+        name, _, kind = key.rpartition(".")
+        assert torch.equal(value, trained[f"{name}.base_layer.{kind}" if f"{name}.base_layer.{kind}" in trained else key])
+    for name, file in (("generator", "generator_ema.pt"), ("fake", "fake.pt")):
+        cold_start.add_adapter(transformer, name, tiny_args())
+        start, end = cold_start.adapter(transformer, name), load(getattr(run, stage) / file)
+        assert all(torch.isfinite(v).all() for v in end.values())
+        still = {k.split(".lora_")[0] for k, v in end.items() if torch.equal(v, start[k])}
+        assert still == {f"transformer_blocks.{len(transformer.transformer_blocks) - 1}.attn.add_q_proj"}  # its text stream is dropped
+
+
+def test_the_checkpoint_has_one_pair_of_keys_for_each_attention_projection_that_a_block_has(run):
+    """The published format: `transformer_blocks.0.attn.to_q.lora_A.default.weight`; attn, and not SD3.5's second attention attn2."""
+    blocks = SD3Transformer2DModel.from_pretrained(TINY / "transformer").transformer_blocks
+    expected = {f"transformer_blocks.{i}.attn.{name}.lora_{ab}.default.weight" for i, block in enumerate(blocks) for ab in "AB"
+                for name, module in block.attn.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert len(expected) == (len(blocks) * 8 - 1) * 2  # the last block has no to_add_out
+    for path in (run.cold / "generator_ema.pt", run.cold / "fake.pt", run.rl / "generator_ema.pt"):
+        assert set(load(path)) == expected and all(v.dtype == torch.float32 for v in load(path).values())
+
+
+@pytest.mark.parametrize("targets", [cold_start.TARGETS, [name.removeprefix("attn.") for name in cold_start.TARGETS]], ids=["ours", "model card's"])
+def test_plain_diffusers_and_peft_load_our_file_and_compute_what_play_computes(run, targets):
+    args, pipe, bare = tiny_args(cold_start=str(run.cold), rtdmd=""), tiny_pipe(), SD3Transformer2DModel.from_pretrained(TINY / "transformer")
+    bare.add_adapter(LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=targets), "default")
+    result = bare.load_state_dict(load(run.cold / "generator_ema.pt"), strict=False)
+    assert result.unexpected_keys == [] and not [k for k in result.missing_keys if ".attn." in k and ".lora_" in k]
+    x, text = torch.randn(2, 4, 16, 16), cold_start.text_encoder(pipe, args)(["a red circle", "two squares"])
+    with torch.no_grad():
+        theirs = bare(x, encoder_hidden_states=text[0], pooled_projections=text[1], timestep=torch.full((2,), 750.), return_dict=False)[0]
+        ours = cold_start.play(pipe.transformer, sample.load_generator(pipe, args), text)(x, .75)
+        base = cold_start.play(pipe.transformer, [], text)(x, .75)
+    assert (ours - theirs).abs().max() < 1e-5 < 1e-3 < (ours - base).abs().max()
+
+
+# ----------------------------------------------------------------------------------------------- one command line, one result
+@pytest.mark.parametrize("stage", ["cold", "rl"])
+def test_the_same_command_twice_gives_the_same_bytes(run, again, stage):
+    one, two = getattr(run, stage), getattr(again, stage)
+    assert same_files(one, two) and log_of(one) == log_of(two)
+
+
+@pytest.mark.parametrize("stage", ["cold", "rl"])
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, stage):
+    program, flags, length, half = stage_of(run, stage)
+    flags, one, two = [*flags, "--out_dir", tmp_path / "out"], getattr(run, stage), tmp_path / "out"
+    good(here(program, *flags, length, half))
+    with open(two / "log.jsonl", "a") as f:  # as after a kill: a step that the checkpoint does not know, and half a line
+        f.write(json.dumps({"step": half, "loss_fake": 9}) + '\n{"step": 3, "lo')
+    good(here(program, *flags, "--resume"))
+    assert same_files(one, two) and log_of(one) == log_of(two)
+    a, b = load(one / "ckpt.pt"), load(two / "ckpt.pt")
+    for name in ("G_opt", "F_opt"):
+        assert all(torch.equal(v, b[name]["state"][i][k]) for i, moments in a[name]["state"].items() for k, v in moments.items())
+
+
+@pytest.fixture(scope="session")
+def alone(run, tmp_path_factory):
+    """One process, at learning rates such that an update of Adam moves a weight by 1e-5 at most."""
+    t = tmp_path_factory.mktemp("alone")
+    for stage in ("cold", "rl"):
+        program, flags, *_ = stage_of(run, stage)
+        good(here(program, *flags, "--lr", 1e-5, "--fake_lr", 1e-5, "--out_dir", t / stage))
+    return t
+
+
+@pytest.mark.parametrize("stage, processes", [("cold", 2), ("rl", 2), ("rl", 3)])
+def test_several_processes_train_the_same_adapters_as_one(run, alone, tmp_path, stage, processes):
+    """Every weight to 1e-5 and the whole to 1 % of the way it went; batches of 5 and 10 pictures, groups split between ranks.
+    Adam divides by the gradient's size: a weight whose gradient is nothing but rounding moves by a learning rate either way, which is
+    why that is 1e-5 here. For the same reason the weights do not show a wrong scale of the gradient; the norms in the log do."""
+    program, flags, *_ = stage_of(run, stage)
+    good(shell(program, *flags, "--lr", 1e-5, "--fake_lr", 1e-5, "--out_dir", tmp_path / "out", processes=processes))
+    one, many, transformer = load(alone / stage / "ckpt.pt"), load(tmp_path / "out/ckpt.pt"), tiny_pipe().transformer
+    for name in ("generator", "fake"):
+        cold_start.add_adapter(transformer, name, tiny_args())
+        difference, way = flat(many[name]) - flat(one[name]), flat(one[name]) - flat(cold_start.adapter(transformer, name))
+        assert difference.abs().max() < 1e-5 and difference.norm() < .01 * way.norm(), (difference.abs().max(), difference.norm() / way.norm())
+    for a, b in zip(log_of(alone / stage, "group_std"), log_of(tmp_path / "out", "group_std"), strict=True):
+        assert a == {k: pytest.approx(v, rel=1e-3, abs=1e-6) for k, v in b.items()}
+
+
+def test_at_the_update_of_an_epoch_the_ppo_ratio_is_one(run):
+    """Eq. 14 on-policy: the greatest |exp(log p at the update - log p at the rollout) - 1| of an epoch, float32."""
+    assert all(line["drift_max"] < 1e-6 and line["drift_clipped"] == 0 and line["grad_generator"] > 0 for line in log_of(run.rl))
+
+
+# -------------------------------------------------------------------------------------------- one transformer in several roles
+def generator_gradient(switch, checkpointing):
+    """Gradient of loss_G as the loops compute it: generator forward, then teacher and fake forward, then backward.
+    switch: "ours", "peft" (its set_adapter), or "none": the truth, the other roles play before the generator does.
+    checkpointing: "ours", "diffusers" or None."""
+    pipe, args, g = tiny_pipe(gradient_checkpointing=checkpointing == "ours"), tiny_args(), torch.Generator().manual_seed(0)
+    transformer, encode = pipe.transformer, cold_start.text_encoder(pipe, args)
+    if checkpointing == "diffusers":
+        transformer.enable_gradient_checkpointing()
+    for name in ("generator", "fake"):
+        cold_start.add_adapter(transformer, name, args)
+        for p in cold_start.adapter(transformer, name).values():
+            p.data = torch.randn(p.shape, generator=g) * .05
+    parameters, _ = cold_start.train_only(transformer, "generator", "fake")
+    x, noise, back = (torch.randn(2, 4, 16, 16, generator=g) for _ in range(3))
+    text, negative = encode(["a red circle", "two squares"]), encode([""])
+
+    def role(name, *guidance):
+        v = cold_start.play(transformer, [name] if name else [], text, *guidance)
+        return lambda x, t: v(x, t) if switch != "peft" or not name else (transformer.set_adapter(name), v(x, t))[1]
+    step = lambda: cold_start.cps_step(x, role("generator")(x, .75), .75, .5, .9, noise)[0]
+    loss = lambda x_s: cold_start.generator_loss(x_s, .5, torch.tensor([.6, .9]), noise, back, role("", negative, 2.), role("fake"), .9).sum()
+    if switch == "none":
+        x_s = step().detach().requires_grad_()
+        slope, = torch.autograd.grad(loss(x_s), x_s)
+        step().backward(slope)
+    else:
+        loss(step()).backward()
+    return flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+
+
+def test_role_switching_and_checkpointing_leave_the_generators_gradient_as_it_is():
+    """To 1e-6 in float32. Checkpointing recomputes in backward; `load_pipeline` sees to it that this is done in the role of the forward pass."""
+    truth = generator_gradient("none", None)
+    assert truth.norm() > 1e-2
+    for checkpointing in (None, "ours"):
+        assert (generator_gradient("ours", checkpointing) - truth).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("switch, checkpointing", [("peft", None), ("peft", "diffusers"), ("ours", "diffusers")])
+def test_the_usual_way_to_switch_or_to_checkpoint_loses_the_gradient_without_an_error(switch, checkpointing):
+    """Why this repository has its own two (peft #2832): peft's set_adapter freezes the adapters that it deactivates, and gives exactly 0;
+    diffusers' checkpointing recomputes with whatever adapter is active in backward, and gives something else altogether."""
+    truth, wrong = generator_gradient("none", None), generator_gradient(switch, checkpointing)
+    assert wrong.norm() == 0 if switch == "peft" else (wrong - truth).norm() > .5 * truth.norm()
+
+
+# ------------------------------------------------------------------------------------------------ stage 2 stacked on stage 1
+def test_both_adapters_are_stacked_and_neither_replaces_the_other(tmp_path):
+    """What sample.py draws = stage 1 merged into the base, then stage 2 added (1e-4, float32), whatever their ranks."""
+    weights, picture = random_adapter(tmp_path / "one/generator_ema.pt", 1, rank=8), {}
+    random_adapter(tmp_path / "two/generator_ema.pt", 2)
+    for name, one, two in (("both", tmp_path / "one", tmp_path / "two"), ("one", tmp_path / "one", ""), ("two", "", tmp_path / "two")):
+        good(here(sample, "a red circle", *BASE[:4], "--cold_start", one, "--rtdmd", two, "--out_dir", tmp_path / name / "out"))
+        picture[name] = torch.tensor(list(Image.open(tmp_path / name / "out/00000.png").tobytes())).float() / 255
+    assert all((picture["both"] - picture[name]).abs().max() > .1 for name in ("one", "two"))
+
+    def latents(pipe, cold, rl):
+        args = tiny_args(cold_start=cold, rtdmd=rl)
+        v = cold_start.play(pipe.transformer, sample.load_generator(pipe, args), cold_start.text_encoder(pipe, args)(["a red circle"]))
+        return sample.draw(v, [0], (4, 16, 16), sigmas(), .9, torch.device("cpu"))
+    stacked, pipe = latents(tiny_pipe(), str(tmp_path / "one"), str(tmp_path / "two")), tiny_pipe()
+    for key in weights:
+        if ".lora_A" in key:  # W + (alpha / rank) B A
+            pipe.transformer.get_submodule(key.split(".lora_A")[0]).weight.data += 64 / 8 * weights[key.replace("lora_A", "lora_B")] @ weights[key]
+    assert (stacked - latents(pipe, "", str(tmp_path / "two"))).abs().max() < 1e-4 * stacked.abs().max()
+    with torch.no_grad():
+        cold_start.save_grid(cold_start.decode(pipe, stacked), str(tmp_path / "both/00000.png"))
+    assert same_files(tmp_path / "both", tmp_path / "both/out", ["00000.png"])  # the program draws that very picture
+
+
+# ----------------------------------------------------------------------------------------------- rewards and the tiny checker
+def contradictions(row):
+    """Captions of the same category that no picture of `row` satisfies: other objects, numbers or colours; last the opposite relation."""
+    things = lambda r: Counter((o["class"], o["count"], o.get("color")) for o in r["include"])
+    other = [r for r in tiny.captions() if r["tag"] == row["tag"] and things(r) != things(row)]
+    a, b = next(((a, b) for a, b in zip(tiny.RELATIONS, ("right of", "left of", "below", "above")) if a in row["prompt"]), (".", "."))
+    return other + [r for r in tiny.captions() if a in row["prompt"] and r["prompt"] == row["prompt"].replace(a, b)]
+
+
+def test_the_checker_accepts_true_pictures_after_the_vae_and_rejects_captions_that_contradict_them():
+    rows, pipe, rng = tiny.captions() * 3, tiny_pipe(), random.Random(0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        latents = pipe.vae.encode(tiny.render(*tiny.scenes(rows, torch.arange(len(rows)))) * 2 - 1).latent_dist.sample()
+        pictures = cold_start.decode(pipe, (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor)
+    checker, = rewards.build("checker", torch.device("cpu"))
+    accepted = lambda captions: checker(pictures, [r["prompt"] for r in captions], captions).mean()
+    assert accepted(rows) >= .98
+    assert accepted([rng.choice(contradictions(r)) for r in rows]) <= .05 and accepted([contradictions(r)[-1] for r in rows]) <= .05
+
+
+def test_the_gradient_of_clipscore_is_that_of_finite_differences(monkeypatch):
+    """(f(x + h d) - f(x - h d)) / 2h in three directions d, float64, pictures that are resized and cropped on the way."""
+    from transformers import CLIPModel
+    real, g = CLIPModel.from_pretrained, torch.Generator().manual_seed(0)
+    monkeypatch.setattr(CLIPModel, "from_pretrained", lambda path, dtype: real(path, dtype=torch.float64))
+    score, = rewards.build("clipscore:1", torch.device("cpu"), [f"clipscore={TINY}/clip"])
+    f = lambda x: score(x, ["a red circle", "two squares"], [{}, {}]).sum()
+    x = (torch.rand(2, 3, 40, 48, generator=g, dtype=torch.float64) * .6 + .2).requires_grad_()
+    gradient, = torch.autograd.grad(f(x), x)
+    for direction in (gradient, *torch.randn(2, *x.shape, generator=g, dtype=torch.float64)):
+        d = 1e-4 * direction / direction.norm()
+        with torch.no_grad():
+            assert abs((f(x + d) - f(x - d)) / 2e-4 - (gradient * d).sum() / 1e-4) < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("height, width", [(17, 23), (32, 32), (33, 47), (101, 32), (257, 63)])
+def test_clip_pixels_takes_pictures_of_any_size(height, width):
+    pixels = rewards.clip_pixels(torch.rand(1, 3, height, width), 32)
+    assert pixels.shape == (1, 3, 32, 32) and torch.isfinite(pixels).all()
+    grey = rewards.clip_pixels(torch.full((1, 3, height, width), .5), 32)[0].flatten(1)  # a constant stays that constant
+    assert torch.allclose(grey, ((.5 - torch.tensor(rewards.CLIP_MEAN)) / torch.tensor(rewards.CLIP_STD))[:, None], atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [47, 224, 301])
+def test_clip_pixels_is_clips_own_preprocessing(side):
+    """transformers' CLIP processor works on bytes: it may be off by the rounding of one, 1/255 before the division by std."""
+    from transformers import CLIPImageProcessor
+    u = torch.linspace(0, 6, side)
+    image = ((torch.stack([u.sin() * u[:, None].cos(), u.cos() * u[:, None].sin(), (u + u[:, None]).sin()]) / 2 + .5) * 255).round()
+    processor = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    theirs = processor(Image.fromarray(image.byte().permute(1, 2, 0).numpy()), return_tensors="pt").pixel_values
+    assert (rewards.clip_pixels(image[None] / 255, 64) - theirs).abs().max() < 1 / 255 / min(rewards.CLIP_STD)
+
+
+def test_the_built_in_prompts_come_in_genevals_six_categories_with_genevals_metadata():
+    rows = rewards.geneval_prompts(1200)
+    assert rows == rewards.geneval_prompts(1200) and rows != rewards.geneval_prompts(1200, seed=1)
+    assert sorted(Counter(r["metadata"]["tag"] for r in rows).items()) == sorted((tag, 200) for tag in tiny.CATEGORIES)
+    for row in rows:
+        tag, include, words = row["metadata"]["tag"], row["metadata"]["include"], row["prompt"].split()
+        assert row["prompt"].startswith("a photo of ") and row["metadata"]["prompt"] == row["prompt"]
+        assert len(include) == len({o["class"] for o in include}) == (2 if tag in ("two_object", "position", "color_attr") else 1)
+        for o in include:
+            assert o["class"] in rewards.COCO and (tag == "counting" or o["count"] == 1 and o["class"] in row["prompt"])
+            assert ("color" in o) == (tag in ("colors", "color_attr")) and o.get("color", "red") in rewards.COLORS
+        assert [o["position"][1] for o in include if "position" in o] == [0] * (tag == "position")
+        if tag == "counting":
+            n = include[0]["count"]
+            assert words[3] == tiny.NUMBERS[n] and row["metadata"]["exclude"] == [{"class": include[0]["class"], "count": n + 1}]
+        assert not [(a, b) for a, b in zip(words, words[1:]) if a in ("a", "an") and (b[0] in "aeiou") != (a == "an")]
+
+
+# ----------------------------------------------------------------------------------------------------------------- bad input
+@pytest.fixture(scope="session")
+def bad(run, tmp_path_factory):
+    """A folder of everything that may be wrong -> {name in braces below: path}"""
+    t = tmp_path_factory.mktemp("bad")
+    code, script = Code(t / "proof"), f"open({str(t / 'proof')!r}, 'w')\n".encode()
+    texts = {"empty.txt": b"", "blank.txt": b"\n \r\n\n", "binary.txt": bytes(range(256)), "utf16.txt": "a cat\n".encode("utf-16"),
+             "json.jsonl": b'{"prompt": "a cat"}\n{"prompt": \n', "noprompt.jsonl": b'{"prompt": "a"}\n\n{"text": "b"}\n',
+             "emptyprompt.jsonl": b'{"prompt": "  "}\n', "number.jsonl": b'{"prompt": 7}\n', "array.jsonl": b'["a cat"]\n', "file": b"",
+             "surrogate.jsonl": b'{"prompt": "a \\ud800"}\n', "foreign.txt": b"a photo of a cat\n", "include.jsonl": b'{"prompt": "a", "include": 5}\n'}
+    for name, content in texts.items():
+        (t / name).write_bytes(content)
+    torch.save(code, t / "prompts.txt")
+    random_adapter(t / "rank16/generator_ema.pt", 0, rank=16)
+    weights = random_adapter(t / "good/generator_ema.pt", 0)
+    first = next(iter(weights))
+    changed = lambda value: {**weights, first: value}
+    for name, content in {"nokeys": {"module." + k: v for k, v in weights.items()}, "half": dict(list(weights.items())[:9]), "list": [1], "code": code,
+                          "shape": changed(torch.zeros(32, 3)), "notensor": changed(3), "nan": changed(weights[first] * math.nan)}.items():
+        (t / name).mkdir()
+        for file in ("generator_ema.pt", "ckpt.pt"):
+            torch.save(content, t / name / file)
+    shutil.copytree(run.cold, t / "truncated")
+    for file in ("generator_ema.pt", "ckpt.pt"):
+        os.truncate(t / "truncated" / file, 5000)
+    shutil.copytree(t / "good", t / "fakecode")
+    torch.save(code, t / "fakecode/fake.pt")
+
+    def pipeline(name, files):  # assets/tiny with some files replaced, or removed (None)
+        shutil.copytree(TINY, t / name, copy_function=os.symlink)
+        for file, content in files.items():
+            (t / name / file).unlink(missing_ok=True)
+            if isinstance(content, Code):
+                torch.save(content, t / name / file)
+            elif content is not None:
+                (t / name / file).write_bytes(content)
+    model, index = "diffusion_pytorch_model", json.loads((TINY / "model_index.json").read_text())
+    pipeline("halfmodel", {f"transformer/{model}.safetensors": (TINY / f"transformer/{model}.safetensors").read_bytes()[:10000]})
+    pipeline("noindex", {"model_index.json": b"{"})
+    pipeline("code_safe", {f"transformer/{model}.safetensors": code})
+    pipeline("code_dit", {f"transformer/{model}.safetensors": None, f"transformer/{model}.bin": code})
+    pipeline("code_vae", {f"vae/{model}.safetensors": None, f"vae/{model}.bin": code})
+    pipeline("code_text", {"text_encoder/model.safetensors": None, "text_encoder/pytorch_model.bin": code})
+    pipeline("code_clip", {"clip/model.safetensors": None, "clip/pytorch_model.bin": code})
+    pipeline("code_pipe", {"mine.py": script, "model_index.json": json.dumps({**index, "_class_name": ["mine", "Mine"]}).encode()})
+    pipeline("code_part", {"transformer/mine.py": script, "model_index.json": json.dumps({**index, "transformer": ["mine", "Mine"]}).encode()})
+    return {**{p.stem: p for p in t.iterdir()}, "t": t, "cold": run.cold, "rl": run.rl, "tiny": TINY}
+
+
+C, R, S = cold_start, rtdmd_rl, sample
+INPUTS = [  # program, flags, what the one line says
+    (C, "--stepz 4", "--stepz"), (C, "--step 4", "--step 4"), (C, "--steps four", "'four'"), (C, "--preset sd9", "'sd9'"), (C, "stray", "stray"),
+    (C, "--prompts {t}/none.txt", "none.txt: No such file"), (C, "--prompts {t}", "directory"), (C, "--prompts {empty}", "empty"),
+    (C, "--prompts {blank}", "empty"), (C, "--prompts {binary}", "not UTF-8"), (C, "--prompts {utf16}", "not UTF-8"), (C, "--prompts {prompts}", "not UTF-8"),
+    (C, "--prompts {json}", "json.jsonl, line 2"), (C, "--prompts {noprompt}", "line 3"), (C, "--prompts {emptyprompt}", "line 1"),
+    (C, "--prompts {number}", "line 1"), (C, "--prompts {array}", "line 1"), (C, "--pretrained {t}/none/dir", "none/dir"),
+    (C, "--pretrained nobody/nothing", "nobody/nothing"), (C, "--pretrained {tiny}/clip", "tiny/clip"), (C, "--pretrained {halfmodel}", "halfmodel"),
+    (C, "--pretrained {noindex}", "noindex"), (C, "--pretrained {code_safe}", "code_safe"), (C, "--pretrained {code_dit}", "code_dit"),
+    (C, "--pretrained {code_vae}", "code_vae"), (C, "--pretrained {code_pipe}", "custom code"), (C, "--pretrained {code_part}", "custom code"),
+    (C, "--resolution 33", "divisible by 8"), (C, "--resolution 0", "--resolution"), (C, "--batch_size 0", "--batch_size"),
+    (C, "--micro_batch -1", "--micro_batch"), (C, "--steps 0", "--steps"), (C, "--generator_every 0", "--generator_every"), (C, "--lora_rank 0", "--lora_rank"),
+    (C, "--save_every 0", "--save_every"), (C, "--num_steps 0", "--num_steps"), (C, "--eta 1.1", "--eta"), (C, "--eta nan", "--eta"),
+    (C, "--device cuda --preset sd35m", "--preset tiny"), (R, "--device cuda --preset sd35m", "--preset tiny"), (C, "--device toaster", "toaster"),
+    (C, "--out_dir {file}/out", "--out_dir"), (R, "--out_dir {file}/out", "--out_dir"), (C, "--out_dir {cold}", "--resume"), (R, "--out_dir {rl}", "--resume"),
+    (C, "--out_dir {cold} --resume --batch_size 5 --generator_every 2 --lr 5e-4", "(--lr 0.001 -> 0.0005)"),
+    (R, "--out_dir {rl} --cold_start {cold} --resume --prompts_per_epoch 5 --eta .8", "(--eta 0.9 -> 0.8)"), (C, "--out_dir {truncated} --resume", "damaged"),
+    (C, "--out_dir {code} --resume", "not a file of tensors"), (R, "--out_dir {code} --resume", "not a file of tensors"),
+    (R, "--cold_start {t}/none/dir", "stage 1"), (R, "--cold_start nobody/nothing", "nobody/nothing"), (R, "--cold_start {rank16}", "--lora_rank"),
+    (R, "--cold_start {shape}", "--lora_rank"), (R, "--cold_start {nokeys}", "0 of this model's"), (R, "--cold_start {half}", "9 of this model's"),
+    (R, "--cold_start {list}", "0 of this model's"), (R, "--cold_start {truncated}", "damaged"), (R, "--cold_start {code}", "not a file of tensors"),
+    (R, "--cold_start {fakecode}", "fake.pt"), (R, "--rewards beauty", "clipscore"), (R, "--rewards clipscore:much", "'much'"), (R, "--rewards ,", "unknown"),
+    (R, "--rewards pickscore", "pickscore"), (R, "--rewards judge", "judge"), (R, "--reward_path clipscore={t}/none", "no such directory"),
+    (R, "--reward_path clipscore", "name=DIRECTORY"), (R, "--subset 0", "--subset"), (R, "--subset 4", "--subset"), (R, "--num_steps 1", "--subset"),
+    (R, "--prompts {empty}", "empty"), (S, "", "prompt"), (S, "'  '", "prompt"), (S, "cat dog", "dog"), (S, "cat --stepz 4", "--stepz"),
+    (S, "--prompts {empty}", "empty"), (S, "cat --steps 0", "--steps"), (S, "cat --num_images 0", "--num_images"), (S, "cat --eta 2", "--eta"),
+    (S, "cat --resolution 20", "divisible"), (S, "cat --device cuda --preset sd35m", "--preset tiny"), (S, "cat --out_dir {file}/out", "--out_dir"),
+    (S, "cat --cold_start {t}/none/dir", "none/dir"), (S, "cat --rtdmd {t}/none/dir", "none/dir"), (S, "cat --cold_start {nokeys}", "0 of this model's"),
+    (S, "cat --rtdmd {half}", "9 of"), (S, "cat --cold_start {list}", "0 of this model's"), (S, "cat --cold_start {truncated}", "damaged"),
+    (S, "cat --cold_start {code}", "not a file of tensors"), (S, "cat --rtdmd {code}", "not a file of tensors"), (S, "cat --rewards beauty", "clipscore"),
+    (S, "cat --teacher --rewards checker", "checker"), (S, "cat --pretrained {halfmodel}", "halfmodel"),
+    (C, "--preset", "--preset"), (C, "--shift 0", "--shift"), (C, "--lr nan", "--lr"), (C, "--gamma nan", "--gamma"), (C, "--ema 2", "--ema"),
+    (C, "--device mps", "mps"), (C, "--resolution 2048", "--resolution"), (C, "--max_sequence_length -1", "--max_sequence_length"),
+    (C, "--max_skipped 0", "--max_skipped"), (C, "--prompts {surrogate}", "line 1"), (C, "--pretrained {code_text}", "code_text"), (C, "--out_dir {nokeys} --resume", "ckpt.pt"),
+    (C, "--out_dir {list} --resume", "ckpt.pt"), (R, "--cold_start {notensor}", "generator_ema.pt"), (R, "--cold_start {nan}", "generator_ema.pt"),
+    (R, "--reward_path clipscore={code_clip}/clip", "clipscore"), (R, "--rewards checker:nan", "number"), (R, "--group_size 0", "--group_size"),
+    (R, "--prompts_per_epoch 0", "--prompts_per_epoch"), (R, "--ema_every 0", "--ema_every"), (R, "--epochs 0", "--epochs"), (R, "--prompts {foreign}", "checker"),
+    (R, "--prompts {include}", "include"), (S, "cat --shift -1", "--shift"), (S, "cat --seed 99999999999999999999", "--seed"),
+    (S, "cat --cold_start {nan}", "generator_ema.pt"),
+]
+SHORT = {C: "--sample_every 0 --steps 1 --batch_size 2", R: "--sample_every 0 --epochs 1 --prompts_per_epoch 1 --group_size 2 --cold_start {good}",
+         S: "--cold_start {good} --rtdmd ''"}  # should an input be taken after all, then at least not for long
+
+
+def refused(run_it, program, flags, message, bad, tmp_path):
+    """One line on stderr that says what is wrong, exit status 2, no file written, no code in a file run."""
+    flags = [*BASE[:4], "--out_dir", tmp_path / "out", *shlex.split(f"{SHORT[program]} {flags}".format(**bad))]
+    out = Path(flags[-flags[::-1].index("--out_dir")])
+    before = listing(out)
+    status, _, err = run_it(program, *flags)
+    assert status == 2 and err.count("\n") == 1 and err.startswith(f"{program.__name__}.py: error: ") and message in err, err
+    assert listing(out) == before and not (bad["t"] / "proof").exists()
+
+
+@pytest.mark.parametrize("program, flags, message", [pytest.param(*x, id=f"{x[0].__name__} {x[1]}") for x in INPUTS])
+def test_bad_input_is_refused_in_one_line_with_status_2_and_nothing_written(bad, tmp_path, program, flags, message):
+    refused(here, program, flags, message, bad, tmp_path)
+
+
+@pytest.mark.parametrize("program, flags, message", [(C, "--stepz 4", "--stepz"), (R, "--cold_start {code}", "not a file of")])
+def test_a_real_command_line_is_refused_in_the_same_way(bad, tmp_path, program, flags, message):
+    refused(shell, program, flags, message, bad, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------------ failures
+def nan_at(loss, calls):
+    """`loss` with NaN in place of its result at these calls of it."""
+    count = iter(range(10 ** 6))
+
+    def poisoned(*inputs):
+        result, factor = loss(*inputs), math.nan if next(count) in calls else 1.0
+        return (result[0] * factor, *result[1:]) if isinstance(result, tuple) else result * factor
+    return poisoned
+
+
+ONE_BATCH = ["--micro_batch", 10]  # one call of a loss an update
+
+
+def test_a_nan_in_stage_1_skips_that_update_alone(tmp_path):
+    flags = [*COLD, *ONE_BATCH, "--generator_every", 1]
+    good(here(cold_start, *flags, "--steps", 1, "--out_dir", tmp_path / "before"))
+    good(here(cold_start, *flags, "--steps", 2, "--out_dir", tmp_path / "out", fake_score_loss=nan_at(cold_start.fake_score_loss, {1})))
+    before, after = load(tmp_path / "before/ckpt.pt"), load(tmp_path / "out/ckpt.pt")
+    assert torch.equal(flat(before["fake"]), flat(after["fake"])) and {int(s["step"]) for s in after["F_opt"]["state"].values()} == {1}
+    assert torch.isfinite(flat(after["generator"])).all() and not torch.equal(flat(before["generator"]), flat(after["generator"]))
+    assert not math.isfinite(log_of(tmp_path / "out")[1]["grad_fake"])
+
+
+def test_skipped_updates_are_counted_in_the_log(tmp_path):
+    good(here(cold_start, *COLD, *ONE_BATCH, "--out_dir", tmp_path, fake_score_loss=nan_at(cold_start.fake_score_loss, {1, 3})))
+    assert [line["skipped"] for line in log_of(tmp_path)] == [0, 1, 0, 1]
+
+
+def test_a_nan_reward_of_one_picture_in_stage_2_skips_that_update_alone(run, tmp_path):
+    """Through the batch's standard deviation it would be everyone's advantage."""
+    flags, real, count = [*RL, *ONE_BATCH, "--cold_start", run.cold], rewards.build, iter(range(10 ** 6))
+
+    def build(*inputs):
+        clipscore, checker = real(*inputs)
+
+        def poisoned(images, prompts, metadata):  # called twice an epoch, for the rollout and for loss_det
+            score = clipscore(images, prompts, metadata)
+            return torch.cat([score[:-1], score[-1:] * (math.nan if next(count) // 2 == 1 else 1)])
+        poisoned.__dict__.update(clipscore.__dict__)
+        return [poisoned, checker]
+    good(here(rtdmd_rl, *flags, "--epochs", 1, "--out_dir", tmp_path / "before"))
+    good(here(rtdmd_rl, *flags, "--epochs", 2, "--out_dir", tmp_path / "out", build=build))
+    before, after = load(tmp_path / "before/ckpt.pt"), load(tmp_path / "out/ckpt.pt")
+    assert torch.equal(flat(before["generator"]), flat(after["generator"])) and not torch.equal(flat(before["fake"]), flat(after["fake"]))
+    assert torch.isfinite(flat(after["ema"])).all() and not math.isfinite(log_of(tmp_path / "out")[1]["grad_generator"])
+
+
+@pytest.mark.parametrize("stage, loss", [(s, f) for s in ("cold", "rl") for f in ("fake_score_loss", "generator_loss")])
+def test_max_skipped_updates_in_a_row_stop_the_run_and_leave_the_last_checkpoint(run, tmp_path, stage, loss):
+    program, flags, length, _ = stage_of(run, stage)
+    flags = [*flags, *ONE_BATCH, "--max_skipped", 3, "--out_dir", tmp_path, *["--generator_every", 2][:2 * (stage == "cold")]]
+    good(here(program, *flags, length, 1))
+    before = {k: v for k, v in listing(tmp_path).items() if k.endswith(".pt")}
+    status, _, err = here(program, *flags, length, 9, "--resume", **{loss: nan_at(getattr(program, loss), range(99))})
+    assert status == 1 and err.count("\n") == 1 and "3 updates in a row" in err and str(tmp_path) in err
+    assert {k: v for k, v in listing(tmp_path).items() if k.endswith(".pt")} == before
+
+
+@pytest.mark.parametrize("failing", ["ckpt.pt", *ADAPTERS])
+def test_a_full_disk_while_saving_loses_nothing_that_was_saved(run, tmp_path, monkeypatch, failing):
+    """Half of the file is written, then ENOSPC. The old file is untouched, and --resume ends in the same bytes as a run without the accident."""
+    flags, real = [*COLD, "--out_dir", tmp_path], torch.save
+    good(here(cold_start, *flags, "--steps", 2))
+    before = (tmp_path / failing).read_bytes()
+
+    def half(thing, path):
+        real(thing, path)
+        if failing in str(path):
+            os.truncate(path, os.path.getsize(path) // 2)
+            raise OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch, contextlib.suppress(OSError):
+        patch.setattr(torch, "save", half)
+        assert here(cold_start, *flags, "--resume")[0] != 0
+    assert (tmp_path / failing).read_bytes() == before and load(tmp_path / failing)
+    good(here(cold_start, *flags, "--resume"))
+    assert same_files(tmp_path, run.cold)
