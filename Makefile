@@ -1,7 +1,8 @@
 # make tiny: the whole paper on this machine (stage 1, stage 2, sampling, scoreboard).  make test: the tests.  Both set up .venv themselves.
 PYTHON ?= python3
 RUN ?= out/tiny
-PROCESSES ?= $(shell .venv/bin/python -c "import os, torch; print(torch.cuda.device_count() or min(2, os.cpu_count()))")
+# one process a GPU; on a CPU two processes of one thread do half as much again as one of two threads
+PROCESSES = $(eval PROCESSES := $(shell .venv/bin/python -c "import os, torch; print(torch.cuda.device_count() or min(2, os.cpu_count()))"))$(PROCESSES)
 LAUNCH = OMP_NUM_THREADS=$(if $(filter 1,$(PROCESSES)),2,1) .venv/bin/torchrun --standalone --nproc_per_node=$(PROCESSES)
 
 .venv/done: requirements.txt

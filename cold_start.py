@@ -42,7 +42,7 @@ PRESETS = {  # defaults that differ; everything else is the same for every model
     "sd3m": dict(pretrained="stabilityai/stable-diffusion-3-medium-diffusers"),
     "tiny": dict(pretrained=os.path.join(HERE, "assets/tiny"), prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"), device="auto",
                  resolution=32, max_sequence_length=8, cfg=2.0, steps=800, batch_size=64, micro_batch=64, lr=1e-3, fake_lr=1e-3,
-                 generator_every=2, ema=.97, sample_every=200, save_every=200, cache_text=200),
+                 generator_every=2, ema=.99, sample_every=200, save_every=200, cache_text=200),
 }
 
 
@@ -249,6 +249,10 @@ def parse(parser):
         low, high = RANGES.get(name, (0, math.inf))
         if isinstance(value, (int, float)) and not low <= value <= high:  # also nan
             die(f"--{name} must lie in [{low}, {high}], got {value}")
+    if not args.out_dir:
+        die("--out_dir must not be empty")
+    if sigmas(getattr(args, "num_steps", 1), args.shift)[1] > .96:
+        die(f"--num_steps {args.num_steps} with --shift {args.shift:g}: the first step ends above noise level .96, which leaves no room to re-noise")
     return args
 
 def setup(args, training=True):
@@ -260,7 +264,7 @@ def setup(args, training=True):
         die("no CUDA GPU found, and this recipe needs one; to try everything on this machine: --preset tiny (or insist with --device cpu)")
     try:
         device = torch.device(args.device, local) if args.device == "cuda" else torch.device(args.device)
-        assert device.type != "mps" or torch.backends.mps.is_available()
+        assert device.type in ("cuda", "cpu") or device.type == "mps" and torch.backends.mps.is_available()
     except (RuntimeError, AssertionError):
         die(f"--device must be cuda, cpu, mps or auto, and be there; got {args.device!r}")
     if training and os.path.exists(f"{args.out_dir}/ckpt.pt") and not args.resume:
@@ -283,13 +287,13 @@ def load_pipeline(args, device):
     from diffusers import StableDiffusion3Pipeline
     try:
         pipe = StableDiffusion3Pipeline.from_pretrained(args.pretrained, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        for module in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+            module.requires_grad_(False).eval().to(device)
     except Exception as e:  # a directory can be wrong in a dozen ways
-        die(f"--pretrained {args.pretrained}: neither a pipeline directory nor a model that the hub gives ({str(e).splitlines()[0][:200]})")
+        die(f"--pretrained {args.pretrained} cannot be loaded; it must be a pipeline directory or a hub id ({str(e).splitlines()[0][:200]})")
     unit, most = pipe.vae_scale_factor * pipe.transformer.config.patch_size, pipe.transformer.config.pos_embed_max_size
     if args.resolution % unit or args.resolution > unit * most:
         die(f"--resolution {args.resolution} must be divisible by {unit} and at most {unit * most} for this model's VAE and patches")
-    for module in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
-        module.requires_grad_(False).eval().to(device)
     pipe.transformer.lora_layers = []
     pipe.latent_shape = (pipe.transformer.config.in_channels, *[args.resolution // pipe.vae_scale_factor] * 2)
     if getattr(args, "gradient_checkpointing", False):
@@ -378,10 +382,10 @@ def data_order(length, first, count, seed):
     order = {e: random.Random(f"{seed}/pass/{e}").sample(range(length), length) for e in range(first // length, (first + count - 1) // length + 1)}
     return [order[i // length][i % length] for i in range(first, first + count)]
 
-def all_sum(tensor):
-    """Sum over ranks, in place."""
+def all_sum(tensor, op=dist.ReduceOp.SUM):
+    """Sum (or op) over ranks, in place."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, op)
     return tensor
 
 def update(parameters, optimizer, args, skipped, name):
@@ -415,9 +419,10 @@ def make_log(args):
         now, peak = time.time(), torch.cuda.max_memory_allocated() / 2 ** 30 if torch.cuda.is_available() else 0
         speed = {"seconds": round(now - last[0], 4), "images_per_s": round(images / (now - last[0]), 2), **({"peak_gib": round(peak, 2)} if peak else {})}
         last[0] = now
-        numbers["skipped"] = sum(not math.isfinite(v) for k, v in numbers.items() if k.startswith("grad_"))
+        numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}  # JSON knows no nan
+        numbers["skipped"] = sum(v is None for k, v in numbers.items() if k.startswith("grad_"))
         file.write(json.dumps({**numbers, **speed}) + "\n")
-        bar.set_postfix({k: f"{v:.3g}" for k, v in {**numbers, **speed}.items() if k != "step" and not isinstance(v, list)}, refresh=False)
+        bar.set_postfix({k: f"{v:.3g}" for k, v in {**numbers, **speed}.items() if k != "step" and isinstance(v, (int, float))}, refresh=False)
     return log
 
 def write_atomically(path, write):
@@ -470,7 +475,7 @@ def load_checkpoint(args, state):
 
 def find_weights(where, subfolder, name, must=True):
     """Path of where/name, or of subfolder/name in the hub repository `where`. If there is none: None, or with `must`, die."""
-    path, reason = f"{where}/{name}", "no such file"
+    path, reason = os.path.join(where, name), "no such file"
     if not os.path.exists(where) and where.count("/") == 1:
         from huggingface_hub import hf_hub_download
         try:

@@ -1,8 +1,9 @@
 """Rewards: what a picture is worth. One function each, and `build` to load the ones that are asked for. Below them, the prompts.
 
 A reward is a callable (images [B,3,H,W] float in [0,1], prompts [B], metadata [B]) -> scores [B] float32, with the attributes
-`name`, `weight`, `differentiable` and `check(prompts, metadata)`, which raises ValueError for prompts that it cannot score. The differentiable ones enter stage 2 twice, through SubGRPO and by back-propagation
-through the last step (Eq. 15); the others through SubGRPO alone (App. L).
+`name`, `weight`, `differentiable` and `check(prompts, metadata)`, which raises ValueError for prompts that it cannot score. The
+differentiable ones enter stage 2 twice, through SubGRPO and by back-propagation through the last step (Eq. 15); the others through
+SubGRPO alone (App. L).
 
 To add one: write a function `name(device, path) -> score(images, prompts, metadata)` and name it in REWARDS below.
 """
@@ -100,6 +101,8 @@ def parse_weights(text):
         name, _, weight = item.strip().partition(":")
         if name not in REWARDS:
             raise ValueError(f"unknown reward {name!r}; there are {', '.join(REWARDS)}")
+        if name in weights:
+            raise ValueError(f"reward {name!r} is named twice")
         try:
             weights[name] = float(weight or 1)
             assert abs(weights[name]) < float("inf")
@@ -188,7 +191,7 @@ def load_prompts(path):
     try:
         with open(path, encoding="utf-8-sig") as f:
             lines = [(i, line.strip()) for i, line in enumerate(f.read().split("\n"), 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise ValueError(f"cannot read --prompts {path}: {getattr(e, 'strerror', None) or 'it is not UTF-8 text'}") from None
     if not lines:
         raise ValueError(f"--prompts {path} is empty: it needs a prompt a line")
@@ -198,7 +201,7 @@ def load_prompts(path):
         if path.endswith(".jsonl"):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise ValueError(f"--prompts {path}, line {i}: not valid JSON") from None
             if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
                 raise ValueError(f"--prompts {path}, line {i}: needs an object with a non-empty text under \"prompt\"")

@@ -30,9 +30,9 @@ PRESETS = {
     "sd35m": dict(pretrained="stabilityai/stable-diffusion-3.5-medium"),
     "sd3m": dict(pretrained="stabilityai/stable-diffusion-3-medium-diffusers"),
     "tiny": dict(pretrained=os.path.join(HERE, "assets/tiny"), prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"), device="auto",
-                 resolution=32, max_sequence_length=8, cfg=2.0, epochs=250, prompts_per_epoch=8, group_size=8, micro_batch=64, lr=5e-4,
-                 fake_lr=1e-3, ema=.9, ema_every=1, rewards="clipscore:1,checker:1", reward_path=[f"clipscore={HERE}/assets/tiny/clip"],
-                 det_weight=.3, dm_weight=.1, sample_every=50, save_every=50, cache_text=200),
+                 resolution=32, max_sequence_length=8, cfg=2.0, epochs=340, prompts_per_epoch=8, group_size=8, micro_batch=64, lr=5e-4,
+                 fake_lr=1e-3, ema=.97, ema_every=1, rewards="clipscore:1,checker:1", reward_path=[f"clipscore={HERE}/assets/tiny/clip"],
+                 det_weight=.5, dm_weight=.1, sample_every=85, save_every=85, cache_text=200),
 }
 
 
@@ -101,6 +101,8 @@ def main():
     K, M = args.num_steps, args.subset
     if not 1 <= M <= K - 1:
         die(f"--subset must lie in 1..{K - 1} (the stochastic steps of {K}), got {M}")
+    if args.eta == 0 and args.policy_weight:
+        die("--eta 0 leaves no stochastic step for SubGRPO: give --eta > 0, or --policy_weight 0")
     device, rank, world = setup(args)
     rows = checked(load_prompts, args.prompts)
     pipe = load_pipeline(args, device)
@@ -152,7 +154,8 @@ def main():
         std_or_none = (lambda std: std) if args.log_prob == "gaussian" else (lambda std: None)
 
         # ---- roll out all K steps, decode, score
-        path, old_log_p, scores = [x_K] + [torch.empty_like(x_K) for _ in range(K)], torch.zeros(K, len(prompts), device=device), torch.zeros(len(rewards), I, device=device)
+        path, old_log_p = [x_K] + [torch.empty_like(x_K) for _ in range(K)], torch.zeros(K, len(prompts), device=device)
+        scores = torch.zeros(len(rewards), I, device=device)  # of all pictures; each rank fills in its own
         with torch.no_grad():
             for b, text in zip(batches, texts):
                 G = play(transformer, roles["generator"], text)
@@ -169,7 +172,7 @@ def main():
         advantage, kept = advantage_all[mine], (advantage_all != 0).sum().clamp(min=1)
 
         # ---- one step of the fake score on the finished pictures (s = 0)
-        sums = torch.zeros(6, device=device)
+        sums, most = torch.zeros(5, device=device), torch.zeros((), device=device)
         u, n, back, n1, n2 = uniform(), normal(), uniform(), normal(), normal()
         for b, text in zip(batches, texts):
             F, steps_back = play(transformer, roles["fake"], text), (1 + (200 * back[b]).floor()) / 1000
@@ -191,7 +194,7 @@ def main():
                 (args.policy_weight * ((K - 1) / M if args.subset_factor else 1) * loss).backward()
                 sums[1] += loss.detach()
                 sums[4] += (drift > args.clip).sum() / I / M
-                sums[5] = torch.maximum(sums[5], drift.max() / world)
+                most = torch.maximum(most, drift.max())
             if args.det_weight or args.dm_weight:  # the last step. x is a constant: its dependence on G is SubGRPO's part (App. G.2)
                 x = path[K - 1][b]
                 x_0 = cps_step(x, G(x, levels[K - 1]), levels[K - 1], 0.0, args.eta, noise[K - 1][b])[0]
@@ -211,9 +214,11 @@ def main():
             n = (epoch + 1) // args.ema_every
             torch._foreach_lerp_(ema, [p.detach() for p in G_params], 1 - min(args.ema, (1 + n) / (10 + n)))
 
-        names = ("loss_fake", "loss_policy", "loss_det", "loss_dm", "drift_clipped", "drift_max")
+        names = ("loss_fake", "loss_policy", "loss_det", "loss_dm", "drift_clipped")
+        mean, square = all_sum(torch.stack([path[K].sum(0), path[K].square().sum(0)])) / I  # how much the pictures differ: falls in a collapse
         log(bar, I, step=epoch, S=S, **{f"reward_{r.name}": scores[i].mean().item() for i, r in enumerate(rewards)},
-            **dict(zip(names, all_sum(sums).tolist())), group_std=path[K].std(0).mean().item(), grad_fake=F_norm, grad_generator=G_norm)
+            **dict(zip(names, all_sum(sums).tolist())), drift_max=all_sum(most, dist.ReduceOp.MAX).item(),
+            latent_std=(square - mean ** 2).clamp(min=0).sqrt().mean().item(), grad_fake=F_norm, grad_generator=G_norm)
         if args.sample_every and (epoch + 1) % args.sample_every == 0:
             preview(pipe, roles["generator"], encode, rows, args, f"epoch_{epoch + 1}")
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:

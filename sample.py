@@ -17,10 +17,11 @@ import time
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from cold_start import (PRESETS, add_adapter, checked, decode, die, find_weights, load_adapter, load_pipeline, parse, play, read,
+from cold_start import (add_adapter, checked, decode, die, find_weights, load_adapter, load_pipeline, parse, play, read,
                         save_grid, setup, text_encoder, write_atomically)
 from cps import cps_step, sigmas
 from rewards import build, load_prompts
+from rtdmd_rl import PRESETS
 
 
 @torch.no_grad()
@@ -76,14 +77,17 @@ def arguments():
     add("--cache_text", type=int, default=64, help="keep the text embeddings of so many prompts")
     add("--out_dir", default="out/samples", help="where grid.png, the single pictures and scores.jsonl go")
     preset = PRESETS.get(parser.parse_known_args()[0].preset, {})
-    known = {action.dest for action in parser._actions} - {"steps", "batch_size", "prompts", "cfg"}
+    known = {action.dest for action in parser._actions} - {"steps", "batch_size", "prompts", "cfg", "rewards"}
     parser.preset = {k: v for k, v in preset.items() if k in known}
     args = parse(parser)
-    for name, usual in (("cfg", preset.get("cfg", 4.5) if args.teacher else 1.0), ("steps", 50 if args.teacher else 4), ("eta", 0.0 if args.teacher else .9)):
+    usual = dict(steps=50, eta=0.0, cfg=preset.get("cfg", 4.5)) if args.teacher else dict(steps=4, eta=.9, cfg=1.0)
+    for name, value in usual.items():
         if getattr(args, name) is None:
-            setattr(args, name, usual)
+            setattr(args, name, value)
     if not args.prompts and not (args.prompt or "").strip():
         die("nothing to draw: give a prompt, or --prompts FILE")
+    if (args.prompt or "").encode("utf-8", "ignore").decode() != (args.prompt or ""):
+        die("the prompt is not UTF-8 text")
     return args
 
 

@@ -833,7 +833,7 @@ def test_several_processes_train_the_same_adapters_as_one(run, alone, tmp_path, 
         cold_start.add_adapter(transformer, name, tiny_args())
         difference, way = flat(many[name]) - flat(one[name]), flat(one[name]) - flat(cold_start.adapter(transformer, name))
         assert difference.abs().max() < 1e-5 and difference.norm() < .01 * way.norm(), (difference.abs().max(), difference.norm() / way.norm())
-    for a, b in zip(log_of(alone / stage, "group_std"), log_of(tmp_path / "out", "group_std"), strict=True):
+    for a, b in zip(log_of(alone / stage), log_of(tmp_path / "out"), strict=True):
         assert a == {k: pytest.approx(v, rel=1e-3, abs=1e-6) for k, v in b.items()}
 
 
@@ -1074,6 +1074,8 @@ INPUTS = [  # program, flags, what the one line says
     (R, "--prompts_per_epoch 0", "--prompts_per_epoch"), (R, "--ema_every 0", "--ema_every"), (R, "--epochs 0", "--epochs"), (R, "--prompts {foreign}", "checker"),
     (R, "--prompts {include}", "include"), (S, "cat --shift -1", "--shift"), (S, "cat --seed 99999999999999999999", "--seed"),
     (S, "cat --cold_start {nan}", "generator_ema.pt"),
+    (R, "--cold_start ''", "generator_ema.pt"), (C, "--device meta", "meta"), (C, "--num_steps 18", "--num_steps"),
+    (R, "--eta 0", "--eta"), (R, "--rewards clipscore,clipscore:2", "twice"), 
 ]
 SHORT = {C: "--sample_every 0 --steps 1 --batch_size 2", R: "--sample_every 0 --epochs 1 --prompts_per_epoch 1 --group_size 2 --cold_start {good}",
          S: "--cold_start {good} --rtdmd ''"}  # should an input be taken after all, then at least not for long
@@ -1120,7 +1122,7 @@ def test_a_nan_in_stage_1_skips_that_update_alone(tmp_path):
     before, after = load(tmp_path / "before/ckpt.pt"), load(tmp_path / "out/ckpt.pt")
     assert torch.equal(flat(before["fake"]), flat(after["fake"])) and {int(s["step"]) for s in after["F_opt"]["state"].values()} == {1}
     assert torch.isfinite(flat(after["generator"])).all() and not torch.equal(flat(before["generator"]), flat(after["generator"]))
-    assert not math.isfinite(log_of(tmp_path / "out")[1]["grad_fake"])
+    assert log_of(tmp_path / "out")[1]["grad_fake"] is None
 
 
 def test_skipped_updates_are_counted_in_the_log(tmp_path):
@@ -1144,7 +1146,7 @@ def test_a_nan_reward_of_one_picture_in_stage_2_skips_that_update_alone(run, tmp
     good(here(rtdmd_rl, *flags, "--epochs", 2, "--out_dir", tmp_path / "out", build=build))
     before, after = load(tmp_path / "before/ckpt.pt"), load(tmp_path / "out/ckpt.pt")
     assert torch.equal(flat(before["generator"]), flat(after["generator"])) and not torch.equal(flat(before["fake"]), flat(after["fake"]))
-    assert torch.isfinite(flat(after["ema"])).all() and not math.isfinite(log_of(tmp_path / "out")[1]["grad_generator"])
+    assert torch.isfinite(flat(after["ema"])).all() and log_of(tmp_path / "out")[1]["grad_generator"] is None
 
 
 @pytest.mark.parametrize("stage, loss", [(s, f) for s in ("cold", "rl") for f in ("fake_score_loss", "generator_loss")])

@@ -484,7 +484,7 @@ def draw_report(sheet, prompts, logs, path):
         pen.text((4, top + i * cell + 14), title, "black", font)
         for j, picture in enumerate((pictures.permute(0, 2, 3, 1) * 255).round().byte().numpy()):
             image.paste(Image.fromarray(picture).resize((64, 64), Image.BICUBIC), (left + j * cell, top + i * cell))
-    curves = [("cold_start", "loss_generator")] + [("rtdmd", k) for k in logs["rtdmd"][0] if k.startswith("reward_") or k == "group_std"]
+    curves = [("cold_start", "loss_generator")] + [("rtdmd", k) for k in logs["rtdmd"][0] if k.startswith("reward_") or k == "latent_std"]
     for c, (stage, key) in enumerate(curves):
         values = [line[key] for line in logs[stage] if line.get(key)] or [0]
         values = [sum(values[i:i + 10]) / len(values[i:i + 10]) for i in range(0, len(values), 10)]
