@@ -365,7 +365,7 @@ def make_pipeline(out_dir, quality, seed, device):
 
 QUALITY = {  # (steps, batch) of each model; the transformer's third number is the size of its bank of encoded pictures
     "cuda": {"vae": (4000, 256), "clip": (2500, 512), "transformer": (7000, 1024, 1 << 20)},
-    "cpu": {"vae": (400, 64), "clip": (800, 128), "transformer": (3000, 128, 1 << 14)},
+    "cpu": {"vae": (400, 64), "clip": (500, 128), "transformer": (2500, 128, 1 << 14)},
 }
 
 
