@@ -177,7 +177,7 @@ def main():
             numbers["grad_generator"] = update(G_params, G_opt, args, skipped, "generator")
         torch._foreach_lerp_(ema, [p.detach() for p in G_params], 1 - args.ema)
 
-        losses = dict(zip(("loss_fake", "loss_ambient", "loss_consistency", "loss_generator"), (all_sum(sums) / N).tolist()))
+        losses = dict(zip(("loss_fake", "loss_ambient", "loss_consistency", "loss_generator"), (all_reduce(sums) / N).tolist()))
         if "grad_generator" not in numbers:
             del losses["loss_generator"]
         log(bar, N, step=step, k=k, **losses, **numbers)
@@ -264,8 +264,10 @@ def setup(args, training=True):
         die("no CUDA GPU found, and this recipe needs one; to try everything on this machine: --preset tiny (or insist with --device cpu)")
     try:
         device = torch.device(args.device, local) if args.device == "cuda" else torch.device(args.device)
-        assert device.type in ("cuda", "cpu") or device.type == "mps" and torch.backends.mps.is_available()
-    except (RuntimeError, AssertionError):
+        there = device.type in ("cuda", "cpu") or device.type == "mps" and torch.backends.mps.is_available()
+    except RuntimeError:
+        there = False
+    if not there:
         die(f"--device must be cuda, cpu, mps or auto, and be there; got {args.device!r}")
     if training and os.path.exists(f"{args.out_dir}/ckpt.pt") and not args.resume:
         die(f"{args.out_dir} holds a run already: add --resume to continue it, or choose another --out_dir")
@@ -382,8 +384,8 @@ def data_order(length, first, count, seed):
     order = {e: random.Random(f"{seed}/pass/{e}").sample(range(length), length) for e in range(first // length, (first + count - 1) // length + 1)}
     return [order[i // length][i % length] for i in range(first, first + count)]
 
-def all_sum(tensor, op=dist.ReduceOp.SUM):
-    """Sum (or op) over ranks, in place."""
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
+    """Sum (or another op) over ranks, in place; nothing to do for one process."""
     if dist.is_initialized():
         dist.all_reduce(tensor, op)
     return tensor
@@ -391,7 +393,7 @@ def all_sum(tensor, op=dist.ReduceOp.SUM):
 def update(parameters, optimizer, args, skipped, name):
     """One optimiser step on gradients summed over ranks in one flat all-reduce -> gradient norm. One that is not finite changes
     nothing but skipped[name]; args.max_skipped of them in a row end the run."""
-    flat = all_sum(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]))
+    flat = all_reduce(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]))
     norm = flat.norm().item()
     skipped[name] = 0 if math.isfinite(norm) else skipped[name] + 1
     if math.isfinite(norm):

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cold_start import (HERE, adapter, add_adapter, all_sum, checked, data_order, decode, die, fake_score_loss, find_weights, generator, generator_loss,
+from cold_start import (HERE, adapter, add_adapter, all_reduce, checked, data_order, decode, die, fake_score_loss, find_weights, generator, generator_loss,
                         load_adapter, load_checkpoint, load_pipeline, make_log, make_parser, parse, play, preview,
                         renoise_time, save_checkpoint, setup, shard, text_encoder, train_only, update)
 from cps import cps_step, log_prob, sigmas
@@ -167,7 +167,7 @@ def main():
                 pictures = decode(pipe, path[K][b])
                 for r, reward in enumerate(rewards):
                     scores[r, mine][b] = reward(pictures, prompts[b], metadata[b]).float()
-        scores = all_sum(scores)
+        scores = all_reduce(scores)
         advantage_all = advantages(scores, [r.weight for r in rewards], args.group_size, args.advantage_std, args.advantage_clip)
         advantage, kept = advantage_all[mine], (advantage_all != 0).sum().clamp(min=1)
 
@@ -215,9 +215,9 @@ def main():
             torch._foreach_lerp_(ema, [p.detach() for p in G_params], 1 - min(args.ema, (1 + n) / (10 + n)))
 
         names = ("loss_fake", "loss_policy", "loss_det", "loss_dm", "drift_clipped")
-        mean, square = all_sum(torch.stack([path[K].sum(0), path[K].square().sum(0)])) / I  # how much the pictures differ: falls in a collapse
+        mean, square = all_reduce(torch.stack([path[K].sum(0), path[K].square().sum(0)])) / I  # how much the pictures differ: falls in a collapse
         log(bar, I, step=epoch, S=S, **{f"reward_{r.name}": scores[i].mean().item() for i, r in enumerate(rewards)},
-            **dict(zip(names, all_sum(sums).tolist())), drift_max=all_sum(most, dist.ReduceOp.MAX).item(),
+            **dict(zip(names, all_reduce(sums).tolist())), drift_max=all_reduce(most, dist.ReduceOp.MAX).item(),
             latent_std=(square - mean ** 2).clamp(min=0).sqrt().mean().item(), grad_fake=F_norm, grad_generator=G_norm)
         if args.sample_every and (epoch + 1) % args.sample_every == 0:
             preview(pipe, roles["generator"], encode, rows, args, f"epoch_{epoch + 1}")

@@ -256,6 +256,7 @@ def train_clip(rows, tokenizer, steps, batch, device, width, patch):
     """CLIPModel by contrast over all captions and all pictures of a batch; other captions that happen to be true of a picture are
     masked out of the contrast. An auxiliary loss, dropped afterwards, asks each patch which shape and colour covers its centre."""
     from transformers import CLIPConfig, CLIPModel
+    from rewards import clip_pixels
     ids = tokenizer([r["prompt"] for r in rows], padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").to(device)
     special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     clip = CLIPModel(CLIPConfig(
@@ -264,7 +265,6 @@ def train_clip(rows, tokenizer, steps, batch, device, width, patch):
         vision_config=dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=4, num_attention_heads=4,
                            image_size=SIZE, patch_size=patch, projection_dim=64), projection_dim=64)).to(device)
     head = torch.nn.Linear(width, 13, device=device)
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in ((.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)))
     column = lambda f: torch.tensor([f(r["include"]) for r in rows], device=device)
     count = torch.stack([column(lambda o: sum(p["count"] for p in o if p["class"] == s)) for s in SHAPES], 1)
     ends = [(column(lambda o: SHAPES.index(o[e]["class"])), column(lambda o: list(COLORS).index(o[e]["color"]) if "color" in o[e] else -1)) for e in (0, -1)]
@@ -282,7 +282,7 @@ def train_clip(rows, tokenizer, steps, batch, device, width, patch):
         dx, dy = (at(v)[:, ends[0][0]] - at(v)[:, ends[1][0]] for v in (x, y))
         true &= (relation < 0) | (torch.stack([-dx, dx, -dy, dy]).gather(0, relation.clamp(min=0).expand(1, batch, -1))[0] > 3)
         noisy = (image + torch.randn_like(image) * .05 * torch.rand(batch, 1, 1, 1, device=device)).clamp(0, 1)
-        out = clip.vision_model(pixel_values=(noisy - mean) / std)
+        out = clip.vision_model(pixel_values=clip_pixels(noisy, SIZE))
         v = F.normalize(clip.visual_projection(out.pooler_output), dim=-1)
         t = F.normalize(clip.text_projection(clip.text_model(**ids).pooler_output), dim=-1)
         logits = clip.logit_scale.exp().clamp(max=100) * v @ t.T  # [batch, captions]
@@ -435,6 +435,7 @@ def report(run, pretrained, device):
     clips = build("clipscore,judge", device, [f"clipscore={pretrained}/clip", f"judge={pretrained}/judge"])
     own = {tag: [r for r in captions("test") if r["tag"] == tag] for tag in CATEGORIES}
     rows = [row for tag in CATEGORIES for row in own[tag] for _ in range(PER_CATEGORY // len(own[tag]))]
+    prompts = [[r["prompt"] for r in rows[i:i + PER_CATEGORY]] for i in range(0, len(rows), PER_CATEGORY)]
     logs = {stage: [json.loads(line) for line in open(f"{run}/{stage}/log.jsonl")] for stage in ("cold_start", "rtdmd")}
     many, few, table, sheet = sigmas(50), sigmas(4), [], []
     for name, adapters, cfg, levels, eta, stage in (
@@ -442,16 +443,15 @@ def report(run, pretrained, device):
             ("AC-DMD", stacked[:1], 1.0, few, .9, "cold_start"), ("RTDMD", stacked, 1.0, few, .9, "rtdmd")):
         latents, pictures, scores, start = [], [], [[], []], time.time()
         with torch.no_grad():
-            for i in range(0, len(rows), PER_CATEGORY):
-                prompts = [r["prompt"] for r in rows[i:i + PER_CATEGORY]]
-                v = play(pipe.transformer, adapters, encode(prompts), encode([""]) if cfg != 1 else None, cfg)
-                latents.append(draw(v, range(10 ** 6 + i, 10 ** 6 + i + PER_CATEGORY), pipe.latent_shape, levels, eta, device))
+            for i, texts in enumerate(prompts):
+                v = play(pipe.transformer, adapters, encode(texts), encode([""]) if cfg != 1 else None, cfg)
+                seeds = range(10 ** 6 + i * PER_CATEGORY, 10 ** 6 + (i + 1) * PER_CATEGORY)
+                latents.append(draw(v, seeds, pipe.latent_shape, levels, eta, device))
                 pictures.append(decode(pipe, latents[-1]))
             seconds = time.time() - start
-            for i, batch in enumerate(pictures):
-                prompts = [r["prompt"] for r in rows[i * PER_CATEGORY:(i + 1) * PER_CATEGORY]]
-                for score, clip in zip(scores, clips):
-                    score += clip(batch, prompts, None).tolist()
+            for score, clip in zip(scores, clips):
+                for images, texts in zip(pictures, prompts):
+                    score += clip(images, texts, None).tolist()
         pictures, latents = torch.cat(pictures).cpu(), torch.cat(latents)
         found = detect(pictures)
         passed = [check(objects, row) for objects, row in zip(found, rows)]
