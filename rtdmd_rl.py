@@ -6,7 +6,7 @@
     AC-DMD           stage 1's distribution-matching term, imported from cold_start.py, as the anchor to the teacher (Eq. 9)
 
 What GRPO usually has and is not here: no reference model and no KL penalty (AC-DMD is the anchor), and one update an epoch, so
-that every update is exactly on-policy. One epoch = roll out, score, one step of F, one step of G.
+that every update is exactly on-policy. One epoch = roll out, one step of F, score, one step of G.
 
 Read in this order: `advantages`, `policy_loss`, `shared_noise`, then `main` (Algorithm 1, second half).
 
@@ -153,9 +153,8 @@ def main():
         texts = [encode(prompts[b]) for b in batches]
         std_or_none = (lambda std: std) if args.log_prob == "gaussian" else (lambda std: None)
 
-        # ---- roll out all K steps, decode, score
+        # ---- roll out all K steps
         path, old_log_p = [x_K] + [torch.empty_like(x_K) for _ in range(K)], torch.zeros(K, len(prompts), device=device)
-        scores = torch.zeros(len(rewards), I, device=device)  # of all pictures; each rank fills in its own
         with torch.no_grad():
             for b, text in zip(batches, texts):
                 G = play(transformer, roles["generator"], text)
@@ -164,12 +163,6 @@ def main():
                     path[k + 1][b], mean, std = cps_step(x, G(x, levels[k]), levels[k], levels[k + 1], args.eta, noise[k][b])
                     if k in S:
                         old_log_p[k][b] = log_prob(path[k + 1][b], mean, std_or_none(std))
-                pictures = decode(pipe, path[K][b])
-                for r, reward in enumerate(rewards):
-                    scores[r, mine][b] = reward(pictures, prompts[b], metadata[b]).float()
-        scores = all_reduce(scores)
-        advantage_all = advantages(scores, [r.weight for r in rewards], args.group_size, args.advantage_std, args.advantage_clip)
-        advantage, kept = advantage_all[mine], (advantage_all != 0).sum().clamp(min=1)
 
         # ---- one step of the fake score on the finished pictures (s = 0)
         sums, most = torch.zeros(5, device=device), torch.zeros((), device=device)
@@ -181,11 +174,38 @@ def main():
             sums[0] += loss.sum().detach() / I
         F_norm = update(F_params, F_opt, args, skipped, "fake")
 
-        # ---- one step of the generator
+        # ---- the generator's gradient, first part: its last step once more, now with gradient. The pictures are decoded and scored
+        #      only here, so that one pass through decoder and rewards serves both estimators. Their input is a constant: what it
+        #      owes to G is SubGRPO's part (App. G.2).
         u, n, back_noise = uniform(), normal(), normal()
+        scores = torch.zeros(len(rewards), I, device=device)  # of all pictures; each rank fills in its own
         for b, text in zip(batches, texts):
             G, F = (play(transformer, roles[role], text) for role in ("generator", "fake"))
-            for k in S if args.policy_weight else ():  # SubGRPO (Eq. 17); pictures with advantage 0 add nothing and are not counted
+            with torch.set_grad_enabled(bool(args.det_weight or args.dm_weight)):
+                x_0 = cps_step(path[K - 1][b], G(path[K - 1][b], levels[K - 1]), levels[K - 1], 0.0, args.eta, noise[K - 1][b])[0]
+            with torch.set_grad_enabled(bool(args.det_weight)):
+                pictures = decode(pipe, x_0)
+                each = [r(pictures if r.differentiable else pictures.detach(), prompts[b], metadata[b]).float() for r in rewards]
+                total = sum(r.weight * score for r, score in zip(rewards, each) if r.differentiable)
+            scores[:, mine][:, b] = torch.stack(each).detach()
+            loss = 0.0
+            if args.det_weight:  # Eq. 15
+                det = torch.relu(args.margin - total).sum() / I
+                loss, sums[2] = loss + args.det_weight * det, sums[2] + det.detach()
+            if args.dm_weight:  # Eq. 9 at s = 0, with the teacher's guidance
+                teacher = play(transformer, roles["teacher"], text, negative, args.cfg)
+                dm = generator_loss(x_0, 0.0, renoise_time(0.0, u[b]), n[b], back_noise[b], teacher, F, args.eta).sum() / I
+                loss, sums[3] = loss + args.dm_weight * dm, sums[3] + dm.detach()
+            if args.det_weight or args.dm_weight:
+                loss.backward()
+
+        # ---- second part: SubGRPO on the steps in S (Eq. 17); pictures with advantage 0 add nothing and are not counted
+        scores = all_reduce(scores)
+        advantage_all = advantages(scores, [r.weight for r in rewards], args.group_size, args.advantage_std, args.advantage_clip)
+        advantage, kept = advantage_all[mine], (advantage_all != 0).sum().clamp(min=1)
+        for b, text in zip(batches, texts):
+            G = play(transformer, roles["generator"], text)
+            for k in S if args.policy_weight else ():
                 _, mean, std = cps_step(path[k][b], G(path[k][b], levels[k]), levels[k], levels[k + 1], args.eta, noise[k][b])
                 log_p = log_prob(path[k + 1][b], mean, std_or_none(std))
                 drift = (torch.exp(log_p - old_log_p[k][b]) - 1).detach().abs()
@@ -195,20 +215,6 @@ def main():
                 sums[1] += loss.detach()
                 sums[4] += (drift > args.clip).sum() / I / M
                 most = torch.maximum(most, drift.max())
-            if args.det_weight or args.dm_weight:  # the last step. x is a constant: its dependence on G is SubGRPO's part (App. G.2)
-                x = path[K - 1][b]
-                x_0 = cps_step(x, G(x, levels[K - 1]), levels[K - 1], 0.0, args.eta, noise[K - 1][b])[0]
-                loss = 0.0
-                if args.det_weight:  # Eq. 15
-                    pictures = decode(pipe, x_0)
-                    total = sum(r.weight * r(pictures, prompts[b], metadata[b]) for r in rewards if r.differentiable)
-                    det = torch.relu(args.margin - total).sum() / I
-                    loss, sums[2] = loss + args.det_weight * det, sums[2] + det.detach()
-                if args.dm_weight:  # Eq. 9 at s = 0, with the teacher's guidance
-                    teacher = play(transformer, roles["teacher"], text, negative, args.cfg)
-                    dm = generator_loss(x_0, 0.0, renoise_time(0.0, u[b]), n[b], back_noise[b], teacher, F, args.eta).sum() / I
-                    loss, sums[3] = loss + args.dm_weight * dm, sums[3] + dm.detach()
-                loss.backward()
         G_norm = update(G_params, G_opt, args, skipped, "generator")
         if (epoch + 1) % args.ema_every == 0:
             n = (epoch + 1) // args.ema_every

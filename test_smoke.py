@@ -639,7 +639,7 @@ def test_stage_2_shares_noise_on_the_other_steps_only_and_its_first_ratio_is_1(t
     assert len(calls) == 4 * (K + 2) and len({tuple(line["S"]) for line in log}) > 1
     distinct = lambda noise: len({tuple(row.flatten().tolist()) for row in noise})
     for epoch, line in enumerate(log):
-        *steps, (s, x, _), (_, last_x, _) = calls[epoch * (K + 2):(epoch + 1) * (K + 2)]
+        *steps, (_, last_x, _), (s, x, _) = calls[epoch * (K + 2):(epoch + 1) * (K + 2)]
         assert [step[0] for step in steps] == LEVELS[:K] and [LEVELS.index(s)] == line["S"] and torch.equal(x, steps[line["S"][0]][1])
         for k, (_, _, noise) in enumerate(steps[:-1]):
             assert [distinct(group) for group in (*noise.split(N), noise)] == ([N, N, 2 * N] if k in line["S"] else [1, 1, 2])
@@ -1137,9 +1137,9 @@ def test_a_nan_reward_of_one_picture_in_stage_2_skips_that_update_alone(run, tmp
     def build(*inputs):
         clipscore, checker = real(*inputs)
 
-        def poisoned(images, prompts, metadata):  # called twice an epoch, for the rollout and for loss_det
+        def poisoned(images, prompts, metadata):  # called once an epoch
             score = clipscore(images, prompts, metadata)
-            return torch.cat([score[:-1], score[-1:] * (math.nan if next(count) // 2 == 1 else 1)])
+            return torch.cat([score[:-1], score[-1:] * (math.nan if next(count) == 1 else 1)])
         poisoned.__dict__.update(clipscore.__dict__)
         return [poisoned, checker]
     good(here(rtdmd_rl, *flags, "--epochs", 1, "--out_dir", tmp_path / "before"))
