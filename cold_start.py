@@ -12,12 +12,16 @@ Read in this order: `rollout`, `fake_score_loss`, `generator_loss` (the mathemat
     python cold_start.py --preset tiny                  # the laptop model in assets/tiny, minutes on a CPU
 """
 import argparse
+import functools
+import gc
 import hashlib
 import json
 import math
 import os
 import random
+import shutil
 import sys
+import tempfile
 import time
 import warnings
 from datetime import timedelta
@@ -42,7 +46,7 @@ PRESETS = {  # defaults that differ; everything else is the same for every model
     "sd3m": dict(pretrained="stabilityai/stable-diffusion-3-medium-diffusers"),
     "tiny": dict(pretrained=os.path.join(HERE, "assets/tiny"), prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"), device="auto",
                  resolution=32, max_sequence_length=8, cfg=2.0, steps=800, batch_size=64, micro_batch=64, lr=1e-3, fake_lr=1e-3,
-                 generator_every=2, ema=.99, sample_every=200, save_every=200, cache_text=200),
+                 generator_every=2, ema=.99, sample_every=200, save_every=200, compile=0),
 }
 
 
@@ -121,13 +125,13 @@ def main():
     device, rank, world = setup(args)
     rows = checked(load_prompts, args.prompts)
     pipe = load_pipeline(args, device)
-    transformer, encode, shape = pipe.transformer, text_encoder(pipe, args), pipe.latent_shape
+    transformer, encode, shape = pipe.transformer, text_encoder(pipe, args, [row["prompt"] for row in rows]), pipe.latent_shape
     roles = {"generator": ["generator"], "fake": ["fake"], "teacher": []}
     for name in ("generator", "fake"):
         add_adapter(transformer, name, args)
     G_params, F_params = train_only(transformer, "generator", "fake")
-    G_opt = torch.optim.AdamW(G_params, lr=args.lr, betas=(.9, .999), weight_decay=0)
-    F_opt = torch.optim.AdamW(F_params, lr=args.fake_lr, betas=(.9, .999), weight_decay=0)
+    G_opt = torch.optim.AdamW(G_params, lr=args.lr, betas=(.9, .999), weight_decay=0, fused=device.type == "cuda")
+    F_opt = torch.optim.AdamW(F_params, lr=args.fake_lr, betas=(.9, .999), weight_decay=0, fused=device.type == "cuda")
     ema = [p.detach().clone() for p in G_params]
     state = {"generator": G_params, "fake": F_params, "ema": ema, "G_opt": G_opt, "F_opt": F_opt, "keys": list(adapter(transformer, "fake"))}
     args.start = load_checkpoint(args, state) if args.resume else 0
@@ -138,6 +142,7 @@ def main():
               f"{sum(p.numel() for p in G_params) / 1e6:.1f} M parameters an adapter", flush=True)
 
     bar, log = tqdm(range(args.start, args.steps), initial=args.start, total=args.steps, disable=None if rank == 0 else True), make_log(args)
+    part = stopwatch(args, transformer, N, warm_up=args.generator_every)
     skipped = {"generator": 0, "fake": 0}  # updates in a row that were not finite
     for step in bar:
         # All random numbers of a step come from (seed, step) and are drawn for the whole batch, of which each rank keeps its rows:
@@ -152,15 +157,18 @@ def main():
         prompts = [rows[i]["prompt"] for i in data_order(len(rows), step * N, N, args.seed)][mine]
         texts = [encode(prompts[i:i + args.micro_batch]) for i in range(0, len(prompts), args.micro_batch)]
         sums, paths = torch.zeros(4, device=device), []
+        part("text")
 
         for i, text in enumerate(texts):  # every step: the fake score follows the generator
             G, F = (play(transformer, roles[role], text) for role in ("generator", "fake"))
             with torch.no_grad():
                 paths.append(rollout(G, x_K[i], levels, k, args.eta, [noise[i] for noise in step_noise]))
+            part("rollout")
             steps_back = (1 + (200 * back[i]).floor()) / 1000  # U{1..200}/1000
             loss, ambient, consistency = fake_score_loss(F, paths[i][k], s, renoise_time(s, u_F[i]), noise_F[i], steps_back,
                                                          noise1[i], noise2[i], args.gamma, args.eta)
             (loss.sum() / N).backward()
+            part("fake")
             sums[:3] += torch.stack([loss.sum(), ambient.sum(), consistency.sum()]).detach()
         numbers = {"grad_fake": update(F_params, F_opt, args, skipped, "fake")}
 
@@ -173,6 +181,7 @@ def main():
                 x_s = cps_step(x, G(x, levels[k - 1]), levels[k - 1], s, args.eta, step_noise[k - 1][i])[0]
                 loss = generator_loss(x_s, s, renoise_time(s, u_G[i]), noise_G[i], back_G[i], teacher, F, args.eta)
                 (loss.sum() / N).backward()
+                part("generator")
                 sums[3] += loss.sum().detach()
             numbers["grad_generator"] = update(G_params, G_opt, args, skipped, "generator")
         torch._foreach_lerp_(ema, [p.detach() for p in G_params], 1 - args.ema)
@@ -181,6 +190,7 @@ def main():
         if "grad_generator" not in numbers:
             del losses["loss_generator"]
         log(bar, N, step=step, k=k, **losses, **numbers)
+        part("step")
         if args.sample_every and (step + 1) % args.sample_every == 0:
             preview(pipe, roles["generator"], encode, rows, args, f"step_{step + 1}")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
@@ -232,7 +242,11 @@ def make_parser(description, presets, out_dir):
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
     add("--max_skipped", type=int, default=20, help="stop after so many updates in a row with a non-finite gradient")
     add("--gradient_checkpointing", action="store_true", help="trade a third of the speed for most of the activations' memory")
-    add("--cache_text", type=int, default=64, help="keep the text embeddings of so many prompts")
+    add("--cache_text", action="store_true", help="encode all prompts once, before training, into a file in out_dir, and free the text encoders")
+    add("--low_memory", action="store_true", help="for a 24 GB card: --gradient_checkpointing, --cache_text, decoding picture by picture, "
+        "--micro_batch 4 at most")
+    add("--compile", type=int, choices=(0, 1), help="compile each transformer block and the decoder; 1 on a GPU unless said, else 0")
+    add("--bench", type=int, default=0, help="measure so many steps after a warm-up, print one JSON line, and stop; nothing is saved")
     add("--sample_every", type=int, default=500, help="save a picture grid every so many steps; 0: never")
     add("--save_every", type=int, default=500, help="save a checkpoint every so many steps")
     return parser, add
@@ -251,6 +265,11 @@ def parse(parser):
             die(f"--{name} must lie in [{low}, {high}], got {value}")
     if not args.out_dir:
         die("--out_dir must not be empty")
+    if getattr(args, "low_memory", False):
+        args.gradient_checkpointing = args.cache_text = True
+        args.micro_batch = min(args.micro_batch, 4)
+    if getattr(args, "bench", 0):
+        args.out_dir, args.resume = f"{tempfile.gettempdir()}/rtdmd_bench_{os.getppid()}", False
     if sigmas(getattr(args, "num_steps", 1), args.shift)[1] > .96:
         die(f"--num_steps {args.num_steps} with --shift {args.shift:g}: the first step ends above noise level .96, which leaves no room to re-noise")
     return args
@@ -296,7 +315,14 @@ def load_pipeline(args, device):
     unit, most = pipe.vae_scale_factor * pipe.transformer.config.patch_size, pipe.transformer.config.pos_embed_max_size
     if args.resolution % unit or args.resolution > unit * most:
         die(f"--resolution {args.resolution} must be divisible by {unit} and at most {unit * most} for this model's VAE and patches")
-    pipe.transformer.lora_layers = []
+    if args.compile or args.compile is None and device.type == "cuda":
+        # Block by block: one graph serves all blocks of a kind. A role, a batch size, with or without gradient: a graph each, compiled when
+        # first met, and never a slower one for "any size" in their place.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
+        for module in (*pipe.transformer.transformer_blocks, pipe.vae.decoder):
+            module.compile(dynamic=False)
+        pipe.vae.to(memory_format=torch.channels_last)
+    pipe.low_memory, pipe.transformer.lora_layers = getattr(args, "low_memory", False), []
     pipe.latent_shape = (pipe.transformer.config.in_channels, *[args.resolution // pipe.vae_scale_factor] * 2)
     if getattr(args, "gradient_checkpointing", False):
         def checkpoint(block, *inputs):  # recompute with the adapter of the forward pass, whichever is active by then
@@ -341,7 +367,7 @@ def play(transformer, adapters, text, negative=None, cfg=1.0):
         set_adapters(transformer, adapters)
         n = len(x)
         embeds, pooled = (e if len(e) == n else e.repeat(n // len(e), *[1] * (e.dim() - 1)) for e in text)
-        timestep = 1000 * torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(n)
+        timestep = 1000 * sigma.float().expand(n) if torch.is_tensor(sigma) else torch.full((n,), 1000 * sigma, device=x.device)
         if negative is not None:
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
             embeds, pooled = (torch.cat([e.expand(n, *e.shape[1:]), p]) for e, p in zip(negative, (embeds, pooled)))
@@ -354,22 +380,53 @@ def play(transformer, adapters, text, negative=None, cfg=1.0):
         return v
     return velocity
 
-def text_encoder(pipe, args):
-    """-> encode(prompts) -> (prompt_embeds [B,L,D], pooled [B,P]); remembers the last args.cache_text prompts."""
-    cache = {}
+def text_encoder(pipe, args, prompts=()):
+    """-> encode(prompts) -> (prompt_embeds [B,L,D], pooled [B,P]), each prompt encoded once; of the last 256 the result is kept.
+
+    With --cache_text all `prompts` are encoded now, into a file in out_dir that the processes of a machine share (1.7 MB a prompt for
+    SD3.5-M), and the encoders, most of which is T5-XXL's 9 GB, are freed.
+    """
+    cache, device = {}, pipe.transformer.device
 
     @torch.no_grad()
+    def fresh(prompts):
+        embeds, _, pooled, _ = pipe.encode_prompt(prompts, None, None, device=device, do_classifier_free_guidance=False,
+                                                  max_sequence_length=args.max_sequence_length)
+        return embeds, pooled
+
     def encode(prompts):
         new = [p for p in dict.fromkeys(prompts) if p not in cache]
         for i in range(0, len(new), 32):
-            embeds, _, pooled, _ = pipe.encode_prompt(new[i:i + 32], None, None, device=pipe.transformer.device,
-                                                      do_classifier_free_guidance=False, max_sequence_length=args.max_sequence_length)
-            cache.update(zip(new[i:i + 32], zip(embeds, pooled)))
+            cache.update(zip(new[i:i + 32], zip(*fresh(new[i:i + 32]))))
         embeds, pooled = (torch.stack(e) for e in zip(*(cache[p] for p in prompts)))
-        for p in list(cache)[:max(0, len(cache) - args.cache_text)]:
+        for p in list(cache)[:max(0, len(cache) - 256)]:
             del cache[p]
         return embeds, pooled
-    return encode
+    if not getattr(args, "cache_text", False):
+        return encode
+
+    rows, (embeds, pooled) = {p: i for i, p in enumerate(dict.fromkeys([*prompts, ""]))}, fresh([""])
+    size, path = embeds.numel() + pooled.numel(), f"{args.out_dir}/text.bin"
+    try:
+        with open(path, "ab") as f:  # all of it now: a memory map over a full disk ends in a bus error
+            os.posix_fallocate(f.fileno(), 0, len(rows) * size * embeds.element_size())
+    except OSError as e:
+        die(f"--cache_text needs {len(rows) * size * embeds.element_size() / 1e9:.1f} GB in {args.out_dir} ({e.strerror})")
+    table = torch.from_file(path, shared=True, size=len(rows) * size, dtype=embeds.dtype).view(len(rows), size)
+    local, of = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    todo = list(rows)[local::of]
+    for i in tqdm(range(0, len(todo), 32), desc="text", disable=None if local == 0 else True):
+        embeds, pooled = fresh(todo[i:i + 32])
+        table[[rows[p] for p in todo[i:i + 32]]] = torch.cat([embeds.flatten(1), pooled], 1).cpu()
+    all_reduce(torch.zeros(1, device=device))  # wait for the others' shares
+    shape, split = embeds.shape[1:], embeds[0].numel()
+    pipe.text_encoder = pipe.text_encoder_2 = pipe.text_encoder_3 = None
+    gc.collect(), torch.cuda.empty_cache()
+
+    def look_up(prompts):
+        found = table[[rows[p] for p in prompts]].to(device)
+        return found[:, :split].unflatten(1, shape), found[:, split:]
+    return look_up
 
 def generator(device, *key):
     """A random generator seeded by its key, e.g. (seed, step): stateless, so that resuming needs nothing but the step."""
@@ -381,8 +438,12 @@ def shard(n, rank, world):
 
 def data_order(length, first, count, seed):
     """Places first ... first+count-1 of an endless sequence of shuffled passes over `length` prompts."""
-    order = {e: random.Random(f"{seed}/pass/{e}").sample(range(length), length) for e in range(first // length, (first + count - 1) // length + 1)}
-    return [order[i // length][i % length] for i in range(first, first + count)]
+    return [shuffled(length, f"{seed}/pass/{i // length}")[i % length] for i in range(first, first + count)]
+
+@functools.lru_cache(2)
+def shuffled(length, key):
+    """A permutation of range(length)."""
+    return random.Random(key).sample(range(length), length)
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
     """Sum (or another op) over ranks, in place; nothing to do for one process."""
@@ -426,6 +487,65 @@ def make_log(args):
         file.write(json.dumps({**numbers, **speed}) + "\n")
         bar.set_postfix({k: f"{v:.3g}" for k, v in {**numbers, **speed}.items() if k != "step" and isinstance(v, (int, float))}, refresh=False)
     return log
+
+def stopwatch(args, transformer, images, warm_up):
+    """-> part(name): the time since the last call went to `name`; "step" ends a step. Does nothing without --bench. With it: warm_up steps,
+    which compile, then args.bench measured ones, one line of JSON, and the program ends.
+
+    TFLOP/s count the transformer alone: one forward for each picture it was given, one more where a gradient goes back through it (the
+    base is frozen), nothing for recomputed activations, the decoder or the rewards.
+    """
+    if not args.bench:
+        return lambda name: None
+    from torch.utils.flop_counter import FlopCounterMode
+    cuda, marks, state, begin = torch.cuda.is_available(), [], {"images": 0}, time.time()
+    between = (lambda a, b: a.elapsed_time(b) / 1000) if cuda else (lambda a, b: b - a)
+
+    def count(module, inputs, kwargs, output):
+        state["images"] += len(output[0]) * (2 if torch.is_grad_enabled() else 1)
+        state["example"] = {k: v[:1] if torch.is_tensor(v) else v for k, v in kwargs.items()}
+    transformer.register_forward_hook(count, with_kwargs=True)
+
+    def part(name):
+        event = torch.cuda.Event(enable_timing=True) if cuda else time.time()
+        if cuda:
+            event.record()
+        marks.append((name, event))
+        ends = [event for name, event in marks if name == "step"]
+        if name == "step" and len(ends) == warm_up and "warm" not in state:
+            del marks[:-1]
+            state.update(warm=time.time() - begin, images=0)
+        elif name == "step" and "warm" in state and len(ends) == args.bench + 1:
+            if cuda:
+                torch.cuda.synchronize()
+            seconds, parts = [between(a, b) for a, b in zip(ends, ends[1:])], {}
+            for (_, a), (name, b) in zip(marks, marks[1:]):
+                parts[name] = parts.get(name, 0) + between(a, b) / args.bench
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as flops, torch.autocast(
+                    "cuda" if cuda else "cpu", torch.bfloat16, enabled=cuda):
+                set_adapters(transformer, []), transformer(**state["example"])
+            mean, rate = sum(seconds) / args.bench, matmul_rate() if cuda else math.nan
+            achieved = state["images"] / args.bench * flops.get_total_flops() / mean / 1e12
+            quantile = lambda q: sorted(seconds)[min(len(seconds) - 1, int(q * len(seconds)))]
+            result = {"program": os.path.basename(sys.argv[0]), "device": torch.cuda.get_device_name() if cuda else "cpu", "images": images,
+                      "s_mean": mean, "s_median": quantile(.5), "s_p90": quantile(.9), "images_per_s": images / mean,
+                      "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None, "forwards": state["images"] / args.bench,
+                      "tflop_per_forward": flops.get_total_flops() / 1e12, "tflops": achieved, "matmul_tflops": rate, "share": achieved / rate,
+                      "compile_s": state["warm"] - warm_up * mean, "parts": parts}
+            if os.environ.get("RANK", "0") == "0":
+                shutil.rmtree(args.out_dir, ignore_errors=True)
+                print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}), flush=True)
+            sys.exit(0)
+    return part
+
+def matmul_rate(n=8192):
+    """TFLOP/s of a bf16 matrix product on this GPU, the ceiling that `stopwatch` compares with."""
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in "ab")
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
+    for event in events:
+        a @ b, event.record()
+    torch.cuda.synchronize()
+    return 2e-9 * n ** 3 * 10 / events[10].elapsed_time(events[20])
 
 def write_atomically(path, write):
     """write(temporary name), flush to disk, rename: a reader finds the old file or the new one, never half of one."""
@@ -504,7 +624,12 @@ def load_adapter(transformer, name, path):
 def decode(pipe, latents):
     """Latents [B,C,h,w] -> pictures [B,3,H,W] in [0,1], float32, differentiable."""
     config = pipe.vae.config
-    pictures = pipe.vae.decode((latents / config.scaling_factor + config.shift_factor).to(pipe.vae.dtype)).sample
+    latents = (latents / config.scaling_factor + config.shift_factor).to(pipe.vae.dtype)
+    if pipe.low_memory:  # one by one, and again in the backward pass: the activations of one picture are 2 GB
+        run = lambda z: pipe.vae.decode(z).sample
+        pictures = torch.cat([torch.utils.checkpoint.checkpoint(run, z, use_reentrant=False) for z in latents.split(1)])
+    else:
+        pictures = pipe.vae.decode(latents).sample
     return (pictures.float() / 2 + .5).clamp(0, 1)
 
 def save_grid(pictures, path, columns=8):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from cold_start import (HERE, adapter, add_adapter, all_reduce, checked, data_order, decode, die, fake_score_loss, find_weights, generator, generator_loss,
                         load_adapter, load_checkpoint, load_pipeline, make_log, make_parser, parse, play, preview,
-                        renoise_time, save_checkpoint, setup, shard, text_encoder, train_only, update)
+                        renoise_time, save_checkpoint, setup, shard, stopwatch, text_encoder, train_only, update)
 from cps import cps_step, log_prob, sigmas
 from rewards import build, load_prompts, parse_weights
 
@@ -32,7 +32,7 @@ PRESETS = {
     "tiny": dict(pretrained=os.path.join(HERE, "assets/tiny"), prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"), device="auto",
                  resolution=32, max_sequence_length=8, cfg=2.0, epochs=340, prompts_per_epoch=8, group_size=8, micro_batch=64, lr=5e-4,
                  fake_lr=1e-3, ema=.97, ema_every=1, rewards="clipscore:1,checker:1", reward_path=[f"clipscore={HERE}/assets/tiny/clip"],
-                 det_weight=.5, dm_weight=.1, sample_every=85, save_every=85, cache_text=200),
+                 det_weight=.5, dm_weight=.1, sample_every=85, save_every=85, compile=0),
 }
 
 
@@ -110,7 +110,7 @@ def main():
     for reward in rewards:
         checked(reward.check, [row["prompt"] for row in rows], [row["metadata"] for row in rows])
     args.det_weight *= any(r.differentiable for r in rewards)  # nothing to differentiate: SubGRPO alone (App. L)
-    transformer, encode, shape = pipe.transformer, text_encoder(pipe, args), pipe.latent_shape
+    transformer, encode, shape = pipe.transformer, text_encoder(pipe, args, [row["prompt"] for row in rows]), pipe.latent_shape
     # Stage 1's adapters are frozen and the new ones stacked on them; the teacher is still the plain base.
     roles = {"generator": ["cold_generator", "generator"], "fake": ["cold_fake", "fake"], "teacher": []}
     for name in ("cold_generator", "generator", "cold_fake", "fake"):
@@ -122,8 +122,8 @@ def main():
     elif rank == 0:
         print(f"{args.cold_start} has no fake.pt: the fake score starts from the teacher and needs some epochs to catch up", flush=True)
     G_params, F_params = train_only(transformer, "generator", "fake")
-    G_opt = torch.optim.AdamW(G_params, lr=args.lr, betas=(.9, .999), weight_decay=args.weight_decay)
-    F_opt = torch.optim.AdamW(F_params, lr=args.fake_lr, betas=(.9, .999), weight_decay=0)
+    G_opt = torch.optim.AdamW(G_params, lr=args.lr, betas=(.9, .999), weight_decay=args.weight_decay, fused=device.type == "cuda")
+    F_opt = torch.optim.AdamW(F_params, lr=args.fake_lr, betas=(.9, .999), weight_decay=0, fused=device.type == "cuda")
     ema = [p.detach().clone() for p in G_params]
     state = {"generator": G_params, "fake": F_params, "ema": ema, "G_opt": G_opt, "F_opt": F_opt, "keys": list(adapter(transformer, "fake"))}
     args.start = load_checkpoint(args, state) if args.resume else 0
@@ -135,6 +135,7 @@ def main():
               + ", ".join(f"{r.name} ({r.weight:g}{', by back-propagation too' if r.differentiable else ''})" for r in rewards), flush=True)
 
     bar, log = tqdm(range(args.start, args.epochs), initial=args.start, total=args.epochs, disable=None if rank == 0 else True), make_log(args)
+    part = stopwatch(args, transformer, I, warm_up=2)
     skipped = {"generator": 0, "fake": 0}  # updates in a row that were not finite
     for epoch in bar:
         # As in stage 1, every random number comes from (seed, epoch) and is drawn for all pictures: the number of GPUs does not matter.
@@ -152,6 +153,7 @@ def main():
         batches = [slice(i, i + args.micro_batch) for i in range(0, len(prompts), args.micro_batch)]
         texts = [encode(prompts[b]) for b in batches]
         std_or_none = (lambda std: std) if args.log_prob == "gaussian" else (lambda std: None)
+        part("text")
 
         # ---- roll out all K steps
         path, old_log_p = [x_K] + [torch.empty_like(x_K) for _ in range(K)], torch.zeros(K, len(prompts), device=device)
@@ -163,6 +165,7 @@ def main():
                     path[k + 1][b], mean, std = cps_step(x, G(x, levels[k]), levels[k], levels[k + 1], args.eta, noise[k][b])
                     if k in S:
                         old_log_p[k][b] = log_prob(path[k + 1][b], mean, std_or_none(std))
+        part("rollout")
 
         # ---- one step of the fake score on the finished pictures (s = 0)
         sums, most = torch.zeros(5, device=device), torch.zeros((), device=device)
@@ -173,6 +176,7 @@ def main():
             (loss.sum() / I).backward()
             sums[0] += loss.sum().detach() / I
         F_norm = update(F_params, F_opt, args, skipped, "fake")
+        part("fake")
 
         # ---- the generator's gradient, first part: its last step once more, now with gradient. The pictures are decoded and scored
         #      only here, so that one pass through decoder and rewards serves both estimators. Their input is a constant: what it
@@ -184,10 +188,13 @@ def main():
             with torch.set_grad_enabled(bool(args.det_weight or args.dm_weight)):
                 x_0 = cps_step(path[K - 1][b], G(path[K - 1][b], levels[K - 1]), levels[K - 1], 0.0, args.eta, noise[K - 1][b])[0]
             with torch.set_grad_enabled(bool(args.det_weight)):
+                part("last step")
                 pictures = decode(pipe, x_0)
+                part("decode")
                 each = [r(pictures if r.differentiable else pictures.detach(), prompts[b], metadata[b]).float() for r in rewards]
                 total = sum(r.weight * score for r, score in zip(rewards, each) if r.differentiable)
             scores[:, mine][:, b] = torch.stack(each).detach()
+            part("reward")
             loss = 0.0
             if args.det_weight:  # Eq. 15
                 det = torch.relu(args.margin - total).sum() / I
@@ -198,6 +205,7 @@ def main():
                 loss, sums[3] = loss + args.dm_weight * dm, sums[3] + dm.detach()
             if args.det_weight or args.dm_weight:
                 loss.backward()
+            part("last step, backward")
 
         # ---- second part: SubGRPO on the steps in S (Eq. 17); pictures with advantage 0 add nothing and are not counted
         scores = all_reduce(scores)
@@ -216,6 +224,7 @@ def main():
                 sums[4] += (drift > args.clip).sum() / I / M
                 most = torch.maximum(most, drift.max())
         G_norm = update(G_params, G_opt, args, skipped, "generator")
+        part("policy")
         if (epoch + 1) % args.ema_every == 0:
             n = (epoch + 1) // args.ema_every
             torch._foreach_lerp_(ema, [p.detach() for p in G_params], 1 - min(args.ema, (1 + n) / (10 + n)))
@@ -225,6 +234,7 @@ def main():
         log(bar, I, step=epoch, S=S, **{f"reward_{r.name}": scores[i].mean().item() for i, r in enumerate(rewards)},
             **dict(zip(names, all_reduce(sums).tolist())), drift_max=all_reduce(most, dist.ReduceOp.MAX).item(),
             latent_std=(square - mean ** 2).clamp(min=0).sqrt().mean().item(), grad_fake=F_norm, grad_generator=G_norm)
+        part("step")
         if args.sample_every and (epoch + 1) % args.sample_every == 0:
             preview(pipe, roles["generator"], encode, rows, args, f"epoch_{epoch + 1}")
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
