@@ -268,8 +268,8 @@ def parse(parser):
     if getattr(args, "low_memory", False):
         args.gradient_checkpointing = args.cache_text = True
         args.micro_batch = min(args.micro_batch, 4)
-    if getattr(args, "bench", 0):
-        args.out_dir, args.resume = f"{tempfile.gettempdir()}/rtdmd_bench_{os.getppid()}", False
+    if getattr(args, "bench", 0) and hasattr(args, "save_every"):  # the stages: an endless run that `stopwatch` ends
+        args.out_dir, args.resume, args.steps, args.epochs = f"{tempfile.gettempdir()}/rtdmd_bench_{os.getppid()}", False, 10 ** 9, 10 ** 9
     if sigmas(getattr(args, "num_steps", 1), args.shift)[1] > .96:
         die(f"--num_steps {args.num_steps} with --shift {args.shift:g}: the first step ends above noise level .96, which leaves no room to re-noise")
     return args
@@ -518,23 +518,23 @@ def stopwatch(args, transformer, images, warm_up):
         elif name == "step" and "warm" in state and len(ends) == args.bench + 1:
             if cuda:
                 torch.cuda.synchronize()
-            seconds, parts = [between(a, b) for a, b in zip(ends, ends[1:])], {}
+            seconds, parts, forwards = [between(a, b) for a, b in zip(ends, ends[1:])], {}, state["images"] / args.bench
             for (_, a), (name, b) in zip(marks, marks[1:]):
                 parts[name] = parts.get(name, 0) + between(a, b) / args.bench
             with torch.no_grad(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as flops, torch.autocast(
                     "cuda" if cuda else "cpu", torch.bfloat16, enabled=cuda):
                 set_adapters(transformer, []), transformer(**state["example"])
             mean, rate = sum(seconds) / args.bench, matmul_rate() if cuda else math.nan
-            achieved = state["images"] / args.bench * flops.get_total_flops() / mean / 1e12
+            achieved = forwards * flops.get_total_flops() / mean / 1e12
             quantile = lambda q: sorted(seconds)[min(len(seconds) - 1, int(q * len(seconds)))]
             result = {"program": os.path.basename(sys.argv[0]), "device": torch.cuda.get_device_name() if cuda else "cpu", "images": images,
                       "s_mean": mean, "s_median": quantile(.5), "s_p90": quantile(.9), "images_per_s": images / mean,
-                      "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None, "forwards": state["images"] / args.bench,
+                      "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None, "forwards": forwards,
                       "tflop_per_forward": flops.get_total_flops() / 1e12, "tflops": achieved, "matmul_tflops": rate, "share": achieved / rate,
                       "compile_s": state["warm"] - warm_up * mean, "parts": parts}
             if os.environ.get("RANK", "0") == "0":
                 shutil.rmtree(args.out_dir, ignore_errors=True)
-                print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}), flush=True)
+                print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}), flush=True)
             sys.exit(0)
     return part
 

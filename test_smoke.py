@@ -24,6 +24,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import types
 from collections import Counter
 from pathlib import Path
@@ -683,6 +684,9 @@ def good(result):
     assert result[0] == 0, result
 
 
+k_of = lambda step, seed=0: random.Random(f"{seed}/{step}").randint(1, K)  # stage 1's k
+
+
 def log_of(out_dir, *without):
     """log.jsonl as a list of dicts, less the numbers that measure time."""
     lines = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
@@ -842,12 +846,39 @@ def test_at_the_update_of_an_epoch_the_ppo_ratio_is_one(run):
     assert all(line["drift_max"] < 1e-6 and line["drift_clipped"] == 0 and line["grad_generator"] > 0 for line in log_of(run.rl))
 
 
+@pytest.mark.parametrize("stage", ["cold", "rl"])
+def test_low_memory_trains_the_same_and_frees_the_text_encoders(run, alone, tmp_path, stage):
+    """Recomputed activations, pictures decoded one by one, text from a file, other micro-batches: only the rounding may differ."""
+    program, flags, *_ = stage_of(run, stage)
+    pipes, real = [], cold_start.load_pipeline
+    good(here(program, *flags, "--lr", 1e-5, "--fake_lr", 1e-5, "--low_memory", "--micro_batch", 2, "--out_dir", tmp_path,
+              load_pipeline=lambda *a: pipes.append(real(*a)) or pipes[0]))
+    assert pipes[0].text_encoder is pipes[0].text_encoder_2 is pipes[0].text_encoder_3 is None
+    for a, b in zip(log_of(alone / stage), log_of(tmp_path), strict=True):
+        assert a == {k: pytest.approx(v, rel=1e-3, abs=1e-6) for k, v in b.items()}
+
+
+@pytest.mark.parametrize("stage", ["cold", "rl"])
+def test_bench_prints_one_line_of_json_and_leaves_no_file(run, tmp_path, monkeypatch, stage):
+    """And counts what Algorithm 1 has to do: no evaluation of the transformer that is not needed."""
+    program, flags, *_ = stage_of(run, stage)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    status, out, _ = here(program, *flags, "--bench", 2)
+    result = json.loads(out.splitlines()[-1])
+    assert status == 0 and list(tmp_path.iterdir()) == []
+    assert result["s_p90"] >= result["s_median"] > 0 and result["tflop_per_forward"] > 0
+    assert sum(result["parts"].values()) == pytest.approx(result["s_mean"], rel=1e-3)
+    # rollout, fake score (1 + 2, with gradient), then in stage 1 every 2nd step G, F and the guided teacher, in stage 2 the same and M = 2 steps
+    one = {"cold": sum(map(k_of, (2, 3))) / 2 + 6 + (2 + 1 + 2) / 2, "rl": K + 6 + (2 + 1 + 2) + 2 * 2}[stage]
+    assert result["forwards"] == pytest.approx(result["images"] * one)
+
+
 # -------------------------------------------------------------------------------------------- one transformer in several roles
-def generator_gradient(switch, checkpointing):
+def generator_gradient(switch, checkpointing, compile=0):
     """Gradient of loss_G as the loops compute it: generator forward, then teacher and fake forward, then backward.
     switch: "ours", "peft" (its set_adapter), or "none": the truth, the other roles play before the generator does.
     checkpointing: "ours", "diffusers" or None."""
-    pipe, args, g = tiny_pipe(gradient_checkpointing=checkpointing == "ours"), tiny_args(), torch.Generator().manual_seed(0)
+    pipe, args, g = tiny_pipe(gradient_checkpointing=checkpointing == "ours", compile=compile), tiny_args(), torch.Generator().manual_seed(0)
     transformer, encode = pipe.transformer, cold_start.text_encoder(pipe, args)
     if checkpointing == "diffusers":
         transformer.enable_gradient_checkpointing()
@@ -879,6 +910,24 @@ def test_role_switching_and_checkpointing_leave_the_generators_gradient_as_it_is
     assert truth.norm() > 1e-2
     for checkpointing in (None, "ours"):
         assert (generator_gradient("ours", checkpointing) - truth).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("checkpointing", [None, "ours"])
+def test_compiled_blocks_play_every_role_and_give_the_eager_gradient(monkeypatch, checkpointing):
+    """--compile, with the compiler's front half (tracing, guards, the joint graph; the back half needs a GPU or minutes): a graph compiled
+    for one role must not be used for another, nor one for the batch without guidance for the double one."""
+    real, graphs = torch.nn.Module.compile, []
+
+    def backend(graph, inputs):
+        from torch._dynamo.backends.debugging import aot_eager
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, **options, backend=backend))
+    torch._dynamo.reset()
+    compiled, eager = generator_gradient("ours", checkpointing, compile=1), generator_gradient("ours", checkpointing)
+    assert (compiled - eager).abs().max() < 1e-6 < 1e-2 < eager.norm()
+    # G, F and teacher, three kinds of block at most (first, middle, last), and a graph with gradient where G has one
+    assert 6 <= len(graphs) <= 12, len(graphs)
 
 
 @pytest.mark.parametrize("switch, checkpointing", [("peft", None), ("peft", "diffusers"), ("ours", "diffusers")])
