@@ -272,7 +272,7 @@ def setup(args, training=True):
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        die("no CUDA GPU found, and this recipe needs one; to try everything on this machine: --preset tiny (or insist with --device cpu)")
+        die("no CUDA GPU found; to try everything on this machine: --preset tiny, or insist with --device cpu")
     try:
         device = torch.device(args.device, local) if args.device == "cuda" else torch.device(args.device)
         there = device.type in ("cuda", "cpu") or device.type == "mps" and torch.backends.mps.is_available()
