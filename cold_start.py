@@ -12,6 +12,7 @@ Read in this order: `rollout`, `fake_score_loss`, `generator_loss` (the mathemat
     python cold_start.py --preset tiny                  # the laptop model in assets/tiny, minutes on a CPU
 """
 import argparse
+import contextlib
 import functools
 import hashlib
 import io
@@ -127,7 +128,6 @@ def main():
     device, rank, world = setup(args)
     rows = checked(load_prompts, args.prompts)
     pipe = load_pipeline(args, device)
-    note_prompts(pipe, rows, args)
     transformer, encode, shape = pipe.transformer, text_encoder(pipe, args), pipe.latent_shape
     roles = {"generator": ["generator"], "fake": ["fake"], "teacher": []}
     for name in ("generator", "fake"):
@@ -138,6 +138,7 @@ def main():
     ema = [p.detach().clone() for p in G_params]
     state = {"generator": G_params, "fake": F_params, "ema": ema, "G_opt": G_opt, "F_opt": F_opt, "keys": list(adapter(transformer, "fake"))}
     args.start = load_checkpoint(args, state, rows, transformer)
+    note_prompts(pipe, rows, args)
     levels, negative = sigmas(args.num_steps, args.shift), encode([""])
     N, mine = args.batch_size, shard(args.batch_size, rank, world)
     if rank == 0:
@@ -505,14 +506,15 @@ def write_atomically(files):
             with open(path + ".tmp", "wb") as f:
                 f.write(content)
             sync(path + ".tmp")
-        for path in files:
-            if path.endswith("/ckpt.pt") and os.path.exists(path):
-                os.replace(path, path[:-3] + ".prev.pt")
-            os.replace(path + ".tmp", path)
-        sync(os.path.dirname(path) or ".")
     except OSError as e:
         [os.remove(path + ".tmp") for path in files if os.path.exists(path + ".tmp")]
-        die(f"cannot write {path} ({e.strerror}): make room; the files before it are intact (a run goes on with --resume)", status=1)
+        die(f"cannot write {path} ({e.strerror}); make room: what was saved before is intact, and a run goes on with --resume", status=1)
+    for path in files:
+        if path.endswith("/ckpt.pt") and os.path.exists(path):
+            os.replace(path, path[:-3] + ".prev.pt")
+        os.replace(path + ".tmp", path)
+    with contextlib.suppress(OSError):  # some network file systems cannot
+        sync(os.path.dirname(path) or ".")
 
 def save_or_stop(args, state, step, last):
     """Save if it is time to. After SIGTERM or SIGINT also say how to go on, and exit with status 0: all ranks, at the same step."""

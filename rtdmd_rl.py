@@ -106,7 +106,6 @@ def main():
     device, rank, world = setup(args)
     rows = checked(load_prompts, args.prompts)
     pipe = load_pipeline(args, device)
-    note_prompts(pipe, rows, args)
     rewards = [guarded(reward) for reward in checked(build, weights, device, args.reward_path)]
     for reward in rewards:
         checked(reward.check, [row["prompt"] for row in rows], [row["metadata"] for row in rows])
@@ -128,6 +127,7 @@ def main():
     ema = [p.detach().clone() for p in G_params]
     state = {"generator": G_params, "fake": F_params, "ema": ema, "G_opt": G_opt, "F_opt": F_opt, "keys": list(adapter(transformer, "fake"))}
     args.start = load_checkpoint(args, state, rows, transformer)
+    note_prompts(pipe, rows, args)
     levels, negative = sigmas(K, args.shift), encode([""])
     I = args.prompts_per_epoch * args.group_size
     mine = shard(I, rank, world)

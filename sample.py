@@ -97,11 +97,11 @@ def main():
     rows = [row for row in rows for _ in range(args.num_images)]
     device, *_ = setup(args, training=False)
     pipe = load_pipeline(args, device)
-    note_prompts(pipe, rows, args)
     rewards = [guarded(reward) for reward in checked(build, args.rewards, device, args.reward_path)] if args.rewards else []
     for reward in rewards:
         checked(reward.check, [row["prompt"] for row in rows], [row["metadata"] for row in rows])
     adapters = [] if args.teacher else load_generator(pipe, args)
+    note_prompts(pipe, rows, args)
     encode, levels = text_encoder(pipe, args), sigmas(args.steps, args.shift)
     negative = encode([""]) if args.cfg != 1 else None
     scores, pictures, start = [[] for _ in rewards], [], time.time()
