@@ -118,7 +118,7 @@ def generator_loss(x_s, s, t, noise, back_noise, teacher, F, eta):
         x_t = renoise(x_s, s, t, noise)
         y_real, y_fake = (cps_step(x_t, v(x_t, t), t, s, eta, back_noise)[0] for v in (teacher, F))
         scale = (x_s - y_real).abs().flatten(1).mean(1).view(-1, 1, 1, 1)
-        target = x_s - torch.nan_to_num((y_fake - y_real) / scale)
+        target = x_s - torch.where(scale == 0, 0, (y_fake - y_real) / scale)  # a nan stays one, so that `update` skips it
     return .5 * (x_s - target).square().flatten(1).mean(1)
 
 
@@ -444,21 +444,18 @@ def guarded(reward):
                 raise ValueError(f"it gave scores of shape {tuple(scores.shape)} for {len(images)} pictures")
             return scores
         except Exception as e:
-            each = list(dict.fromkeys(prompt[:80] for prompt in prompts))
-            die(f"reward {reward.name} failed on {', '.join(map(repr, each[:3]))}{f' and {len(each) - 3} more' if len(each) > 3 else ''}: "
-                f"{type(e).__name__}: {str(e)[:200]}", status=1, local=True)
+            each = dict.fromkeys(repr(prompt[:80]) for prompt in prompts)
+            die(f"reward {reward.name} failed on {', '.join(list(each)[:9])}: {type(e).__name__}: {str(e)[:200]}", status=1, local=True)
     return call
 
 def note_prompts(pipe, rows, args):
-    """Say how many prompts are longer than what the text encoders read (the rest is cut off), and how many are repeated."""
-    prompts = [row["prompt"] for row in rows]
-    if os.environ.get("RANK", "0") == "0":
-        clip, t5 = (tokenizer(prompts).input_ids for tokenizer in (pipe.tokenizer, pipe.tokenizer_3))
-        long = sum(len(a) > pipe.tokenizer_max_length or len(b) > args.max_sequence_length for a, b in zip(clip, t5))
-        for count, what in ((long, f"longer than CLIP's {pipe.tokenizer_max_length} or T5's {args.max_sequence_length} tokens: the rest is not read"),
-                            (len(prompts) - len(set(prompts)), "repeated: each counts")):
-            if count:
-                print(f"note: {count} of {len(prompts)} prompts are {what}", file=sys.stderr, flush=True)
+    """Say how many prompts are longer than what the text encoders read, and how many are repeated; rank 0 only."""
+    prompts, most = [row["prompt"] for row in rows], (pipe.tokenizer_max_length, args.max_sequence_length)
+    tokens = zip(*(tokenizer(prompts).input_ids for tokenizer in (pipe.tokenizer, pipe.tokenizer_3)))
+    long, repeated = sum(len(clip) > most[0] or len(t5) > most[1] for clip, t5 in tokens), len(prompts) - len(set(prompts))
+    for count, what in (long, f"longer than CLIP's {most[0]} or T5's {most[1]} tokens: the rest is not read"), (repeated, "repeated: each counts"):
+        if count and os.environ.get("RANK", "0") == "0":
+            print(f"note: {count} of {len(prompts)} prompts are {what}", file=sys.stderr, flush=True)
 
 def make_log(args):
     """-> log(bar, images, **numbers): a line in out_dir/log.jsonl and the same numbers in the progress bar; rank 0 only."""
@@ -576,14 +573,11 @@ def load_checkpoint(args, state, rows, transformer):
     changed = [f"--{k} {flags[k]} -> {v}" for k, v in vars(args).items() if k in names and flags[k] != v]
     if changed:
         die(f"{paths[0]} was made with other flags ({', '.join(changed)}): repeat them, or choose another --out_dir")
-    try:
-        for name in set(state) - {"keys"}:
-            if hasattr(state[name], "load_state_dict"):
-                state[name].load_state_dict(saved[name])
-            else:
-                torch._foreach_copy_([p.data for p in state[name]], saved[name])
-    except Exception as e:
-        die(f"{paths[0]} does not fit this model ({(str(e) or 'empty').splitlines()[0][:120]}){hint}")
+    for name in set(state) - {"keys"}:
+        if hasattr(state[name], "load_state_dict"):
+            state[name].load_state_dict(saved[name])
+        else:
+            torch._foreach_copy_([p.data for p in state[name]], saved[name])
     if os.environ.get("RANK", "0") == "0":
         changed = ", ".join(f"{k} {flags['made_with'].get(k)} -> {v}" for k, v in args.made_with.items() if flags["made_with"].get(k) != v)
         print(f"going on from {paths[0]}, step {saved['step']}{changed and f'; changed since ({changed}): the same results up to rounding'}", flush=True)

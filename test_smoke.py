@@ -1427,6 +1427,16 @@ def test_a_loss_that_is_not_finite_skips_the_update_even_if_its_gradient_is():
         assert (parameter != 0).all() == moved and skipped["x"] == count and math.isfinite(norm) == moved and parameter.grad is None
 
 
+def test_a_nan_of_the_teacher_or_of_the_fake_score_makes_the_loss_nan_and_agreement_makes_it_0():
+    """Zero for nan would be no gradient, and nobody would know."""
+    x, noise, back = normals(3, 2)
+    spoilt, right = (lambda x, t: x * torch.tensor([math.nan, 1]).view(2, 1, 1, 1)), (lambda x, t: x)
+    for teacher, fake in ((spoilt, right), (right, spoilt)):
+        assert generator_loss(x, .5, full(.7, x), noise, back, teacher, fake, .9).isfinite().tolist() == [False, True]
+    zero = torch.zeros_like(x)  # y_real = x_s exactly: 0 / 0
+    assert generator_loss(zero, 0, full(.7, x), zero, zero, lambda x, t: zero, lambda x, t: zero, .9).tolist() == [0, 0]
+
+
 def test_nan_latents_skip_the_updates_of_their_step_alone(run, tmp_path):
     factor = itertools.chain([math.nan], itertools.repeat(1.0))
     spoilt = lambda *inputs: (lambda f, path: [x * f for x in path])(next(factor), rollout(*inputs))
@@ -1524,7 +1534,7 @@ def in_a_fork(program, flags, output, moment=None):
         def mortal(call):
             def wrapped(path, *rest):
                 mine = moment and next(calls) == moment[0]
-                if mine and moment[1] == "half" and os.path.isfile(path):
+                if mine and moment[1] == "half" and path.endswith(".tmp"):
                     os.truncate(path, os.path.getsize(path) // 2)
                 result = call(path, *rest) if not mine or moment[1] == "after" else None
                 return os.kill(os.getpid(), signal.SIGKILL) if mine else result
