@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cold_start import (HERE, adapter, add_adapter, all_reduce, checked, data_order, decode, die, fake_score_loss, find_weights, generator, generator_loss,
-                        load_adapter, load_checkpoint, load_pipeline, make_log, make_parser, parse, play, preview,
-                        renoise_time, save_checkpoint, setup, shard, stopwatch, text_encoder, train_only, update)
+from cold_start import (HERE, adapter, add_adapter, all_reduce, checked, data_order, decode, die, distance, fake_score_loss, find_weights, generator,
+                        generator_loss, guarded, load_adapter, load_checkpoint, load_pipeline, make_log, make_parser, note_prompts, parse, play, preview,
+                        renoise_time, save_or_stop, setup, shard, stopwatch, text_encoder, train_only, update)
 from cps import cps_step, log_prob, sigmas
 from rewards import build, load_prompts, parse_weights
 
@@ -106,7 +106,7 @@ def main():
     device, rank, world = setup(args)
     rows = checked(load_prompts, args.prompts)
     pipe = load_pipeline(args, device)
-    rewards = checked(build, weights, device, args.reward_path)
+    rewards = [guarded(reward) for reward in checked(build, weights, device, args.reward_path)]
     for reward in rewards:
         checked(reward.check, [row["prompt"] for row in rows], [row["metadata"] for row in rows])
     args.det_weight *= any(r.differentiable for r in rewards)  # nothing to differentiate: SubGRPO alone (App. L)
@@ -126,7 +126,8 @@ def main():
     F_opt = torch.optim.AdamW(F_params, lr=args.fake_lr, betas=(.9, .999), weight_decay=0, fused=device.type == "cuda")
     ema = [p.detach().clone() for p in G_params]
     state = {"generator": G_params, "fake": F_params, "ema": ema, "G_opt": G_opt, "F_opt": F_opt, "keys": list(adapter(transformer, "fake"))}
-    args.start = load_checkpoint(args, state) if args.resume else 0
+    args.start = load_checkpoint(args, state, rows, transformer)
+    note_prompts(pipe, rows, args)
     levels, negative = sigmas(K, args.shift), encode([""])
     I = args.prompts_per_epoch * args.group_size
     mine = shard(I, rank, world)
@@ -175,7 +176,7 @@ def main():
             loss, *_ = fake_score_loss(F, path[K][b], 0.0, renoise_time(0.0, u[b]), n[b], steps_back, n1[b], n2[b], args.gamma, args.eta)
             (loss.sum() / I).backward()
             sums[0] += loss.sum().detach() / I
-        F_norm = update(F_params, F_opt, args, skipped, "fake")
+        F_norm = update(F_params, F_opt, args, skipped, "fake", sums[0])
         part("fake")
 
         # ---- the generator's gradient, first part: its last step once more, now with gradient. The pictures are decoded and scored
@@ -223,22 +224,26 @@ def main():
                 sums[1] += loss.detach()
                 sums[4] += (drift > args.clip).sum() / I / M
                 most = torch.maximum(most, drift.max())
-        G_norm = update(G_params, G_opt, args, skipped, "generator")
+        G_norm = update(G_params, G_opt, args, skipped, "generator", sums[1:4].sum())
         part("policy")
         if (epoch + 1) % args.ema_every == 0:
             n = (epoch + 1) // args.ema_every
             torch._foreach_lerp_(ema, [p.detach() for p in G_params], 1 - min(args.ema, (1 + n) / (10 + n)))
 
         names = ("loss_fake", "loss_policy", "loss_det", "loss_dm", "drift_clipped")
-        mean, square = all_reduce(torch.stack([path[K].sum(0), path[K].square().sum(0)])) / I  # how much the pictures differ: falls in a collapse
+        # signs of a collapse: how much the pictures of a prompt differ (latent_std), prompts whose pictures all score the same (flat_groups)
+        group = torch.arange(I, device=device)[mine] // args.group_size
+        moments = torch.zeros(2, args.prompts_per_epoch, *shape, device=device).index_add_(1, group, torch.stack([path[K], path[K].square()]))
+        mean, square = all_reduce(moments) / args.group_size
         log(bar, I, step=epoch, S=S, **{f"reward_{r.name}": scores[i].mean().item() for i, r in enumerate(rewards)},
             **dict(zip(names, all_reduce(sums).tolist())), drift_max=all_reduce(most, dist.ReduceOp.MAX).item(),
-            latent_std=(square - mean ** 2).clamp(min=0).sqrt().mean().item(), grad_fake=F_norm, grad_generator=G_norm)
+            latent_std=(square - mean ** 2).clamp(min=0).sqrt().mean().item(),
+            flat_groups=(advantage_all.view(-1, args.group_size) == 0).all(1).float().mean().item(),
+            ema_drift=distance(G_params, ema), grad_fake=F_norm, grad_generator=G_norm)
         part("step")
         if args.sample_every and (epoch + 1) % args.sample_every == 0:
             preview(pipe, roles["generator"], encode, rows, args, f"epoch_{epoch + 1}")
-        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            save_checkpoint(args, state, epoch + 1)
+        save_or_stop(args, state, epoch + 1, args.epochs)
     if rank == 0:
         print(f"done: {args.out_dir}/generator_ema.pt, to be stacked on {args.cold_start}/generator_ema.pt (sample.py does)", flush=True)
     if world > 1:

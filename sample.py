@@ -18,7 +18,7 @@ import time
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from cold_start import (add_adapter, checked, decode, die, find_weights, load_adapter, load_pipeline, parse, play, read,
+from cold_start import (add_adapter, checked, decode, die, find_weights, guarded, load_adapter, load_pipeline, note_prompts, parse, play, read,
                         save_grid, setup, text_encoder, write_atomically)
 from cps import cps_step, sigmas
 from rewards import build, load_prompts
@@ -149,10 +149,11 @@ def main():
     args.batch_size = min(args.batch_size, args.num_images if stdin else len(rows))
     device, *_ = setup(args, training=False)
     pipe = load_pipeline(args, device)
-    rewards = checked(build, args.rewards, device, args.reward_path) if args.rewards else []
+    rewards = [guarded(reward) for reward in checked(build, args.rewards, device, args.reward_path)] if args.rewards else []
     for reward in rewards:
         checked(reward.check, [row["prompt"] for row in rows], [row["metadata"] for row in rows])
     adapters = [] if args.teacher else load_generator(pipe, args)
+    note_prompts(pipe, rows, args)
     encode, levels = text_encoder(pipe, args), sigmas(args.steps, args.shift)
     negative = encode([""]) if args.cfg != 1 else None
 
@@ -173,7 +174,7 @@ def main():
         images = (graph or render)(*inputs)[:len(batch)]
         for out, reward in zip(scores, rewards):
             with torch.no_grad():
-                out += checked(reward, images, prompts, [row["metadata"] for row in batch]).tolist()
+                out += reward(images, prompts, [row["metadata"] for row in batch]).tolist()
         for j, image in enumerate(images):
             save_grid(image[None], os.path.join(args.out_dir, f"{i + j:05d}.png"))
         pictures += list(images[:max(0, 64 - len(pictures))].cpu())
@@ -187,7 +188,7 @@ def main():
     if rewards:
         lines = [{"image": f"{i:05d}.png", "prompt": row["prompt"], "seed": args.seed + i, **{r.name: s[i] for r, s in zip(rewards, scores)}}
                  for i, row in enumerate(rows)]
-        write_atomically(os.path.join(args.out_dir, "scores.jsonl"), lambda p: open(p, "w").writelines(json.dumps(line) + "\n" for line in lines))
+        write_atomically({os.path.join(args.out_dir, "scores.jsonl"): "".join(json.dumps(line) + "\n" for line in lines).encode()})
         for reward, s in zip(rewards, torch.tensor(scores)):
             error = s.std().item() / math.sqrt(len(s)) if len(s) > 1 else float("nan")
             print(f"{reward.name:12s} {s.mean().item():.4f} +- {error:.4f}")

@@ -497,26 +497,32 @@ def draw_report(sheet, prompts, logs, path):
 
 
 def main():
-    from cold_start import HERE, die
+    from cold_start import HERE, checked, die, parse, setup
     parser = argparse.ArgumentParser(description="Stage 0: make the tiny SD3 pipeline, or score a run of it.", allow_abbrev=False)
-    add, parser.error = parser.add_argument, die
+    add, parser.error, parser.preset = parser.add_argument, die, {}
     add("--out_dir", default="out/tiny_pipeline", help="where the trained pipeline directory goes")
     add("--seed", type=int, default=0, help="one seed, one result")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda: full quality; cpu: reduced")
+    add("--device", default="auto", help="cuda: full quality; cpu or mps: reduced")
     add("--report", metavar="RUN", help="score RUN/cold_start and RUN/rtdmd, write RUN/report.json and RUN/report.png")
     add("--pretrained", default=f"{HERE}/assets/tiny", help="the pipeline RUN was made with")
     add("--random_sd35m", metavar="DIR", help="write a random-weight pipeline of SD3.5-M's true architecture")
-    args = parser.parse_args()
-    device = torch.device(args.device)
+    args = parse(parser)
+    for stage in ("cold_start", "rtdmd") if args.report is not None else ():
+        try:
+            with open(f"{args.report}/{stage}/log.jsonl") as f:
+                finished = [json.loads(line)["seconds"] for line in f] and os.path.exists(f"{args.report}/{stage}/generator_ema.pt")
+        except (OSError, ValueError, KeyError, TypeError):
+            finished = False
+        if not finished:
+            die(f"--report {args.report}: {stage}/ holds no finished run; make tiny makes one")
+    args.out_dir = next(path for path in (args.report, args.random_sd35m, args.out_dir) if path is not None)
+    device, *_ = setup(args, training=False)
     if args.report:
-        for stage in ("cold_start", "rtdmd"):
-            if not os.path.exists(f"{args.report}/{stage}/generator_ema.pt"):
-                die(f"--report {args.report}: {stage}/ holds no finished run; make tiny makes one")
-        report(args.report, args.pretrained, device)
+        checked(report, args.report, args.pretrained, device)
     elif args.random_sd35m:
         random_sd35m(args.random_sd35m, device)
     else:
-        make_pipeline(args.out_dir, QUALITY[device.type], args.seed, device)
+        make_pipeline(args.out_dir, QUALITY.get(device.type, QUALITY["cpu"]), args.seed, device)
 
 
 if __name__ == "__main__":
