@@ -71,18 +71,18 @@ def evaluate(pipe, encode, clips, rows, adapters, levels, eta, cfg=1.0):
     for texts, seeds in batches:
         v = play(pipe.transformer, adapters, encode(texts), encode([""]) if cfg != 1 else None, cfg)
         latents.append(draw(v, seeds, pipe.latent_shape, levels, eta, pipe.transformer.device))
-        pictures.append(decode(pipe, latents[-1]).cpu())
+        pictures.append(decode(pipe, latents[-1]))
     seconds = time.time() - start
     for score, clip in zip(scores, clips):
         for images, (texts, _) in zip(pictures, batches):
-            score += clip(images.to(pipe.transformer.device), texts, None).tolist()
+            score += clip(images, texts, None).tolist()
     pictures, latents, mean = torch.cat(pictures), torch.cat(latents), lambda x: sum(x) / len(x)
     found = detect(pictures)
     passed = [check(objects, row) for objects, row in zip(found, rows)]
     distance, color_bits, place_bits = diversity(rows, latents, found)
     return {"checker": mean(passed), **{tag: mean([p for p, r in zip(passed, rows) if r["tag"] == tag]) for tag in CATEGORIES},
             **{clip.name: mean(score) for clip, score in zip(clips, scores)}, "distance": distance, "color_bits": color_bits,
-            "place_bits": place_bits, "images_per_s": len(rows) / seconds}, pictures
+            "place_bits": place_bits, "images_per_s": len(rows) / seconds}, pictures.cpu()
 
 
 def load_tiny(pretrained, device, **more):
@@ -199,31 +199,26 @@ TABLES = {  # table: {row: (run, the paper's CLIPScore / PickScore / HPSv2 on SD
                "SubGRPO M=2 + L_det": ("2", ".2843 / 23.5690 / .3456"), "L_det alone": ("2 --policy_weight 0", ""),
                "SubGRPO M=2 + L_det, no DM": ("2 --dm_weight 0", "")},
     "fake": {"the teacher, where F starts": ("fake start", ""), **{f"gamma {g}": (f"fake {g}", "") for g in ("0", ".001", ".01", ".1")},
-             "a second reference": ("reference", "")},
+             "another reference": ("reference again", "")},
     "letter": {"stage 1 by default": ("1", ""), **{f"--{f}": (f"1 --{f}", "") for f in ("renoise_std printed", "consistency_times steps", "dm_gradient score")},
                "stage 2 by default": ("2", ""), **{f"--{f}": (f"2 --{f}", "") for f in ("log_prob gaussian", "advantage_std group", "dm_steps drawn")}}}
 NOTES = {"table3": "Stage 1 alone, 4 evaluations, drawn with the eta of its training. (The paper's Table 3 is the result of both stages.)",
          "table4": "Stage 2 from the cold start with the same seed; its one reward is CLIPScore. Policy passes an epoch: M (GRPO: 3).",
-         "fake": "Relative rms error in % of the fake velocity at noise levels t > s against that of a long training (five times the steps, rate decayed to "
-                 "0), on new pictures of one frozen generator, the cold start of seed 0. Last row: another such long training, the error of the yardstick.",
+         "fake": "Relative rms error in % of the fake velocity at noise levels t > s, after half as many steps as stage 1 in the other tables, against that "
+                 "of a long training (ten times the steps, rate decayed to 0), on new pictures of one frozen generator, the cold start of seed 0.",
          "letter": "The paper's letter, one choice at a time, the others by default."}
 
 
 def all_runs(args):
-    """Every run that the tables need, as (what, seed, what must be there before), in the order wanted: seed 0 of all rows, then seed 1 ..."""
+    """Every run that the tables need, as (run, seed, what must be there before), in the order wanted: seed 0 of all rows, then seed 1 ..."""
     wanted = [run for table in args.ablations for run, _ in TABLES[table].values()]
-    runs = []
-    for seed in range(args.seeds):
-        for run in dict.fromkeys(["1", *wanted]):
-            if run == "reference":
-                runs += [(run, i, [("1", 0)]) for i in (0, 1) if seed == 0]
-            else:
-                runs.append((run, seed, {"2": [("1", seed)], "f": [("1", 0), ("reference", 0)]}.get(run[0], [])))
-    return runs
+    wanted = list(dict.fromkeys(["1", *["reference"] * ("fake start" in wanted), *wanted]))
+    needs = lambda run, seed: {"2": [("1", seed)], "f": [("reference", 0)], "r": [("1", 0)] if run == "reference" else [("reference", 0)]}.get(run[0], [])
+    return [(run, seed, needs(run, seed)) for seed in range(args.seeds) for run in wanted if seed == 0 or run[0] != "r"]
 
 
 def place(args, run, seed, end=""):
-    return f"{args.out_dir}/{'runs/' if not end else ''}{re.sub('[^a-z0-9._]+', '_', run)}_seed{seed}{end}"
+    return f"{args.out_dir}/{'' if end == '.json' else 'runs/'}{re.sub('[^a-z0-9._]+', '_', run)}_seed{seed}{end}"
 
 
 def train_and_score(args, run, seed, device):
@@ -252,10 +247,10 @@ def fake_quality(args, run, seed, device, out):
     for name in ("fake", "reference"):
         add_adapter(transformer, name, tiny)
     parameters, = train_only(transformer, "fake")
-    gamma = float(run[5:]) if run[:4] == "fake" and run != "fake start" else 0.0
-    steps = {"reference": 5 * args.steps, "fake start": 0}.get(run, args.steps)
+    gamma, steps = {"reference": (0, 5 * args.steps), "reference again": (0, 5 * args.steps), "fake start": (0, 0)}.get(run) or (
+        float(run[5:]), -(-args.steps // 2))
     optimizer = torch.optim.AdamW(parameters, lr=tiny.fake_lr, weight_decay=0)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: .5 + .5 * math.cos(math.pi * i / steps) if run == "reference" else 1.0)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: .5 + .5 * math.cos(math.pi * i / steps) if run[0] == "r" else 1.0)
 
     def samples(*key):  # -> text and the generator's path of a batch, times and noises to compare at
         g, k = generator(device, *key), random.Random(repr(key)).randint(1, 4)
@@ -267,7 +262,7 @@ def fake_quality(args, run, seed, device, out):
         return text, x_s, k, t, (1 + (200 * back).floor()) / 1000, normal
 
     for step in range(steps):
-        text, path, k, u, back, normal = samples("train", seed, run == "reference", step)
+        text, path, k, u, back, normal = samples("train", run if run[0] == "r" else "", seed, step)
         F, s = play(transformer, ["fake"], text), levels[k]
         fake_score_loss(F, path[k], s, renoise_time(s, u), normal(), back, normal(), normal(), gamma, .9)[0].mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -290,22 +285,21 @@ def fake_quality(args, run, seed, device, out):
 
 
 def worker(args, device, end):
-    """Take one run after the other from the common list. A claim is a file, so that any number of processes may share a list; no run is
-    started that would, by the time its like have taken, end too late."""
-    if device == "cpu":
-        torch.set_num_threads(max(1, os.cpu_count() // args.jobs) if args.cpu_jobs == 0 else 1)
-    mine = lambda run: args.cpu_jobs == 0 or (device == "cpu") == run.startswith("fake")
-    runs, took = [r for r in all_runs(args) if mine(r[0])], {}
-    has = lambda run, seed, end: os.path.exists(place(args, run, seed, end))
+    """Take one run after the other from the common list. A claim is a file, so any number of processes may share the list. No run is
+    started that would end too late, by the time that the last one of its kind took."""
+    torch.set_num_threads(1)  # two processes of one thread do more than one process of two
+    runs = [r for r in all_runs(args) if not args.cpu_jobs or args.device == "cpu" or (device == "cpu") == r[0].startswith("fake")]
+    took, has = {}, lambda run, seed, end: os.path.exists(place(args, run, seed, end))
     while True:
-        open_runs = [r for r in runs if not has(*r[:2], ".json") and not has(*r[:2], ".claim") and not any(has(*n, ".failed") for n in r[2])]
-        ready = [r for r in open_runs if all(has(*n, ".json") for n in r[2]) and time.time() + took.get(r[0][0], 0) < end]
-        if not open_runs or time.time() > end or not ready and len(took) and all(time.time() + took.get(r[0][0], 0) >= end for r in open_runs):
+        left = [r for r in runs if not has(*r[:2], ".json") and not has(*r[:2], ".claim") and not any(has(*need, ".failed") for need in r[2])]
+        left = [r for r in left if time.time() + took.get(r[0][0], 0) < end]
+        ready = [r for r in left if all(has(*need, ".json") for need in r[2])]
+        if not left:
             return
         try:
             run, seed, _ = ready[0]
             os.close(os.open(place(args, run, seed, ".claim"), os.O_CREAT | os.O_EXCL))
-        except (IndexError, FileExistsError):
+        except (IndexError, FileExistsError):  # what they need is still being made; another process was quicker
             time.sleep(.2)
             continue
         start = time.time()
@@ -315,63 +309,62 @@ def worker(args, device, end):
         except (Exception, SystemExit):
             with open(place(args, run, seed, ".failed"), "w") as f:
                 traceback.print_exc(file=f)
-            print(f"{run}, seed {seed}: failed, see {place(args, run, seed, '.failed')} and .log beside it", file=sys.stderr, flush=True)
+            print(f"{run}, seed {seed}: failed, see {place(args, run, seed, '.log')} and .failed", file=sys.stderr, flush=True)
             continue
         took[run[0]] = time.time() - start
-        content = json.dumps({"run": run, "seed": seed, "device": device, "seconds": took[run[0]], "numbers": numbers}, indent=1)
-        write_atomically(place(args, run, seed, ".json"), lambda p: open(p, "w").write(content))
+        content = {"run": run, "seed": seed, "device": device, "seconds": took[run[0]], "numbers": numbers}
+        write_atomically(place(args, run, seed, ".json"), lambda p: open(p, "w").write(json.dumps(content, indent=1)))
         print(f"{run}, seed {seed}: {took[run[0]]:.0f} s on {device}", flush=True)
 
 
 def write_tables(args):
     """Means +- standard deviations over the seeds that every row of a table has -> out_dir/TABLE.md, and on the screen."""
+    def numbers(run, seed):
+        with contextlib.suppress(OSError), open(place(args, run, seed, ".json")) as f:
+            return json.load(f)["numbers"]
+
+    def cell(values):
+        mean, std = sum(values) / max(1, len(values)), torch.tensor(values).std().item() if len(values) > 1 else 0
+        return "" if not values else f"{mean:.3g} +- {std:.2g}" if std else f"{mean:.3g}"
     for table in args.ablations:
-        results = {row: {} for row in TABLES[table]}
-        for row, (run, _) in TABLES[table].items():
-            for seed in range(max(2, args.seeds)):
-                with contextlib.suppress(OSError), open(place(args, run, seed, ".json")) as f:
-                    results[row][seed] = json.load(f)["numbers"]
-        results = {row: {seed: n for seed, n in found.items() if TABLES[table][row][0] != "reference" or seed == 1} for row, found in results.items()}
-        seeds = set.intersection(*(set(found) for row, found in results.items() if TABLES[table][row][0] != "reference"))
-        names = [] if not seeds else [n for n in next(iter(results.values()))[min(seeds)] if n not in (*CATEGORIES, "images_per_s")]
-        lines = [f"| {table} | " + " | ".join(n.replace("_", " ") for n in names) + (" | CLIPScore against first row, paired" if "clipscore" in names else "")
-                 + " | the paper |", "|---" * (len(names) + 2 + ("clipscore" in names)) + "|"]
-        scale = lambda name, value: 100 * value if name == "checker" else value
-        first = next(iter(results.values()))
-        for row, found in results.items() if seeds else ():
-            chosen = [s for s in found if s in seeds or TABLES[table][row][0] == "reference"]
-            cell = lambda values: "" if not values else "{:.3g}".format(sum(values) / len(values)) if len(values) == 1 else "{:.{d}f} +- {:.{d}f}".format(
-                sum(values) / len(values), torch.tensor(values).std().item(), d=max(0, 2 - math.floor(math.log10(max(map(abs, values)) + 1e-9))))
-            cells = [cell([scale(n, found[s][n]) for s in chosen]) for n in names]
-            cells += [cell([found[s]["clipscore"] - first[s]["clipscore"] for s in chosen])] if "clipscore" in names else []
-            lines.append(f"| {row} | " + " | ".join(cells) + f" | {TABLES[table][row][1]} |")
-        text = "\n".join(lines) + f"\n\n{NOTES[table]} Seeds: {len(seeds)}. Steps {args.steps}, epochs {args.epochs}, {args.batch} pictures each; scored on "\
-            f"{6 * args.pictures} pictures. Mean +- standard deviation over seeds; checker in %.\n"
+        rows = {row: {s: n for s in range(args.seeds) if (n := numbers(run, s))} for row, (run, _) in TABLES[table].items()}
+        seeds = [s for s in range(args.seeds) if all(s in found or TABLES[table][row][0][0] == "r" for row, found in rows.items())]
+        rows = {row: [found[s] for s in seeds if s in found] for row, found in rows.items()}
+        first = next(iter(rows.values()))
+        names = [n for n in (first or [{}])[0] if n not in (*CATEGORIES, "images_per_s")]
+        paired = ["CLIPScore less the first row's, same seed"] if "clipscore" in names else []
+        lines = ["| " + " | ".join([table, *(n.replace("_", " ") for n in names), *paired, "the paper"]) + " |", "|---" * (len(names) + len(paired) + 2) + "|"]
+        for row, found in rows.items():
+            cells = [cell([n[name] * (100 if name == "checker" else 1) for n in found]) for name in names]
+            cells += [cell([n["clipscore"] - f["clipscore"] for n, f in zip(found, first)]) for _ in paired]
+            lines.append("| " + " | ".join([row, *cells, TABLES[table][row][1]]) + " |")
+        text = "\n".join(lines) + f"\n\n{NOTES[table]} {len(seeds)} seeds, mean +- their standard deviation, checker in %. {args.steps} steps of stage 1, " \
+            f"{args.epochs} epochs of stage 2, {args.batch} pictures each; scored on {6 * args.pictures} new pictures.\n"
         write_atomically(f"{args.out_dir}/{table}.md", lambda p: open(p, "w").write(text))
         print("\n" + text, flush=True)
 
 
 def ablations(args):
     """Run what is missing in out_dir with --jobs processes, until all is there or the time is up; then write the tables."""
-    os.makedirs(args.out_dir, exist_ok=True)
-    sizes, path = {k: getattr(args, k) for k in ("steps", "epochs", "batch", "pictures")}, f"{args.out_dir}/sizes.json"
+    end, path = time.time() + 60 * args.minutes, f"{args.out_dir}/sizes.json"
+    sizes = {k: getattr(args, k) for k in ("steps", "epochs", "batch", "pictures")}
+    os.makedirs(f"{args.out_dir}/runs", exist_ok=True)
     if os.path.exists(path) and json.load(open(path)) != sizes:
-        die(f"{args.out_dir} holds runs of another size ({json.load(open(path))}): repeat those flags, or choose another --out_dir")
+        die(f"{args.out_dir} holds runs of another size, {json.load(open(path))}: repeat those flags, or choose another --out_dir")
     write_atomically(path, lambda p: open(p, "w").write(json.dumps(sizes)))
-    for name in os.listdir(args.out_dir):  # of processes that are no more
-        if name.endswith((".claim", ".failed")):
-            os.remove(f"{args.out_dir}/{name}")
-    end = time.time() + 60 * args.minutes
-    print(f"{len(all_runs(args))} runs, {args.jobs} at a time on {args.device}" + (f", {args.cpu_jobs} on the CPU" if args.cpu_jobs else ""), flush=True)
-    if args.jobs == 1 and not args.cpu_jobs:
+    for name in os.listdir(f"{args.out_dir}/runs"):
+        if name.endswith((".claim", ".failed")):  # of processes that are no more
+            os.remove(f"{args.out_dir}/runs/{name}")
+    print(f"{len(all_runs(args))} runs, {args.jobs} at a time on {args.device}" + f" and {args.cpu_jobs} on the CPU" * (args.cpu_jobs > 0), flush=True)
+    if args.jobs + args.cpu_jobs == 1:
         worker(args, args.device, end)
     else:
         spawn = multiprocessing.get_context("spawn").Process
-        workers = [spawn(target=worker, args=(args, device, end)) for device in [args.device] * args.jobs + ["cpu"] * args.cpu_jobs]
+        workers = [spawn(target=worker, args=(args, device, end), daemon=True) for device in [args.device] * args.jobs + ["cpu"] * args.cpu_jobs]
         for w in workers:
             w.start()
         for w in workers:
-            w.join(max(0, end - time.time()))
+            w.join(min(1e6, max(0, end - time.time())))
         for w in workers:
             w.terminate()
     write_tables(args)
@@ -380,28 +373,29 @@ def ablations(args):
 def main():
     parser = argparse.ArgumentParser(description="Scoreboard, curves and ablation tables.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error, add = die, parser.add_argument
+    parser.error, add, gpu = die, parser.add_argument, torch.cuda.is_available()
     add("run", nargs="?", help="directory of a tiny run with cold_start/ and rtdmd/: its scoreboard")
-    add("--curves", nargs="+", metavar="RUN", help="draw the curves of these runs' log.jsonl")
-    add("--ablations", nargs="?", const="table3,table4,fake", type=lambda text: text.split(","), help=f"make these tables, of {', '.join(TABLES)}")
+    add("--curves", nargs="+", metavar="RUN", help="draw the curves of these runs' log.jsonl into the first one's curves.png")
+    add("--ablations", nargs="?", const="table3,table4,fake", metavar="TABLES", help=f"make these tables, of {', '.join(TABLES)}")
     add("--out_dir", default="out/ablations", help="of the ablations; a second call goes on where the first one stopped")
-    add("--pretrained", default=f"{HERE}/assets/tiny", help="the pipeline that RUN was made with")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--pretrained", default=f"{HERE}/assets/tiny", help="the pipeline that the run was made with")
+    add("--device", default="cuda" if gpu else "cpu", help="cuda or cpu")
     add("--pictures", type=int, help="pictures of each of the six categories (default: scoreboard 72, ablations 216)")
     add("--seeds", type=int, default=3, help="runs of each row")
-    add("--steps", type=int, default=240, help="steps of stage 1, half as many generator updates")
-    add("--epochs", type=int, default=105, help="epochs of stage 2")
+    add("--steps", type=int, default=200, help="steps of stage 1, half as many generator updates")
+    add("--epochs", type=int, default=90, help="epochs of stage 2")
     add("--batch", type=int, default=128, help="pictures of a step and of an epoch, there in groups of 8")
-    add("--jobs", type=int, default=6 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1)), help="processes; a GPU is shared by all")
-    add("--cpu_jobs", type=int, default=0, help="so many more on the CPU, for the fake table (no table's rows are split between two kinds of machine)")
-    add("--minutes", type=float, default=1e6, help="when to end: what is finished by then counts, the rest waits for the next call")
+    add("--jobs", type=int, default=7 if gpu else os.cpu_count(), help="processes at once; they share one GPU")
+    add("--cpu_jobs", type=int, default=0, help="so many more on the CPU, for the fake table (no table is split between two kinds of machine)")
+    add("--minutes", type=float, default=1e6, help="when to end: what is finished by then counts, and the rest is for the next call")
     args = parser.parse_args()
     args.pictures = args.pictures or (216 if args.ablations else 72)
-    if bool(args.run) + bool(args.curves) + bool(args.ablations) != 1:
-        die("give one of: the directory of a run, --curves RUN..., --ablations")
-    if min(args.pictures, args.seeds, args.steps, args.epochs, args.batch, args.jobs) < 1 or args.cpu_jobs < 0 or not args.minutes > 0:
+    if (args.run is not None) + (args.curves is not None) + (args.ablations is not None) != 1:
+        die("give one of: the directory of a tiny run, --curves RUN..., --ablations")
+    if not min(args.pictures, args.seeds, args.steps, args.epochs, args.batch, args.jobs, args.cpu_jobs + 1, args.minutes) > 0:
         die("--pictures, --seeds, --steps, --epochs, --batch, --jobs and --minutes must be positive")
-    if args.ablations:
+    if args.ablations is not None:
+        args.ablations = args.ablations.split(",")
         if set(args.ablations) - set(TABLES):
             die(f"--ablations takes {', '.join(TABLES)}, got {','.join(args.ablations)}")
         ablations(args)
