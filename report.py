@@ -234,6 +234,7 @@ def train_and_score(args, run, seed, device):
                 "--out_dir", out]
     program.main()  # in this process: importing torch takes longer than many of the runs
     flags = read(f"{out}/ckpt.pt", "checkpoint")["flags"]
+    os.remove(f"{out}/ckpt.pt")
     where = dict(cold_start=out, rtdmd="") if run[0] == "1" else dict(cold_start=cold, rtdmd=out)
     tiny, pipe, encode, clips = load_tiny(PRESETS["tiny"]["pretrained"], torch.device(device), lora_alpha=flags["lora_alpha"], **where)
     return evaluate(pipe, encode, clips, report_captions(args.pictures), load_generator(pipe, tiny), sigmas(), flags["eta"])[0]
@@ -363,8 +364,9 @@ def ablations(args):
         workers = [spawn(target=worker, args=(args, device, end), daemon=True) for device in [args.device] * args.jobs + ["cpu"] * args.cpu_jobs]
         for w in workers:
             w.start()
-        for w in workers:
-            w.join(min(1e6, max(0, end - time.time())))
+        with contextlib.suppress(KeyboardInterrupt):  # stopped: what is finished counts
+            for w in workers:
+                w.join(min(1e6, max(0, end - time.time())))
         for w in workers:
             w.terminate()
     write_tables(args)
