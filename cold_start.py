@@ -248,7 +248,7 @@ def make_parser(description, presets, out_dir, paper):
     add("--renoise_std", choices=("exact", "printed"), default="exact", help="std of the sub-interval kernel: exact, or (t-s)/(1-s) as App. B "
         "prints it, which gives the wrong marginal and a biased fake score (the tests prove it); the fake target is then Eq. 2 of that kernel's score")
     add("--consistency_times", choices=("near", "steps"), default="near", help="near: t' = the re-noise time, t'' up to 0.2 below it; steps: the paper's "
-        "t' = t_k, t'' = t_{k+1}, read as from the generator's own state x_{t_k} to its next level (nothing after the last step)")
+        "t' = t_k, t'' = t_{k+1}, read as from the generator's own state x_{t_k} to its next level (0 where that is 0)")
     add("--dm_gradient", choices=("transition", "score"), default="transition", help="AC-DMD's gradient: difference of two CPS transitions over "
         "their mean size, or the paper's difference of scores, read as the KL's own gradient, summed over elements")
     add("--lora_rank", type=int, default=32, help="rank of the adapters")

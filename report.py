@@ -4,6 +4,7 @@
                                                         # teacher-4, AC-DMD and RTDMD -> report.json, report.png and a table
     python report.py --curves out/cold_start out/rtdmd  # every number of their log.jsonl, a colour a run -> out/cold_start/curves.png
     python report.py --ablations                        # make ablations: Tables 3 and 4 and the fake score's quality -> out/ablations
+    python report.py --ablations --jobs 7 --cpu_jobs 9 --minutes 8.8     # the same on one GPU and 16 cores, and an end to it
 
 The numbers (for all of these): checker, the share of pictures that satisfy their caption exactly; CLIPScore, which is a reward; the
 judge, a CLIP that nothing is trained on; and `diversity`, since a reward can be hacked by drawing one good picture for ever.
@@ -315,6 +316,7 @@ def worker(args, device, end):
         took[run[0]] = time.time() - start
         content = {"run": run, "seed": seed, "device": device, "seconds": took[run[0]], "numbers": numbers}
         write_atomically(place(args, run, seed, ".json"), lambda p: open(p, "w").write(json.dumps(content, indent=1)))
+        os.remove(place(args, run, seed, ".claim"))
         print(f"{run}, seed {seed}: {took[run[0]]:.0f} s on {device}", flush=True)
 
 

@@ -40,7 +40,7 @@ from peft import LoraConfig
 from PIL import Image
 
 import cold_start
-import cps
+import report
 import rewards
 import rtdmd_rl
 import sample
@@ -449,7 +449,8 @@ def test_the_consistency_gradient_goes_through_all_three_h_and_not_through_the_t
     close(term(.02, .2), term(.02, .02))  # t'' stops at 0
 
 def test_the_papers_consistency_times_are_the_generators_own_levels():
-    """--consistency_times steps: from x_s itself at t' = t_k to t'' = t_{k+1}; after the last step nothing is left of it."""
+    """--consistency_times steps: from x_s itself at t' = t_k to t'' = t_{k+1}. Where t_{k+1} = 0 the
+    transition lands on the anchor itself and the term vanishes with its gradient: by the letter only .9 -> .75 and .75 -> .5 are constrained."""
     (x_s, n, n1, n2), theta = normals(4, 6), torch.linspace(-1, 1, 6).double().requires_grad_()
     F = lambda x, t: linear(unpack(theta))(x) * t.view(-1, 1, 1, 1)
     h = lambda x, t: x - t * F(x, full(t, x))
@@ -459,7 +460,7 @@ def test_the_papers_consistency_times_are_the_generators_own_levels():
         expected = ((h(x1, after) - h(x_s, s)) * (h(x2, after) - h(x_s, s))).flatten(1).mean(1)
         close(term, expected), close(loss, ambient + .3 * expected)
         close(torch.autograd.grad(term.mean(), theta, retain_graph=True), torch.autograd.grad(expected.mean(), theta))
-        assert (term.abs().max() < 1e-12) == (s == 0)
+        assert (term.abs().max() < 1e-12) == (after == 0)
 
 # -------------------------------------------------------------------------- 6. the two parts of the policy gradient (Prop. G.1)
 GOAL, FORM, SLOPE = f64(.2, .4), f64([1., .3], [.3, .5]), f64(1, -.5)
@@ -1266,3 +1267,91 @@ def test_a_full_disk_while_saving_loses_nothing_that_was_saved(run, tmp_path, mo
     assert (tmp_path / failing).read_bytes() == before and load(tmp_path / failing)
     good(here(cold_start, *flags, "--resume"))
     assert same_files(tmp_path, run.cold)
+
+
+# ------------------------------------------------------------------------------------------------------- report.py: what was achieved
+@pytest.fixture
+def quick(tiny_parts, monkeypatch):
+    """Loading the tiny model takes longer than the runs below: it is loaded once."""
+    for module in (cold_start, rtdmd_rl, report):
+        monkeypatch.setattr(module, "load_pipeline", lambda *_: copy.deepcopy(tiny_parts[1]))
+    clips = rewards.build("clipscore,judge", torch.device("cpu"), [f"clipscore={TINY}/clip", f"judge={TINY}/judge"])
+    monkeypatch.setattr(report, "build", lambda *_: clips)
+    monkeypatch.setattr(rtdmd_rl, "build", lambda *_: clips[:1])
+
+
+ABLATIONS = "--ablations table3,table4,fake --device cpu --jobs 1 --steps 1 --epochs 1 --batch 4 --pictures 1 --seeds".split()
+
+
+def test_all_ablations_at_a_size_of_nothing(quick, tmp_path, monkeypatch):
+    """The whole command with one step a run: every row of every table has its numbers, from files; a second call trains nothing, a second
+    seed only itself, a failed run costs its own rows; sizes do not mix."""
+    where = ["--out_dir", tmp_path]
+    good(here(report, *ABLATIONS, 1, *where))
+    files = {p.stem: json.loads(p.read_text()) for p in tmp_path.glob("*_seed0.json")}
+    assert {f["run"] for f in files.values()} == {run for t in ("table3", "table4", "fake") for run, _ in report.TABLES[t].values()} | {"reference"}
+    for table in ("table3", "table4", "fake"):
+        head, _, *rows, last = [line.split(" | ") for line in (tmp_path / f"{table}.md").read_text().split("\n\n")[0].splitlines() + [""]]
+        assert [row[0].strip("| ") for row in rows] == list(report.TABLES[table]) and all(len(row) == len(head) and "" not in row[:-1] for row in rows)
+    row = (tmp_path / "table4.md").read_text().splitlines()[3].split(" | ")
+    assert row[0] == "| GRPO" and row[1:3] == [f"{100 * files['2_subset_3_det_weight_0_seed0']['numbers']['checker']:.3g}",
+                                              f"{files['2_subset_3_det_weight_0_seed0']['numbers']['clipscore']:.3g}"]
+    before, trained = listing(tmp_path), []
+    monkeypatch.setattr(report, "train_and_score", lambda args, run, seed, device: trained.append((run, seed)) or (
+        files["fake_0_seed0"]["numbers"] if run[0] in "fr" else files["1_seed0"]["numbers"]) if run != "2 --subset 1" else 1 / 0)
+    good(here(report, *ABLATIONS, 1, *where))
+    assert trained == [] and listing(tmp_path) == before
+    status, _, err = here(report, *ABLATIONS, 2, *where)
+    assert status == 0 and {seed for _, seed in trained} == {1} and ("1", 1) == trained[0] and len(trained) == len(files) - 3
+    assert err.count("failed") == 2 and "2 --subset 1, seed 1: failed" in err
+    assert "2 seeds" in (tmp_path / "table3.md").read_text() and "1 seeds" in (tmp_path / "table4.md").read_text()  # balanced, or not at all
+    status, _, err = here(report, *ABLATIONS, 1, *where, "--batch", 2)
+    assert status == 2 and err.count("\n") == 1 and "another size" in err
+
+
+def test_several_processes_share_the_list_of_runs_and_stop_in_time(tmp_path):
+    """Real processes: no run twice, nothing half-written, and 0.05 minutes are over before anything could be trained."""
+    status, out, err = shell(report, "--ablations", "table3", *ABLATIONS[2:], 1, "--jobs", 2, "--minutes", .05, "--out_dir", tmp_path)
+    assert status == 0 and "9 runs, 2 at a time on cpu" in out and "0 seeds" in (tmp_path / "table3.md").read_text(), err
+    finished = list(tmp_path.glob("*.json"))
+    assert all(json.loads(p.read_text()) for p in finished)
+
+
+def test_the_scoreboard_and_the_curves_of_a_run(run, quick, tmp_path):
+    for stage in ("cold_start", "rtdmd"):
+        shutil.copytree(run.cold if stage == "cold_start" else run.rl, tmp_path / stage)
+    with open(tmp_path / "rtdmd/log.jsonl", "a") as f:
+        f.write('{"step": 2, "re')  # a run that is still going on
+    status, out, err = here(report, tmp_path, "--device", "cpu", "--pictures", 1)
+    assert status == 0 and [line.split(" | ")[0] for line in out.splitlines()[2:7]] == ["| teacher", "| teacher", "| teacher, no CFG", "| AC-DMD", "| RTDMD"], err
+    result = json.loads((tmp_path / "report.json").read_text())
+    assert result["pictures_per_row"] == 6 and [row["NFE"] for row in result["rows"]] == [100, 8, 4, 4, 4]
+    assert all(0 <= row["checker"] <= 1 and -1 <= row["judge"] <= 1 for row in result["rows"])
+    good(here(report, "--curves", tmp_path / "cold_start", tmp_path / "rtdmd"))
+    curves = Image.open(tmp_path / "cold_start/curves.png")
+    used = {color for _, color in curves.convert("RGB").getcolors(10 ** 6)}
+    assert Image.open(tmp_path / "report.png").size == (130 + 18 * 66, 60 + 5 * 66 + 200) and set(report.PALETTE[:2]) <= used
+
+
+def test_the_scoreboards_captions_are_the_same_for_any_number_of_pictures():
+    rows = report.report_captions(72)
+    assert [r["tag"] for r in rows[::72]] == tiny.CATEGORIES and all(n % 72 == 0 or 72 % n == 0 for n in Counter(r["prompt"] for r in rows).values())
+    assert {r["prompt"] for r in rows} == {r["prompt"] for r in tiny.captions("test")}
+
+
+def test_diversity_is_2_bits_of_colour_and_the_distance_where_all_differs():
+    """One caption, four pictures in the four colours in four cells, and the same picture four times."""
+    row, cells = {"prompt": "a circle", "include": [{"class": "circle", "count": 1}]}, ((5, 5), (16, 5), (5, 16), (28, 28))
+    differ = [[("circle", color, x, y, 1.)] for color, (x, y) in zip(tiny.COLORS, cells)]
+    distance, colors, places = report.diversity([row] * 4, torch.eye(4), differ)
+    assert distance == pytest.approx(2 ** .5) and colors > 10 and places > 10  # no two agree: -log2 of the 1e-6 that guards it
+    assert report.diversity([row] * 4, torch.ones(4, 2), [differ[0]] * 4) == (0, 0, 0)
+    half = [differ[0], differ[0], differ[1], differ[1]]
+    assert report.diversity([row] * 4, torch.eye(4), half)[1] == pytest.approx(math.log2(3))  # 2 of 6 pairs agree
+
+
+@pytest.mark.parametrize("flags, message", [("", "give one of"), ("--ablations table5", "table5"), ("--curves {t}/none", "log.jsonl"), ("{t}", "make tiny"),
+                                            ("--ablations --seeds 0", "positive"), ("{t} --curves {t}", "give one of")])
+def test_report_refuses_bad_input_in_one_line(bad, flags, message):
+    status, _, err = here(report, *shlex.split(flags.format(**bad)))
+    assert status == 2 and err.count("\n") == 1 and err.startswith("report.py: error: ") and message in err
