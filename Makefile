@@ -1,4 +1,5 @@
-# make tiny: the whole paper on this machine (stage 1, stage 2, sampling, scoreboard).  make test: the tests.  Both set up .venv themselves.
+# make tiny: the whole paper on this machine (stage 1, stage 2, sampling, scoreboard).  make test: the tests.
+# make ablations: the paper's tables 3 and 4 at this scale.  All set up .venv themselves.
 PYTHON ?= python3
 RUN ?= out/tiny
 # one process a GPU; on a CPU two processes of one thread do half as much again as one of two threads
@@ -14,7 +15,10 @@ tiny: .venv/done
 	$(LAUNCH) cold_start.py --preset tiny --resume --out_dir $(RUN)/cold_start
 	$(LAUNCH) rtdmd_rl.py --preset tiny --resume --cold_start $(RUN)/cold_start --out_dir $(RUN)/rtdmd
 	.venv/bin/python sample.py "a red circle and a blue square" --preset tiny --cold_start $(RUN)/cold_start --rtdmd $(RUN)/rtdmd --num_images 8 --out_dir $(RUN)/samples
-	.venv/bin/python tiny.py --report $(RUN)
+	.venv/bin/python report.py $(RUN)
+
+ablations: .venv/done
+	.venv/bin/python report.py --ablations
 
 test: .venv/done
 	.venv/bin/python -m pytest -q test_smoke.py
@@ -22,4 +26,4 @@ test: .venv/done
 clean:
 	rm -rf out .venv __pycache__
 
-.PHONY: tiny test clean
+.PHONY: tiny ablations test clean

@@ -53,10 +53,11 @@ PRESETS = {  # defaults that differ; everything else is the same for every model
                  resolution=32, max_sequence_length=8, cfg=2.0, steps=800, batch_size=64, micro_batch=64, lr=1e-3, fake_lr=1e-3,
                  generator_every=2, ema=.99, sample_every=200, save_every=200, compile=0),
 }
+PAPER = dict(lora_rank=64, lora_alpha=32, renoise_std="printed", consistency_times="steps", dm_gradient="score")  # --paper: its letter (README)
 
 
 def arguments():
-    parser, add = make_parser("Stage 1: AC-DMD, from a multi-step teacher to a 4-step generator.", PRESETS, "out/cold_start")
+    parser, add = make_parser("Stage 1: AC-DMD, from a multi-step teacher to a 4-step generator.", PRESETS, "out/cold_start", PAPER)
     add("--steps", type=int, default=15000, help="optimiser steps of the fake score")
     add("--generator_every", type=int, default=10, help="update the generator every so many steps")
     add("--batch_size", type=int, default=72, help="pictures a step over all GPUs together; does not depend on the number of GPUs")
@@ -64,6 +65,8 @@ def arguments():
     add("--lr", type=float, default=3e-5, help="learning rate of the generator")
     add("--fake_lr", type=float, default=3e-5, help="learning rate of the fake score")
     add("--ema", type=float, default=.99, help="decay of the generator's average, applied after every step")
+    add("--dmd2", action="store_true", help="DMD2-style training: the last executed step goes to level 0 whichever it is, and its x-prediction is "
+        "re-noised over [0, 1] (give --gamma 0 too)")
     return parse(parser)
 
 
@@ -85,24 +88,27 @@ def renoise_time(s, u):
     return (s + .01 + (1 - s - .01) * u).clamp(.02, .98)
 
 
-def fake_score_loss(F, x_s, s, t, noise, back, noise1, noise2, gamma, eta):
+def fake_score_loss(F, x_s, s, t, noise, back, noise1, noise2, gamma, eta, std="exact", after=None):
     """Ambient consistency loss of the fake score, Eq. 10-11 -> (loss [B], ambient [B], consistency [B]).
 
     x_s [B,C,H,W]: generator samples at noise level s (a float; 0 for finished pictures); t [B] > s: where to score them;
-    back [B] in (0, 0.2]: how far below t the consistency looks; the noises are like x_s.
+    back [B] in (0, 0.2]: how far below t the consistency looks; the noises are like x_s. std: see cps.renoise.
+    after: the paper's letter for the consistency, from x_s itself at t' = s = t_k to t'' = after = t_{k+1}.
     """
-    x_t = renoise(x_s, s, t, noise)
-    v_target, std = ambient_target(x_s, s, t, noise)
+    x_t = renoise(x_s, s, t, noise, std)
+    v_target, sig = ambient_target(x_s, s, t, noise, std)
     v = F(x_t, t)
-    # ambient denoising score matching in velocity form (Eq. 10, Prop. D.1); std keeps it finite as t -> s
-    ambient = ((1 / std ** 2).clamp(0, 10) * (std * v - std * v_target) ** 2).flatten(1).mean(1)
+    # ambient denoising score matching in velocity form (Eq. 10, Prop. D.1); sig keeps it finite as t -> s
+    ambient = ((1 / sig ** 2).clamp(0, 10) * (sig * v - sig * v_target) ** 2).flatten(1).mean(1)
     if gamma == 0:
         return ambient, ambient, torch.zeros_like(ambient)
     # consistency: h(x,t) = E[x0 | x_t] must be a martingale along F's own reverse process (Eq. 11). Two independent transitions
     # and a product make the squared violation unbiased (Eq. 22, App. F): the square of one would add its variance.
-    column = lambda a: a.view(-1, 1, 1, 1)
+    column, t2 = lambda a: a.view(-1, 1, 1, 1), (t - back).clamp(min=0)
+    if after is not None:
+        x_t, t, t2 = x_s, torch.full_like(t, s), torch.full_like(t, after)
+        v = F(x_t, t)
     anchor = x_t - column(t) * v
-    t2 = (t - back).clamp(min=0)
     x1, x2 = (cps_step(x_t, v.detach(), t, t2, eta, n)[0] for n in (noise1, noise2))
     v1, v2 = F(torch.cat([x1, x2]), torch.cat([t2, t2])).chunk(2)  # one pass for both
     h1, h2 = x1 - column(t2) * v1, x2 - column(t2) * v2
@@ -110,18 +116,26 @@ def fake_score_loss(F, x_s, s, t, noise, back, noise1, noise2, gamma, eta):
     return ambient + gamma * consistency, ambient, consistency
 
 
-def generator_loss(x_s, s, t, noise, back_noise, teacher, F, eta):
-    """The distribution-matching term, Eq. 9 -> loss [B]. Its gradient with respect to x_s is (y_fake - y_real) / mean |x_s - y_real|.
+def generator_loss(x_s, s, t, noise, back_noise, teacher, F, eta, std="exact", gradient="transition"):
+    """The distribution-matching term, Eq. 9 -> loss [B]. Its gradient with respect to x_s is (y_fake - y_real) / mean |x_s - y_real|,
+    averaged over the elements.
 
     Teacher (with CFG) and fake score both look at x_s re-noised to t; each prediction takes one CPS transition back to s with the
     same noise. What is left of the difference is the difference of the scores. Stage 2 imports this function: that is Eq. 7.
+    gradient "score" is the paper's letter: the gradient of the KL itself, (score_fake - score_real)(x_t) dx_t/dx_s.
     """
     with torch.no_grad():
-        x_t = renoise(x_s, s, t, noise)
-        y_real, y_fake = (cps_step(x_t, v(x_t, t), t, s, eta, back_noise)[0] for v in (teacher, F))
-        scale = (x_s - y_real).abs().flatten(1).mean(1).view(-1, 1, 1, 1)
-        target = x_s - torch.where(scale == 0, 0, (y_fake - y_real) / scale)  # a nan stays one, so that `update` skips it
-    return .5 * (x_s - target).square().flatten(1).mean(1)
+        x_t = renoise(x_s, s, t, noise, std)
+        if gradient == "score":
+            a, t = ((1 - t) / (1 - s)).view(-1, 1, 1, 1), t.view(-1, 1, 1, 1)
+            difference = a * (1 - t) / t * (teacher(x_t, t.flatten()) - F(x_t, t.flatten()))  # score = -(x + (1-t) v) / t, Eq. 2
+        else:
+            y_real, y_fake = (cps_step(x_t, v(x_t, t), t, s, eta, back_noise)[0] for v in (teacher, F))
+            scale = (x_s - y_real).abs().flatten(1).mean(1).view(-1, 1, 1, 1)
+            difference = torch.where(scale == 0, 0, (y_fake - y_real) / scale)  # a nan stays one, so that `update` skips it
+        target = x_s - difference
+    loss = .5 * (x_s - target).square().flatten(1)
+    return loss.sum(1) if gradient == "score" else loss.mean(1)  # a KL adds up over the elements, as log pi does
 
 
 # ------------------------------------------------------------------------------------------- 2. Algorithm 1, lines of stage 1
@@ -155,7 +169,8 @@ def main():
         # the same run on any number of GPUs, and a resumed one needs no generator state. k is shared, so that ranks stay in step.
         rng, g = random.Random(f"{args.seed}/{step}"), generator(device, args.seed, step)
         k = rng.randint(1, args.num_steps)
-        s = levels[k]
+        grid = levels[:k] + [0.0] if args.dmd2 else levels  # DMD2: the last executed step goes all the way
+        s, after = grid[k], grid[min(k + 1, len(grid) - 1)] if args.consistency_times == "steps" else None
         normal = lambda: torch.randn(N, *shape, generator=g, device=device)[mine].split(args.micro_batch)
         uniform = lambda: torch.rand(N, generator=g, device=device)[mine].split(args.micro_batch)
         x_K, step_noise = normal(), [normal() for _ in range(k)]
@@ -168,11 +183,11 @@ def main():
         for i, text in enumerate(texts):  # every step: the fake score follows the generator
             G, F = (play(transformer, roles[role], text) for role in ("generator", "fake"))
             with torch.no_grad():
-                paths.append(rollout(G, x_K[i], levels, k, args.eta, [noise[i] for noise in step_noise]))
+                paths.append(rollout(G, x_K[i], grid, k, args.eta, [noise[i] for noise in step_noise]))
             part("rollout")
             steps_back = (1 + (200 * back[i]).floor()) / 1000  # U{1..200}/1000
             loss, ambient, consistency = fake_score_loss(F, paths[i][k], s, renoise_time(s, u_F[i]), noise_F[i], steps_back,
-                                                         noise1[i], noise2[i], args.gamma, args.eta)
+                                                         noise1[i], noise2[i], args.gamma, args.eta, args.renoise_std, after)
             (loss.sum() / N).backward()
             part("fake")
             sums[:3] += torch.stack([loss.sum(), ambient.sum(), consistency.sum()]).detach()
@@ -185,7 +200,7 @@ def main():
                 teacher = play(transformer, roles["teacher"], text, negative, args.cfg)
                 x = paths[i][k - 1]
                 x_s = cps_step(x, G(x, levels[k - 1]), levels[k - 1], s, args.eta, step_noise[k - 1][i])[0]
-                loss = generator_loss(x_s, s, renoise_time(s, u_G[i]), noise_G[i], back_G[i], teacher, F, args.eta)
+                loss = generator_loss(x_s, s, renoise_time(s, u_G[i]), noise_G[i], back_G[i], teacher, F, args.eta, args.renoise_std, args.dm_gradient)
                 (loss.sum() / N).backward()
                 part("generator")
                 sums[3] += loss.sum().detach()
@@ -221,15 +236,19 @@ def checked(function, *inputs):
     except ValueError as e:
         die(e)
 
-def make_parser(description, presets, out_dir):
-    """Parser with the flags that stage 1 and stage 2 share; the preset's values become defaults -> (parser, parser.add_argument)"""
+def make_parser(description, presets, out_dir, paper):
+    """Parser with the flags that stage 1 and stage 2 share; the values of the preset, and with --paper those of `paper`, become defaults
+    -> (parser, parser.add_argument)"""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="sd35m")
+    first.add_argument("--paper", action="store_true")
     first.error = die
-    preset = first.parse_known_args()[0].preset
+    early = first.parse_known_args()[0]
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.error, parser.preset, add = die, presets.get(preset, {}), parser.add_argument
+    parser.error, parser.preset, add = die, {**presets.get(early.preset, {}), **(paper if early.paper else {})}, parser.add_argument
     add("--preset", choices=list(presets), default="sd35m", help="set of default flags")
+    add("--paper", action="store_true", help="default flags by the paper's letter wherever the authors' release differs from it: "
+        + ", ".join(f"--{k} {v}" for k, v in paper.items()))
     add("--pretrained", help="diffusers directory or hub id of the Stable Diffusion 3 model")
     add("--out_dir", default=out_dir, help="where checkpoints, log.jsonl and samples/ go")
     add("--prompts", default="", help="file with a prompt a line, or jsonl with \"prompt\"; default: the preset's own prompts")
@@ -243,6 +262,12 @@ def make_parser(description, presets, out_dir):
     add("--eta", type=float, default=.9, help="stochasticity of CPS steps: 0 Euler, 1 consistency-model sampler")
     add("--cfg", type=float, default=4.5, help="guidance scale of the teacher")
     add("--gamma", type=float, default=.01, help="weight of the fake score's consistency loss; 0 is A-DMD")
+    add("--renoise_std", choices=("exact", "printed"), default="exact", help="std of the sub-interval kernel: exact, or (t-s)/(1-s) as App. B "
+        "prints it, which gives the wrong marginal and a biased fake score (the tests prove it); the fake target is then Eq. 2 of that kernel's score")
+    add("--consistency_times", choices=("near", "steps"), default="near", help="near: t' = the re-noise time, t'' up to 0.2 below it; steps: the paper's "
+        "t' = t_k, t'' = t_{k+1}, read as from the generator's own state x_{t_k} to its next level (0 where that is 0)")
+    add("--dm_gradient", choices=("transition", "score"), default="transition", help="AC-DMD's gradient: difference of two CPS transitions over "
+        "their mean size, or the paper's difference of scores, read as the KL's own gradient, summed over elements")
     add("--lora_rank", type=int, default=32, help="rank of the adapters")
     add("--lora_alpha", type=float, default=64, help="alpha of the adapters; their product is scaled by alpha / rank")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")

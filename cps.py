@@ -61,39 +61,40 @@ def cps_step(x, v, sigma, sigma_next, eta, noise=None):
     return mean + std * noise, mean, std
 
 
-def renoise(x_s, sigma_s, sigma_t, noise):
+def renoise(x_s, sigma_s, sigma_t, noise, std="exact"):
     """From x_s at noise level s up to t > s inside the sub-interval [s, 1] (Eq. 10): x_t = a x_s + sig n, shapes [B,...].
 
         a = (1-t)/(1-s),    sig^2 = t^2 - a^2 s^2
 
-    so that x_t has the marginal of level t whenever x_s has that of level s (App. B prints sig = (t-s)/(1-s), which does not:
-    see the test of the Gaussian world). s = 0 gives (1-t) x0 + t n, ordinary re-noising, ordinary DMD2.
+    so that x_t has the marginal of level t whenever x_s has that of level s. std "printed" is App. B's sig = (t-s)/(1-s), with
+    which it has not: see the test of the Gaussian world. s = 0 gives (1-t) x0 + t n in both, ordinary re-noising, ordinary DMD2.
     """
     x_s = at_least_float32(x_s)
-    a, std = sub_interval(per_sample(sigma_s, x_s), per_sample(sigma_t, x_s))
-    return a * x_s + std * at_least_float32(noise)
+    a, sig = sub_interval(per_sample(sigma_s, x_s), per_sample(sigma_t, x_s), std)
+    return a * x_s + sig * at_least_float32(noise)
 
 
-def sub_interval(s, t):
+def sub_interval(s, t, std="exact"):
     """Coefficients (a, sig) of the kernel x_s -> x_t; sig^2 = (t - a s)(t + a s) with t - a s = (t-s)/(1-s): no cancellation."""
-    a = (1 - t) / (1 - s)
-    return a, ((t - s) / (1 - s) * (t + a * s)).clamp(min=0).sqrt()
+    a, b = (1 - t) / (1 - s), (t - s) / (1 - s)
+    return a, b if std == "printed" else (b * (t + a * s)).clamp(min=0).sqrt()
 
 
-def ambient_target(x_s, sigma_s, sigma_t, noise):
-    """The velocity target of ambient denoising score matching -> (v_target like x_s, std broadcasting over it).
+def ambient_target(x_s, sigma_s, sigma_t, noise, std="exact"):
+    """The velocity target of ambient denoising score matching -> (v_target like x_s, sig broadcasting over it).
 
     The conditional score of the kernel above is -n/sig. Put into v(x,t) = -x/(1-t) - t/(1-t) score (Eq. 2) it reads
 
-        v* = -x_s/(1-s) + (t + (1-t) s^2/(1-s)^2) / sig * n,    and E[v* | x_t] is the student's velocity at t (Prop. D.1).
+        v* = -x_s/(1-s) + (t - sig^2)/((1-t) sig) n,    and E[v* | x_t] is the student's velocity at t (Prop. D.1).
 
-    s = 0 gives n - x0. Grows like 1/sig as t -> s, which is why the loss multiplies it by sig; finite for every t > s.
+    s = 0 gives n - x0. Grows like 1/sig as t -> s, which is why the loss multiplies it by sig; finite for every t > s. With the exact
+    sig, (t - sig^2)/(1-t) = t + (1-t) s^2/(1-s)^2.
     """
     x_s = at_least_float32(x_s)
     s, t = per_sample(sigma_s, x_s), per_sample(sigma_t, x_s)
-    _, std = sub_interval(s, t)
-    std = std.clamp(min=torch.finfo(x_s.dtype).tiny ** .25)
-    return -x_s / (1 - s) + (t + (1 - t) * (s / (1 - s)) ** 2) / std * at_least_float32(noise), std
+    _, sig = sub_interval(s, t, std)
+    sig = sig.clamp(min=torch.finfo(x_s.dtype).tiny ** .25)
+    return -x_s / (1 - s) + (t - sig ** 2) / (1 - t) / sig * at_least_float32(noise), sig
 
 
 def log_prob(x_next, mean, std=None):

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cold_start import (HERE, adapter, add_adapter, all_reduce, checked, data_order, decode, die, distance, fake_score_loss, find_weights, generator,
+from cold_start import (HERE, PAPER as PAPER_COLD, adapter, add_adapter, all_reduce, checked, data_order, decode, die, distance, fake_score_loss, find_weights, generator,
                         generator_loss, guarded, load_adapter, load_checkpoint, load_pipeline, make_log, make_parser, note_prompts, parse, play, preview,
                         renoise_time, save_or_stop, setup, shard, stopwatch, text_encoder, train_only, update)
 from cps import cps_step, log_prob, sigmas
@@ -34,10 +34,11 @@ PRESETS = {
                  fake_lr=1e-3, ema=.97, ema_every=1, rewards="clipscore:1,checker:1", reward_path=[f"clipscore={HERE}/assets/tiny/clip"],
                  det_weight=.5, dm_weight=.1, sample_every=85, save_every=85, compile=0),
 }
+PAPER = dict(PAPER_COLD, log_prob="gaussian", advantage_std="group", subset_factor=1, det_weight=1.0, dm_weight=1.0, margin=100.0, dm_steps="drawn")
 
 
 def arguments():
-    parser, add = make_parser("Stage 2: RTDMD, reinforcement of the 4-step generator.", PRESETS, "out/rtdmd")
+    parser, add = make_parser("Stage 2: RTDMD, reinforcement of the 4-step generator.", PRESETS, "out/rtdmd", PAPER)
     add("--cold_start", default="out/cold_start", help="stage 1's out_dir, or a hub repository with cold_start/generator_ema.pt")
     add("--epochs", type=int, default=1000, help="epochs; one update of G and of F each")
     add("--prompts_per_epoch", type=int, default=48, help="prompts an epoch over all GPUs together")
@@ -56,12 +57,15 @@ def arguments():
     add("--policy_weight", type=float, default=1.0, help="weight of SubGRPO; 0 leaves it out")
     add("--det_weight", type=float, default=1e-4, help="weight of back-propagation through the last step; 0 leaves it out")
     add("--dm_weight", type=float, default=1e-3, help="weight of AC-DMD; 0 leaves it out (watch the reward being hacked)")
-    add("--margin", type=float, default=3.0, help="back-propagation stops where the weighted rewards exceed this")
+    add("--dm_steps", choices=("last", "drawn"), default="last", help="where AC-DMD and F work: on the last step's pictures, or, the paper's Eq. 9 being "
+        "an expectation over all steps, at one step drawn for each epoch, as in stage 1")
+    add("--margin", type=float, default=3.0, help="back-propagation stops where the weighted rewards exceed this (--paper: beyond reach)")
     add("--clip", type=float, default=1e-5, help="PPO clip range of the ratio")
     add("--old_log_prob", choices=("update", "rollout"), default="update", help="where the ratio's denominator comes from: the update's own "
         "pass (the ratio is 1: one update an epoch is exactly on-policy), or the rollout as in the release, where rounding gets clipped")
     add("--log_prob", choices=("release", "gaussian"), default="release", help="-mean d^2, or Eq. 13's -sum d^2 / (2 std^2)")
-    add("--advantage_std", choices=("batch", "group"), default="batch", help="standard deviation over the whole batch, or each group (paper)")
+    add("--advantage_std", choices=("batch", "group"), default="batch", help="of each reward over the whole batch, and once more of their sum; "
+        "or of each reward over each group and no more (paper)")
     add("--advantage_clip", type=float, default=5.0, help="advantages are clipped to +- this")
     return parse(parser)
 
@@ -71,14 +75,14 @@ def advantages(scores, weights, group_size, std="batch", clip=5.0):
     """Group-relative advantages (Eq. 14): scores [R,I] of I pictures, groups consecutive -> [I].
 
     Each reward: minus its group's mean, over the standard deviation of the batch (release) or of the group (paper); weighted sum;
-    standardised once more over the batch; clipped. A reward that does not vary gives 0.
+    standardised once more over the batch (release only); clipped. A reward that does not vary gives 0.
     """
     grouped = scores.view(len(scores), -1, group_size)
     centred = grouped - grouped[..., :1]  # first, so that a group whose pictures all score the same gives exactly 0
     centred = centred - centred.mean(2, keepdim=True)
     spread = grouped.std(2, keepdim=True) if std == "group" else scores.std(1).view(-1, 1, 1)
     total = (torch.as_tensor(weights, dtype=scores.dtype, device=scores.device).view(-1, 1, 1) * centred / (spread + 1e-4)).sum(0).flatten()
-    return (total / (total.std() + 1e-4)).clamp(-clip, clip)  # its mean is 0 already
+    return (total if std == "group" else total / (total.std() + 1e-4)).clamp(-clip, clip)  # its mean is 0 already
 
 
 def policy_loss(log_p, old_log_p, advantage, clip):
@@ -142,6 +146,8 @@ def main():
         # As in stage 1, every random number comes from (seed, epoch) and is drawn for all pictures: the number of GPUs does not matter.
         rng, g = random.Random(f"{args.seed}/{epoch}"), generator(device, args.seed, epoch)
         S = sorted(rng.sample(range(K - 1), M))  # Eq. 16: the steps to reinforce, the same for all pictures of the epoch
+        last = rng.randint(1, K) if args.dm_steps == "drawn" else K  # Eq. 9: the step after which teacher and fake score are compared
+        s, after = levels[last], levels[min(last + 1, K)] if args.consistency_times == "steps" else None
         normal = lambda: torch.randn(I, *shape, generator=g, device=device)[mine]
         uniform = lambda: torch.rand(I, generator=g, device=device)[mine]
         chosen = [rows[i] for i in data_order(len(rows), epoch * args.prompts_per_epoch, args.prompts_per_epoch, args.seed)]
@@ -168,12 +174,13 @@ def main():
                         old_log_p[k][b] = log_prob(path[k + 1][b], mean, std_or_none(std))
         part("rollout")
 
-        # ---- one step of the fake score on the finished pictures (s = 0)
+        # ---- one step of the fake score, on the finished pictures (s = 0) unless --dm_steps drawn
         sums, most = torch.zeros(5, device=device), torch.zeros((), device=device)
         u, n, back, n1, n2 = uniform(), normal(), uniform(), normal(), normal()
         for b, text in zip(batches, texts):
             F, steps_back = play(transformer, roles["fake"], text), (1 + (200 * back[b]).floor()) / 1000
-            loss, *_ = fake_score_loss(F, path[K][b], 0.0, renoise_time(0.0, u[b]), n[b], steps_back, n1[b], n2[b], args.gamma, args.eta)
+            loss, *_ = fake_score_loss(F, path[last][b], s, renoise_time(s, u[b]), n[b], steps_back, n1[b], n2[b], args.gamma, args.eta,
+                                       args.renoise_std, after)
             (loss.sum() / I).backward()
             sums[0] += loss.sum().detach() / I
         F_norm = update(F_params, F_opt, args, skipped, "fake", sums[0])
@@ -200,9 +207,10 @@ def main():
             if args.det_weight:  # Eq. 15
                 det = torch.relu(args.margin - total).sum() / I
                 loss, sums[2] = loss + args.det_weight * det, sums[2] + det.detach()
-            if args.dm_weight:  # Eq. 9 at s = 0, with the teacher's guidance
-                teacher = play(transformer, roles["teacher"], text, negative, args.cfg)
-                dm = generator_loss(x_0, 0.0, renoise_time(0.0, u[b]), n[b], back_noise[b], teacher, F, args.eta).sum() / I
+            if args.dm_weight:  # Eq. 9, with the teacher's guidance
+                teacher, x = play(transformer, roles["teacher"], text, negative, args.cfg), path[last - 1][b]
+                x_s = x_0 if last == K else cps_step(x, G(x, levels[last - 1]), levels[last - 1], s, args.eta, noise[last - 1][b])[0]
+                dm = generator_loss(x_s, s, renoise_time(s, u[b]), n[b], back_noise[b], teacher, F, args.eta, args.renoise_std, args.dm_gradient).sum() / I
                 loss, sums[3] = loss + args.dm_weight * dm, sums[3] + dm.detach()
             if args.det_weight or args.dm_weight:
                 loss.backward()

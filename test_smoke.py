@@ -45,7 +45,7 @@ from peft import LoraConfig
 from PIL import Image
 
 import cold_start
-import cps
+import report
 import rewards
 import rtdmd_rl
 import sample
@@ -182,13 +182,17 @@ def test_arithmetic_is_at_least_float32_and_one_sigma_a_sample_equals_one_call_a
 
 
 def test_renoising_keeps_the_schedule_and_the_target_obeys_eq_2():
-    """App. B: if x_s | x0 is N((1-s) x0, s^2), x_t | x0 is N((1-t) x0, t^2). The target is Eq. 2 of the kernel's score -n/sig."""
+    """App. B: if x_s | x0 is N((1-s) x0, s^2), x_t | x0 is N((1-t) x0, t^2). The target is Eq. 2 of the kernel's score -n/sig.
+    With App. B's printed std the target is Eq. 2 of that kernel's score, and the variance falls short of t^2 wherever s > 0."""
     x0, (eps, n) = f64(.3, -2), exact_normals(2)
     for s, t in ((0., .02), (0., .98), (.5, .51), (.5, .9), (.75, .76), (.9, .91), (.9, .98)):
         x_s = (1 - s) * x0 + s * eps
         x_t, (target, std) = renoise(x_s, s, t, n), ambient_target(x_s, s, t, n)
         close(moments(x_t), ((1 - t) * x0, t * t * EYE))
         close((x_t, target), ((1 - t) / (1 - s) * x_s + std * n, -x_t / (1 - t) + t / (1 - t) * n / std))
+        x_p, (target_p, std_p) = renoise(x_s, s, t, n, "printed"), ambient_target(x_s, s, t, n, "printed")
+        close((x_p, target_p), ((1 - t) / (1 - s) * x_s + std_p * n, -x_p / (1 - t) + t / (1 - t) * n / std_p))
+        assert float(std_p) == pytest.approx((t - s) / (1 - s)) and (moments(x_p)[1][0, 0] < t * t - 1e-6) == (s > 0)
         if s == 0:
             close(target, n - x_s)  # ordinary flow matching
 
@@ -238,9 +242,9 @@ def test_the_scheduler_draws_in_diffusers_what_our_own_loop_draws(tiny_parts, tm
     assert (own(0) - own(.9)).abs().max() > .1
 
 # ------------------------------------------------------------------------------- 3. the fake score (Eq. 10, Prop. D.1, App. K)
-def fitted(x_s, s, t, n):
+def fitted(x_s, s, t, n, std="exact"):
     """The linear field that minimises fake_score_loss (gamma = 0) at t: one Newton step, the loss is quadratic."""
-    loss = lambda theta: fake_score_loss(linear(unpack(theta)), x_s, s, full(t, n), n, None, None, None, 0, .9)[0].mean()
+    loss = lambda theta: fake_score_loss(linear(unpack(theta)), x_s, s, full(t, n), n, None, None, None, 0, .9, std)[0].mean()
     theta = ZERO.clone().requires_grad_()
     return unpack(-torch.linalg.solve(torch.autograd.functional.hessian(loss, theta), torch.autograd.grad(loss(theta), theta)[0]))
 
@@ -259,20 +263,17 @@ def test_the_fake_score_learns_the_students_exact_velocity():
             close((loss, ambient), (min(1, 10 * (t * t - ((1 - t) / (1 - s) * s) ** 2)) * error,) * 2)  # weight: min(1, 10 sig^2)
 
 
-def test_the_papers_printed_std_and_full_interval_renoising_are_biased(monkeypatch):
+def test_the_papers_printed_std_and_full_interval_renoising_are_biased():
     """Relative rms error of the learned velocity in the middle of the sub-interval, at s = .9, .75, .5, 0 (ours: below 1e-9).
-    printed: App. B's std (t-s)/(1-s) in the place of ours. DMD2: the generator's x-prediction re-noised over [0,1], for eta = 0,
+    printed: App. B's std (t-s)/(1-s) for the kernel, and for the score -n/std of that kernel in the target. DMD2: the generator's x-prediction re-noised over [0,1], for eta = 0,
     .5, .9, 1; it learns the student's velocity at eta = 1 and only there (App. K)."""
-    table = {("printed", .9): (.827, .853, .710, 0), ("DMD2", 0): (.130, .071, .024, 0), ("DMD2", .5): (.095, .041, .031, 0),
+    table = {("printed", .9): (13.5, 6.29, 2.76, 0), ("DMD2", 0): (.130, .071, .024, 0), ("DMD2", .5): (.095, .041, .031, 0),
              ("DMD2", .9): (.022, .008, .010, 0), ("DMD2", 1): (0, 0, 0, 0)}
     for ((which, eta), errors), k in itertools.product(table.items(), (1, 2, 3, 4)):
         path, world, (n,) = student_at(k, eta, 1)
         s, before, t = LEVELS[k], LEVELS[k - 1], (LEVELS[k] + .98) / 2
-        with monkeypatch.context() as patch:
-            if which == "printed":
-                patch.setattr(cps, "sub_interval", lambda s, t: ((1 - t) / (1 - s), (t - s) / (1 - s)))
-            x_0 = path[k - 1] - before * generator_with(ZERO)(path[k - 1], before)
-            field = fitted(path[k], s, t, n) if which == "printed" else fitted(x_0, 0.0, t, n)
+        x_0 = path[k - 1] - before * generator_with(ZERO)(path[k - 1], before)
+        field = fitted(path[k], s, t, n, "printed") if which == "printed" else fitted(x_0, 0.0, t, n)
         assert rms_error(field, world, t) == pytest.approx(errors[k - 1], rel=.02, abs=6e-4), (which, eta, s)
 
 # --------------------------------------------------------------------------------------------------- 4. the generator (Eq. 8, 9)
@@ -314,6 +315,21 @@ def test_the_generator_gradient_is_the_normalised_difference_of_the_scores():
     assert (factor > 0).all()
     nothing = lambda x, t: 0 * x  # 0/0 counts as 0
     assert torch.equal(gradient(0 * n, 0.0, t, 0 * n, back, nothing, nothing), 0 * n)
+
+
+def test_the_papers_letter_of_the_generator_gradient_is_the_gradient_of_the_kl():
+    """--dm_gradient score. Per sample a (score_fake - score_real)(x_t), a = dx_t/dx_s, and on exact points its mean over a shift of x_s is
+    the gradient of KL(student at t || teacher at t) with respect to that shift, P_real (mean_fake - mean_real) a for Gaussians."""
+    for s in LEVELS[1:]:
+        z, n = exact_normals(2)
+        fake = (s, *marginal((0., MEAN + .5, 1.7 * COV), s))
+        x_s, t = (fake[1] + z @ torch.linalg.cholesky(fake[2]).mT).requires_grad_(), (s + .98) / 2
+        loss = generator_loss(x_s, s, full(t, z), n, None, velocity(DATA), velocity(fake), .9, "exact", "score")
+        gradient, = torch.autograd.grad(loss.sum(), x_s)
+        (mean, cov), (mean_F, cov_F), a, x_t = marginal(DATA, t), marginal(fake, t), (1 - t) / (1 - s), renoise(x_s.detach(), s, t, n)
+        score = lambda m, C: (m - x_t) @ torch.linalg.inv(C)
+        close(gradient, a * (score(mean_F, cov_F) - score(mean, cov)))
+        close(gradient.mean(0).flatten(), a * torch.linalg.inv(cov) @ (mean_F - mean))
 
 
 @pytest.mark.parametrize("k", (1, 2, 3, 4))
@@ -437,6 +453,20 @@ def test_the_consistency_gradient_goes_through_all_three_h_and_not_through_the_t
     close(torch.autograd.grad(term(.6, .1).mean(), theta), torch.autograd.grad(expected, theta))
     close(term(.02, .2), term(.02, .02))  # t'' stops at 0
 
+def test_the_papers_consistency_times_are_the_generators_own_levels():
+    """--consistency_times steps: from x_s itself at t' = t_k to t'' = t_{k+1}. Where t_{k+1} = 0 the
+    transition lands on the anchor itself and the term vanishes with its gradient: by the letter only .9 -> .75 and .75 -> .5 are constrained."""
+    (x_s, n, n1, n2), theta = normals(4, 6), torch.linspace(-1, 1, 6).double().requires_grad_()
+    F = lambda x, t: linear(unpack(theta))(x) * t.view(-1, 1, 1, 1)
+    h = lambda x, t: x - t * F(x, full(t, x))
+    for s, after in zip(LEVELS[1:], LEVELS[2:] + [0.0]):
+        loss, ambient, term = fake_score_loss(F, x_s, s, full(.97, n), n, full(.1, n), n1, n2, .3, .9, "exact", after)
+        x1, x2 = (cps_step(x_s, F(x_s, full(s, n)).detach(), s, after, .9, noise)[0] for noise in (n1, n2))
+        expected = ((h(x1, after) - h(x_s, s)) * (h(x2, after) - h(x_s, s))).flatten(1).mean(1)
+        close(term, expected), close(loss, ambient + .3 * expected)
+        close(torch.autograd.grad(term.mean(), theta, retain_graph=True), torch.autograd.grad(expected.mean(), theta))
+        assert (term.abs().max() < 1e-12) == (after == 0)
+
 # -------------------------------------------------------------------------- 6. the two parts of the policy gradient (Prop. G.1)
 GOAL, FORM, SLOPE = f64(.2, .4), f64([1., .3], [.3, .5]), f64(1, -.5)
 quadratic = lambda x: -((x.flatten(1) - GOAL) @ FORM * (x.flatten(1) - GOAL)).sum(1)
@@ -528,15 +558,21 @@ def test_advantages_have_their_closed_forms():
     scores, weights = torch.randn(3, 48, generator=torch.Generator().manual_seed(0)).double(), f64(1, .5, 2)
     for std in ("batch", "group"):
         of = lambda scores, weights=(1.,), N=6, **clip: advantages(scores, weights, N, std, **clip)
-        close(of(pairs, N=2), math.sqrt(7 / 8) * (2 * pairs[0] - 1), 1e-3)  # +-1, up to the n-1 in the standard deviation
+        pair = 1 if std == "batch" else 1 / math.sqrt(7 / 4)  # a pair's own standard deviation is 1/sqrt(2), and it is not standardised again
+        close(of(pairs, N=2), pair * math.sqrt(7 / 8) * (2 * pairs[0] - 1), 1e-3)  # +-1, up to the n-1 in the standard deviation
         assert torch.equal(of(torch.full((2, 48), .5), (1., 2.)), torch.zeros(48))  # no reward varies
-        a = of(scores, weights)
-        assert a.view(-1, 6).mean(1).abs().max() < 1e-9 and float(a.std()) == pytest.approx(1, abs=1e-3)
-        close(a, of(scores * f64([10], [3], [7]), weights), 2e-3)  # the scales of rewards do not matter, that of the weights neither
-        close(a, of(scores, weights * 10), 2e-3)
-        close(a, of(torch.cat([scores, scores[:1]]), f64(0, .5, 2, 1)), 2e-3)
+        a = of(scores, weights, clip=100)
+        assert a.view(-1, 6).mean(1).abs().max() < 1e-9
+        close(a, of(scores * f64([10], [3], [7]), weights, clip=100), 4e-3)  # the scales of rewards do not matter
         close(of(scores[[0, 0]], (1., -1.)), torch.zeros(48).double())
         close(of(scores[:1]), of(scores[:1] + torch.arange(8).repeat_interleave(6)), 2e-3)  # a hard prompt makes no picture worse
+        close(a, of(torch.cat([scores, scores[:1]]), f64(0, .5, 2, 1), clip=100), 2e-3)
+        if std == "batch":  # the scale of the weights matters neither
+            assert float(a.std()) == pytest.approx(1, abs=1e-3)
+            close(a, of(scores, weights * 10), 2e-3)
+        else:  # the paper's letter: each reward over its group's standard deviation, weighed, and no more
+            grouped = scores.view(3, 8, 6)
+            close(a, ((grouped - grouped.mean(2, True)) / grouped.std(2, keepdim=True) * weights.view(3, 1, 1)).sum(0).flatten(), 2e-3)
         assert [of(outlier, N=100, clip=c)[7] for c in (5, 2)] == [5, 2] and of(outlier, N=100)[7] == 5 and of(-outlier, N=100)[7] == -5
     by_group, by_batch = (advantages(uneven, [1.], 2, std).abs() for std in ("group", "batch"))
     close(by_group[2] / by_group[0], f64(1)[0], 1e-3), close(by_batch[2] / by_batch[0], f64(10)[0], 1e-2)
@@ -656,6 +692,59 @@ def test_stage_2_shares_noise_on_the_other_steps_only_and_its_first_ratio_is_1(t
     alone = ["--epochs", "1", "--det_weight", "0", "--dm_weight", "0"]  # the policy's gradient alone, without and with the factor (K-1)/M
     plain, scaled = (run_main(rtdmd_rl, tiny_parts[1], tmp_path / f, monkeypatch, *flags, *alone, "--subset_factor", f)[0] for f in "01")
     assert scaled["grad_generator"] == pytest.approx(3 * plain["grad_generator"], rel=1e-4) and plain["grad_generator"] > 0
+
+
+def flags_of(module, *flags):
+    """What a command line means, as a dict."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["main", *flags])
+        return vars(module.arguments())
+
+
+def test_paper_follows_the_papers_letter_wherever_the_release_differs_and_every_choice_can_be_taken_back():
+    """METHOD section 6, item by item; nothing else changes."""
+    both = {"lora_rank": (32, 64), "lora_alpha": (64, 32), "renoise_std": ("exact", "printed"), "consistency_times": ("near", "steps"),
+            "dm_gradient": ("transition", "score")}
+    stage_2 = {"log_prob": ("release", "gaussian"), "subset_factor": (0, 1), "advantage_std": ("batch", "group"), "dm_weight": (1e-3, 1),
+               "det_weight": (1e-4, 1), "margin": (3, 100), "dm_steps": ("last", "drawn")}
+    for module, differ in ((cold_start, both), (rtdmd_rl, {**both, **stage_2})):
+        release, paper = flags_of(module), flags_of(module, "--paper")
+        assert {k: (v, paper[k]) for k, v in release.items() if v != paper[k]} == {**differ, "paper": (False, True)}
+        back = [str(word) for k, (ours, _) in differ.items() for word in (f"--{k}", ours)]
+        assert flags_of(module, *back, "--paper") == {**release, "paper": True}
+        assert flags_of(module, "--preset", "tiny", "--paper")["dm_gradient"] == "score"  # also over a preset
+
+
+def test_the_papers_letter_reaches_the_losses_of_both_loops(tiny_parts, tmp_path, monkeypatch):
+    """--paper in stage 1, then in stage 2 on its result: what the losses are given at every step, and that all numbers stay finite."""
+    fake, real, levels = [], [], {s: after for s, after in zip(LEVELS[1:], LEVELS[2:] + [0.0])}
+    for module in (cold_start, rtdmd_rl):
+        monkeypatch.setattr(module, "fake_score_loss", lambda *a: fake.append((a[2], a[1].clone(), *a[-2:])) or fake_score_loss(*a))
+        monkeypatch.setattr(module, "generator_loss", lambda *a: real.append((a[1], a[0].detach(), *a[-2:])) or generator_loss(*a))
+    cold = run_main(cold_start, tiny_parts[1], tmp_path / "cold", monkeypatch, *"--paper --steps 4 --generator_every 1 --batch_size 2 --seed 4".split())
+    flags = f"--paper --epochs 4 --prompts_per_epoch 2 --group_size 2 --cold_start {tmp_path / 'cold'}".split()
+    rl = run_main(rtdmd_rl, tiny_parts[1], tmp_path / "rl", monkeypatch, *flags)
+    assert all(math.isfinite(v) for line in (*cold, *rl) for v in line.values() if isinstance(v, float)) and rl[0]["grad_generator"] > 0
+    for lines in ((fake[:4], real[:4]), (fake[4:], real[4:])):
+        assert len({s for s, *_ in lines[0]}) > 1  # more than the last step, in stage 2 too
+        for (s, x, std, after), (s_G, x_G, std_G, gradient) in zip(*lines, strict=True):
+            assert s == s_G and after == levels[s] and (std, std_G, gradient) == ("printed", "printed", "score")
+            close(x_G, x, 1e-5)  # teacher and fake score meet on the very state of the rollout that F was trained on
+
+
+def test_dmd2_style_training_takes_the_last_executed_step_to_level_0(tiny_parts, tmp_path, monkeypatch):
+    """--dmd2: whichever step is drawn, its x-prediction is what F and the teacher see, re-noised over [0, 1]."""
+    seen, paths, calls = [], [], []
+    monkeypatch.setattr(cold_start, "rollout", lambda *a: paths.append((a[3], rollout(*a))) or paths[-1][1])
+    monkeypatch.setattr(cold_start, "cps_step", lambda x, v, s, t, *a: (torch.is_tensor(s) or calls.append((x - s * v, s, t)), cps_step(x, v, s, t, *a))[1])
+    monkeypatch.setattr(cold_start, "fake_score_loss", lambda F, x, s, t, *a: seen.append((s, x, t)) or fake_score_loss(F, x, s, t, *a))
+    monkeypatch.setattr(cold_start, "generator_loss", lambda x, s, t, *a: seen.append((s, x.detach(), t)) or generator_loss(x, s, t, *a))
+    run_main(cold_start, tiny_parts[1], tmp_path, monkeypatch, *"--dmd2 --gamma 0 --steps 4 --generator_every 1 --batch_size 2 --seed 4".split())
+    assert len({k for k, _ in paths}) > 1 and {s for s, *_ in seen} == {0.0}
+    last = [(x_0, s) for x_0, s, t in calls if t == 0]
+    for i, (k, path) in enumerate(paths):
+        assert all(torch.equal(x, path[k]) or (x - path[k]).abs().max() < 1e-5 for _, x, _ in seen[2 * i:2 * i + 2])
+        assert any(torch.equal(x_0, path[k]) and s == LEVELS[k - 1] for x_0, s in last)
 
 
 # ------------------------------------------------------------------------------------------------------------------ helpers
@@ -1117,7 +1206,7 @@ def bad(run, tmp_path_factory):
     return {**{p.stem: p for p in t.iterdir()}, "t": t, "cold": run.cold, "rl": run.rl, "tiny": TINY}
 
 
-C, R, S, T = cold_start, rtdmd_rl, sample, tiny
+C, R, S, T, P = cold_start, rtdmd_rl, sample, tiny, report
 SAME = "--resume --batch_size 5 --generator_every 2"  # as the run in {cold}
 INPUTS = [  # program, flags, what the one line says
     (C, "--stepz 4", "--stepz"), (C, "--step 4", "--step 4"), (C, "--steps four", "'four'"), (C, "--preset sd9", "'sd9'"), (C, "stray", "stray"),
@@ -1166,18 +1255,19 @@ INPUTS = [  # program, flags, what the one line says
     (S, "cat --cold_start {flipped}", "a checksum is wrong"), (R, "--cold_start {mixed}", "different steps"), (S, "cat --cold_start {mixed}", "different steps"),
     (T, "--stepz 4", "--stepz"), (T, "stray", "stray"), (T, "--seed four", "'four'"), (T, "--seed -1", "--seed"), (T, "--seed 99999999999999999999", "--seed"),
     (T, "--device toaster", "toaster"), (T, "--device cuda", "CUDA"), (T, "--device mps", "mps"), (T, "--device meta", "meta"), (T, "--out_dir ''", "--out_dir"),
-    (T, "--out_dir {file}/out", "--out_dir"), (T, "--random_sd35m {file}/out", "file/out"), (T, "--random_sd35m ''", "--out_dir"), (T, "--report ''", "--report"),
-    (T, "--report {t}/none", "cold_start/ holds no finished run"), (T, "--report {good}", "no finished run"), (T, "--report {report_log}", "no finished run"),
-    (T, "--report {report_code}", "not a file of tensors"), (T, "--report {report_code} --pretrained {t}/none/dir", "none/dir"),
-    (T, "--report {report_code} --pretrained {code_dit}", "code_dit"),
+    (T, "--out_dir {file}/out", "--out_dir"), (T, "--random_sd35m {file}/out", "file/out"), (T, "--random_sd35m ''", "--out_dir"),
+    (P, "", "give one of"), (P, "--ablations table5", "table5"), (P, "--curves {t}/none", "log.jsonl"), (P, "--ablations --seeds 0", "positive"),
+    (P, "{t} --curves {t}", "give one of"), (P, "{t}/none", "cold_start/ holds no finished run"), (P, "{good}", "no finished run"),
+    (P, "{report_log}", "no readable log.jsonl"), (P, "{report_code}", "not a file of tensors"), (P, "{report_code} --pretrained {t}/none/dir", "none/dir"),
+    (P, "{report_code} --pretrained {code_dit}", "code_dit"), (P, "--ablations --out_dir {file}/out", "file/out"),
 ]
 SHORT = {C: "--sample_every 0 --steps 1 --batch_size 2", R: "--sample_every 0 --epochs 1 --prompts_per_epoch 1 --group_size 2 --cold_start {good}",
-         S: "--cold_start {good} --rtdmd ''", T: ""}  # should an input be taken after all, then at least not for long
+         S: "--cold_start {good} --rtdmd ''", T: "", P: ""}  # should an input be taken after all, then at least not for long
 
 
 def refused(run_it, program, flags, message, bad, tmp_path):
     """One line on stderr that says what is wrong, exit status 2, no file written, no code in a file run."""
-    flags = [*BASE[2 * (program is tiny):4], "--out_dir", tmp_path / "out", *shlex.split(f"{SHORT[program]} {flags}".format(**bad))]
+    flags = [*BASE[2 * (program in (tiny, report)):4], "--out_dir", tmp_path / "out", *shlex.split(f"{SHORT[program]} {flags}".format(**bad))]
     out = Path(flags[-flags[::-1].index("--out_dir")])
     before = listing(out)
     status, _, err = run_it(program, *flags)
@@ -1636,6 +1726,88 @@ def test_killed_runs_resume_and_end_in_the_bytes_of_a_run_that_nobody_killed(run
     assert identical, "\n".join(report)
 
 
+
+# ------------------------------------------------------------------------------------------------------- report.py: what was achieved
+@pytest.fixture
+def quick(tiny_parts, monkeypatch):
+    """Loading the tiny model takes longer than the runs below: it is loaded once."""
+    for module in (cold_start, rtdmd_rl, report):
+        monkeypatch.setattr(module, "load_pipeline", lambda *_: copy.deepcopy(tiny_parts[1]))
+    clips = rewards.build("clipscore,judge", torch.device("cpu"), [f"clipscore={TINY}/clip", f"judge={TINY}/judge"])
+    monkeypatch.setattr(report, "build", lambda *_: clips)
+    monkeypatch.setattr(rtdmd_rl, "build", lambda *_: clips[:1])
+
+
+ABLATIONS = "--ablations table3,table4,fake --device cpu --jobs 1 --steps 1 --epochs 1 --batch 4 --pictures 1 --seeds".split()
+
+
+def test_all_ablations_at_a_size_of_nothing(quick, tmp_path, monkeypatch):
+    """The whole command with one step a run: every row of every table has its numbers, from files; a second call trains nothing, a second
+    seed only itself, a failed run costs its own rows; sizes do not mix."""
+    where = ["--out_dir", tmp_path]
+    good(here(report, *ABLATIONS, 1, *where))
+    files = {p.stem: json.loads(p.read_text()) for p in tmp_path.glob("*_seed0.json")}
+    assert {f["run"] for f in files.values()} == {run for t in ("table3", "table4", "fake") for run, _ in report.TABLES[t].values()} | {"reference"}
+    for table in ("table3", "table4", "fake"):
+        head, _, *rows, last = [line.split(" | ") for line in (tmp_path / f"{table}.md").read_text().split("\n\n")[0].splitlines() + [""]]
+        assert [row[0].strip("| ") for row in rows] == list(report.TABLES[table]) and all(len(row) == len(head) and "" not in row[:-1] for row in rows)
+    row = (tmp_path / "table4.md").read_text().splitlines()[3].split(" | ")
+    assert row[0] == "| GRPO" and row[1:3] == [f"{100 * files['2_subset_3_det_weight_0_seed0']['numbers']['checker']:.3g}",
+                                              f"{files['2_subset_3_det_weight_0_seed0']['numbers']['clipscore']:.3g}"]
+    before, trained = listing(tmp_path), []
+    monkeypatch.setattr(report, "train_and_score", lambda args, run, seed, device: trained.append((run, seed)) or (
+        files["fake_0_seed0"]["numbers"] if run[0] in "fr" else files["1_seed0"]["numbers"]) if run != "2 --subset 1" else 1 / 0)
+    good(here(report, *ABLATIONS, 1, *where))
+    assert trained == [] and listing(tmp_path) == before
+    status, _, err = here(report, *ABLATIONS, 2, *where)
+    assert status == 0 and {seed for _, seed in trained} == {1} and ("1", 1) == trained[0] and len(trained) == len(files) - 3
+    assert err.count("failed") == 2 and "2 --subset 1, seed 1: failed" in err
+    assert "2 seeds" in (tmp_path / "table3.md").read_text() and "1 seeds" in (tmp_path / "table4.md").read_text()  # balanced, or not at all
+    status, _, err = here(report, *ABLATIONS, 1, *where, "--batch", 2)
+    assert status == 2 and err.count("\n") == 1 and "another size" in err
+
+
+def test_several_processes_share_the_list_of_runs_and_stop_in_time(tmp_path):
+    """Real processes: no run twice, nothing half-written, and 0.05 minutes are over before anything could be trained."""
+    status, out, err = shell(report, "--ablations", "table3", *ABLATIONS[2:], 1, "--jobs", 2, "--minutes", .05, "--out_dir", tmp_path)
+    assert status == 0 and "9 runs, 2 at a time on cpu" in out and "0 seeds" in (tmp_path / "table3.md").read_text(), err
+    finished = list(tmp_path.glob("*.json"))
+    assert all(json.loads(p.read_text()) for p in finished)
+
+
+def test_the_scoreboard_and_the_curves_of_a_run(run, quick, tmp_path):
+    for stage in ("cold_start", "rtdmd"):
+        shutil.copytree(run.cold if stage == "cold_start" else run.rl, tmp_path / stage)
+    with open(tmp_path / "rtdmd/log.jsonl", "a") as f:
+        f.write('{"step": 2, "re')  # a run that is still going on
+    status, out, err = here(report, tmp_path, "--device", "cpu", "--pictures", 1)
+    assert status == 0 and [line.split(" | ")[0] for line in out.splitlines()[2:7]] == ["| teacher", "| teacher", "| teacher, no CFG", "| AC-DMD", "| RTDMD"], err
+    result = json.loads((tmp_path / "report.json").read_text())
+    assert result["pictures_per_row"] == 6 and [row["NFE"] for row in result["rows"]] == [100, 8, 4, 4, 4]
+    assert all(0 <= row["checker"] <= 1 and -1 <= row["judge"] <= 1 for row in result["rows"])
+    good(here(report, "--curves", tmp_path / "cold_start", tmp_path / "rtdmd"))
+    curves = Image.open(tmp_path / "cold_start/curves.png")
+    used = {color for _, color in curves.convert("RGB").getcolors(10 ** 6)}
+    assert Image.open(tmp_path / "report.png").size == (130 + 18 * 66, 60 + 5 * 66 + 200) and set(report.PALETTE[:2]) <= used
+
+
+def test_the_scoreboards_captions_are_the_same_for_any_number_of_pictures():
+    rows = report.report_captions(72)
+    assert [r["tag"] for r in rows[::72]] == tiny.CATEGORIES and all(n % 72 == 0 or 72 % n == 0 for n in Counter(r["prompt"] for r in rows).values())
+    assert {r["prompt"] for r in rows} == {r["prompt"] for r in tiny.captions("test")}
+
+
+def test_diversity_is_2_bits_of_colour_and_the_distance_where_all_differs():
+    """One caption, four pictures in the four colours in four cells, and the same picture four times."""
+    row, cells = {"prompt": "a circle", "include": [{"class": "circle", "count": 1}]}, ((5, 5), (16, 5), (5, 16), (28, 28))
+    differ = [[("circle", color, x, y, 1.)] for color, (x, y) in zip(tiny.COLORS, cells)]
+    distance, colors, places = report.diversity([row] * 4, torch.eye(4), differ)
+    assert distance == pytest.approx(2 ** .5) and colors > 10 and places > 10  # no two agree: -log2 of the 1e-6 that guards it
+    assert report.diversity([row] * 4, torch.ones(4, 2), [differ[0]] * 4) == (0, 0, 0)
+    half = [differ[0], differ[0], differ[1], differ[1]]
+    assert report.diversity([row] * 4, torch.eye(4), half)[1] == pytest.approx(math.log2(3))  # 2 of 6 pairs agree
+
+
 if __name__ == "__main__":
     import argparse
     import tempfile
@@ -1651,3 +1823,4 @@ if __name__ == "__main__":
         report, identical = crash_test(args.crash, whole, Path(folder), args.seed)
     print("\n".join(report) + f", {time.time() - begun:.0f} s")
     sys.exit(not identical)
+    assert same_files(tmp_path, run.cold)

@@ -5,10 +5,8 @@ take SD3.5-M. What this file makes, in reading order:
   1. the world    32x32 pictures of circles, squares and triangles with captions in GenEval's six categories
   2. the checker  finds the objects of a picture and compares them with the caption: the tiny GenEval (not differentiable)
   3. the models   VAE, two CLIPs (one is a reward, one a held-out judge), text encoders, SD3 transformer trained by flow matching
-  4. the report   the scoreboard of a run: same captions and seeds through teacher-50, teacher-4, AC-DMD and RTDMD
 
   python tiny.py                          # trains everything into out/tiny_pipeline (GPU: full quality, CPU: reduced, <= 15 min)
-  python tiny.py --report out/tiny        # scores a finished run (what `make tiny` ends with)
   python tiny.py --random_sd35m DIR       # a random-weight pipeline of SD3.5-M's true architecture, for speed and memory work
 """
 import argparse
@@ -398,128 +396,18 @@ def random_sd35m(out_dir, device):
                              tokenizer_3=t5_tokenizer).save_pretrained(out_dir)
 
 
-# ----------------------------------------------------------------------------------------------------------- 4. the report
-PER_CATEGORY = 72  # pictures; a multiple of every category's number of captions
-
-
-def diversity(rows, latents, found):
-    """What becomes of what a caption leaves open -> (distance, colour bits, place bits), means over captions: distance between the
-    latents of two pictures of one caption; -log2 P(two of them agree in the first object's colour: uniform is 2 bits; in its cell of
-    the layout: uniform is 3.17 bits)."""
-    members, distance, color, place = {}, [], [], []
-    for i, row in enumerate(rows):
-        members.setdefault(row["prompt"], []).append(i)
-    for index in members.values():
-        first = rows[index[0]]["include"][0]
-        distance.append(torch.pdist(latents[index].flatten(1)).mean().item())
-        seen = [o for o in (next((o for o in found[i] if o[0] == first["class"]), None) for i in index) if o]
-        pairs = [(a, b) for j, a in enumerate(seen) for b in seen[:j]]
-        if pairs:
-            cell = lambda o: (o[2] * 3 // SIZE, o[3] * 3 // SIZE)
-            place.append(sum(cell(a) == cell(b) for a, b in pairs) / len(pairs))
-            color += [sum(a[1] == b[1] for a, b in pairs) / len(pairs)] if "color" not in first else []
-    bits = lambda agree: -math.log2(max(sum(agree) / max(1, len(agree)), 1e-6))
-    return sum(distance) / len(distance), bits(color), bits(place)
-
-
-def report(run, pretrained, device):
-    """Scoreboard of run/cold_start and run/rtdmd on the test captions and new seeds -> run/report.json, run/report.png, a table."""
-    from types import SimpleNamespace
-    from cold_start import PRESETS, decode, load_pipeline, play, text_encoder
-    from cps import sigmas
-    from rewards import build
-    from sample import draw, load_generator
-    args = SimpleNamespace(**{**PRESETS["tiny"], "pretrained": pretrained}, seed=0, lora_alpha=64, cold_start=f"{run}/cold_start", rtdmd=f"{run}/rtdmd")
-    pipe = load_pipeline(args, device)
-    stacked, encode = load_generator(pipe, args), text_encoder(pipe, args)
-    clips = build("clipscore,judge", device, [f"clipscore={pretrained}/clip", f"judge={pretrained}/judge"])
-    own = {tag: [r for r in captions("test") if r["tag"] == tag] for tag in CATEGORIES}
-    rows = [row for tag in CATEGORIES for row in own[tag] for _ in range(PER_CATEGORY // len(own[tag]))]
-    prompts = [[r["prompt"] for r in rows[i:i + PER_CATEGORY]] for i in range(0, len(rows), PER_CATEGORY)]
-    logs = {stage: [json.loads(line) for line in open(f"{run}/{stage}/log.jsonl")] for stage in ("cold_start", "rtdmd")}
-    many, few, table, sheet = sigmas(50), sigmas(4), [], []
-    for name, adapters, cfg, levels, eta, stage in (
-            ("teacher", [], args.cfg, many, 0.0, None), ("teacher", [], args.cfg, few, 0.0, None), ("teacher, no CFG", [], 1.0, few, 0.0, None),
-            ("AC-DMD", stacked[:1], 1.0, few, .9, "cold_start"), ("RTDMD", stacked, 1.0, few, .9, "rtdmd")):
-        latents, pictures, scores, start = [], [], [[], []], time.time()
-        with torch.no_grad():
-            for i, texts in enumerate(prompts):
-                v = play(pipe.transformer, adapters, encode(texts), encode([""]) if cfg != 1 else None, cfg)
-                seeds = range(10 ** 6 + i * PER_CATEGORY, 10 ** 6 + (i + 1) * PER_CATEGORY)
-                latents.append(draw(v, seeds, pipe.latent_shape, levels, eta, device))
-                pictures.append(decode(pipe, latents[-1]))
-            seconds = time.time() - start
-            for score, clip in zip(scores, clips):
-                for images, texts in zip(pictures, prompts):
-                    score += clip(images, texts, None).tolist()
-        pictures, latents = torch.cat(pictures).cpu(), torch.cat(latents)
-        found = detect(pictures)
-        passed = [check(objects, row) for objects, row in zip(found, rows)]
-        share = lambda tag: sum(p for p, r in zip(passed, rows) if r["tag"] == tag) / PER_CATEGORY
-        distance, color_bits, place_bits = diversity(rows, latents, found)
-        table.append({"name": name, "steps": len(levels) - 1, "NFE": (len(levels) - 1) * (1 + (cfg != 1)), "checker": sum(passed) / len(rows),
-                      **{tag: share(tag) for tag in CATEGORIES}, "clipscore": sum(scores[0]) / len(rows), "judge": sum(scores[1]) / len(rows),
-                      "distance": distance, "color_bits": color_bits, "place_bits": place_bits, "images_per_s": len(rows) / seconds,
-                      "train_minutes": sum(line["seconds"] for line in logs[stage]) / 60 if stage else 0})
-        sheet += [(f"{name}\n{len(levels) - 1} steps: {100 * table[-1]['checker']:.0f} %", pictures[[i * 24 + i % 3 for i in range(18)]])]
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {os.cpu_count()} cores"
-    with open(f"{run}/report.json", "w") as f:
-        json.dump({"machine": machine, "torch": torch.__version__, "pictures_per_row": len(rows), "first_seed": 10 ** 6, "rows": table}, f, indent=1)
-    print("| " + " | ".join(table[0]) + " |\n" + "|---" * len(table[0]) + "|")
-    for row in table:
-        print("| " + " | ".join(value if isinstance(value, str) else f"{value:.3g}" for value in row.values()) + " |")
-    draw_report(sheet, [rows[i * 24 + i % 3]["prompt"] for i in range(18)], logs, f"{run}/report.png")
-
-
-def draw_report(sheet, prompts, logs, path):
-    """The same captions and seeds down the rows, and below them the curves of both stages (means over 10 steps)."""
-    from PIL import Image, ImageDraw, ImageFont
-    font, small, left, top, cell = ImageFont.load_default(14), ImageFont.load_default(9), 130, 60, 66
-    image = Image.new("RGB", (left + 18 * cell, top + len(sheet) * cell + 200), "white")
-    pen = ImageDraw.Draw(image)
-    for j, prompt in enumerate(prompts):
-        words = prompt.split()
-        pen.text((left + j * cell, 4), "\n".join(" ".join(words[i:i + 2]) for i in range(0, len(words), 2)), "black", small)
-    for i, (title, pictures) in enumerate(sheet):
-        pen.text((4, top + i * cell + 14), title, "black", font)
-        for j, picture in enumerate((pictures.permute(0, 2, 3, 1) * 255).round().byte().numpy()):
-            image.paste(Image.fromarray(picture).resize((64, 64), Image.BICUBIC), (left + j * cell, top + i * cell))
-    curves = [("cold_start", "loss_generator")] + [("rtdmd", k) for k in logs["rtdmd"][0] if k.startswith("reward_") or k == "latent_std"]
-    for c, (stage, key) in enumerate(curves):
-        values = [line[key] for line in logs[stage] if line.get(key)] or [0]
-        values = [sum(values[i:i + 10]) / len(values[i:i + 10]) for i in range(0, len(values), 10)]
-        low, high, width, base = min(values), max(values), image.width // len(curves) - 60, image.height - 12
-        x = lambda i: 50 + c * image.width // len(curves) + i * width / max(1, len(values) - 1)
-        pen.text((x(0), base - 170), f"{stage}: {key}", "black", font)
-        pen.text((x(0) - 46, base - 150), f"{high:.3g}", "black", small), pen.text((x(0) - 46, base - 8), f"{low:.3g}", "black", small)
-        pen.line([(x(i), base - 145 * (v - low) / max(high - low, 1e-9)) for i, v in enumerate(values)], fill=(40, 90, 200), width=2)
-    image.save(path)
-
-
 def main():
-    from cold_start import HERE, checked, die, parse, setup
-    parser = argparse.ArgumentParser(description="Stage 0: make the tiny SD3 pipeline, or score a run of it.", allow_abbrev=False)
+    from cold_start import die, parse, setup
+    parser = argparse.ArgumentParser(description="Stage 0: make the tiny SD3 pipeline.", allow_abbrev=False)
     add, parser.error, parser.preset = parser.add_argument, die, {}
     add("--out_dir", default="out/tiny_pipeline", help="where the trained pipeline directory goes")
     add("--seed", type=int, default=0, help="one seed, one result")
     add("--device", default="auto", help="cuda: full quality; cpu or mps: reduced")
-    add("--report", metavar="RUN", help="score RUN/cold_start and RUN/rtdmd, write RUN/report.json and RUN/report.png")
-    add("--pretrained", default=f"{HERE}/assets/tiny", help="the pipeline RUN was made with")
     add("--random_sd35m", metavar="DIR", help="write a random-weight pipeline of SD3.5-M's true architecture")
     args = parse(parser)
-    for stage in ("cold_start", "rtdmd") if args.report is not None else ():
-        try:
-            with open(f"{args.report}/{stage}/log.jsonl") as f:
-                finished = [json.loads(line)["seconds"] for line in f] and os.path.exists(f"{args.report}/{stage}/generator_ema.pt")
-        except (OSError, ValueError, KeyError, TypeError):
-            finished = False
-        if not finished:
-            die(f"--report {args.report}: {stage}/ holds no finished run; make tiny makes one")
-    args.out_dir = next(path for path in (args.report, args.random_sd35m, args.out_dir) if path is not None)
+    args.out_dir = args.out_dir if args.random_sd35m is None else args.random_sd35m
     device, *_ = setup(args, training=False)
-    if args.report:
-        checked(report, args.report, args.pretrained, device)
-    elif args.random_sd35m:
+    if args.random_sd35m:
         random_sd35m(args.random_sd35m, device)
     else:
         make_pipeline(args.out_dir, QUALITY.get(device.type, QUALITY["cpu"]), args.seed, device)
