@@ -24,7 +24,6 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import warnings
 import zipfile
@@ -106,7 +105,7 @@ def fake_score_loss(F, x_s, s, t, noise, back, noise1, noise2, gamma, eta, std="
     # and a product make the squared violation unbiased (Eq. 22, App. F): the square of one would add its variance.
     column, t2 = lambda a: a.view(-1, 1, 1, 1), (t - back).clamp(min=0)
     if after is not None:
-        x_t, t, t2 = x_s, torch.full_like(t, s), torch.full_like(t, after)
+        x_t, t, t2 = x_s, torch.zeros_like(t) + s, torch.zeros_like(t) + after
         v = F(x_t, t)
     anchor = x_t - column(t) * v
     x1, x2 = (cps_step(x_t, v.detach(), t, t2, eta, n)[0] for n in (noise1, noise2))
@@ -161,8 +160,33 @@ def main():
         print(f"AC-DMD: {args.steps} steps of {N} pictures on {world} x {device.type}, {len(rows)} prompts, "
               f"{sum(p.numel() for p in G_params) / 1e6:.1f} M parameters an adapter", flush=True)
 
+    # What a step asks of the transformer, for one micro-batch: functions of tensors alone, which `graphed` records on a GPU. The two
+    # that are called with gradient add to the .grad of their adapter.
+    level = lambda s, x: torch.full((len(x),), s, device=device)
+
+    def velocity(x, s, *text):
+        return play(transformer, roles["generator"], text)(x, s)
+
+    def fake_pass(x_s, s, t, noise, back, noise1, noise2, after, *text):
+        loss = fake_score_loss(play(transformer, roles["fake"], text), x_s, s, t, noise, back, noise1, noise2, args.gamma, args.eta,
+                               args.renoise_std, after if args.consistency_times == "steps" else None)
+        (loss[0].sum() / N).backward()
+        return torch.stack([each.sum() for each in loss]).detach()
+
+    def generator_pass(x, s_before, s, step_noise, t, noise, back_noise, *text):
+        G, F = (play(transformer, roles[role], text) for role in ("generator", "fake"))
+        teacher = play(transformer, roles["teacher"], text, negative, args.cfg)
+        x_s = cps_step(x, G(x, s_before), s_before, s, args.eta, step_noise)[0]
+        loss = generator_loss(x_s, s, t, noise, back_noise, teacher, F, args.eta, args.renoise_std, args.dm_gradient).sum()
+        (loss / N).backward()
+        return loss.detach()
+    velocity, fake_pass, generator_pass = (graphed(function, device) for function in (velocity, fake_pass, generator_pass))
+
     bar, log = tqdm(range(args.start, args.steps), initial=args.start, total=args.steps, disable=None if rank == 0 else True), make_log(args)
-    part = stopwatch(args, transformer, N, warm_up=args.generator_every)
+    part = lambda name: None
+    if args.bench:
+        from report import stopwatch
+        part = stopwatch(args, transformer, N, 2 * args.generator_every, evaluated)
     skipped = {"generator": 0, "fake": 0}  # updates in a row that were not finite
     for step in bar:
         # All random numbers of a step come from (seed, step) and are drawn for the whole batch, of which each rank keeps its rows:
@@ -170,7 +194,7 @@ def main():
         rng, g = random.Random(f"{args.seed}/{step}"), generator(device, args.seed, step)
         k = rng.randint(1, args.num_steps)
         grid = levels[:k] + [0.0] if args.dmd2 else levels  # DMD2: the last executed step goes all the way
-        s, after = grid[k], grid[min(k + 1, len(grid) - 1)] if args.consistency_times == "steps" else None
+        s, after = grid[k], grid[min(k + 1, len(grid) - 1)]
         normal = lambda: torch.randn(N, *shape, generator=g, device=device)[mine].split(args.micro_batch)
         uniform = lambda: torch.rand(N, generator=g, device=device)[mine].split(args.micro_batch)
         x_K, step_noise = normal(), [normal() for _ in range(k)]
@@ -181,29 +205,20 @@ def main():
         part("text")
 
         for i, text in enumerate(texts):  # every step: the fake score follows the generator
-            G, F = (play(transformer, roles[role], text) for role in ("generator", "fake"))
             with torch.no_grad():
-                paths.append(rollout(G, x_K[i], grid, k, args.eta, [noise[i] for noise in step_noise]))
+                paths.append(rollout(lambda x, s: velocity(x, level(s, x), *text), x_K[i], grid, k, args.eta, [noise[i] for noise in step_noise]))
             part("rollout")
-            steps_back = (1 + (200 * back[i]).floor()) / 1000  # U{1..200}/1000
-            loss, ambient, consistency = fake_score_loss(F, paths[i][k], s, renoise_time(s, u_F[i]), noise_F[i], steps_back,
-                                                         noise1[i], noise2[i], args.gamma, args.eta, args.renoise_std, after)
-            (loss.sum() / N).backward()
+            x_s, steps_back = paths[i][k], (1 + (200 * back[i]).floor()) / 1000  # U{1..200}/1000
+            sums[:3] += fake_pass(x_s, level(s, x_s), renoise_time(s, u_F[i]), noise_F[i], steps_back, noise1[i], noise2[i], level(after, x_s), *text)
             part("fake")
-            sums[:3] += torch.stack([loss.sum(), ambient.sum(), consistency.sum()]).detach()
         numbers = {"grad_fake": update(F_params, F_opt, args, skipped, "fake", sums[0])}
 
         if (step + 1) % args.generator_every == 0:  # the generator follows the teacher: gradient through the last executed step only
             u_G, noise_G, back_G = uniform(), normal(), normal()
             for i, text in enumerate(texts):
-                G, F = (play(transformer, roles[role], text) for role in ("generator", "fake"))
-                teacher = play(transformer, roles["teacher"], text, negative, args.cfg)
                 x = paths[i][k - 1]
-                x_s = cps_step(x, G(x, levels[k - 1]), levels[k - 1], s, args.eta, step_noise[k - 1][i])[0]
-                loss = generator_loss(x_s, s, renoise_time(s, u_G[i]), noise_G[i], back_G[i], teacher, F, args.eta, args.renoise_std, args.dm_gradient)
-                (loss.sum() / N).backward()
+                sums[3] += generator_pass(x, level(grid[k - 1], x), level(s, x), step_noise[k - 1][i], renoise_time(s, u_G[i]), noise_G[i], back_G[i], *text)
                 part("generator")
-                sums[3] += loss.sum().detach()
             numbers["grad_generator"] = update(G_params, G_opt, args, skipped, "generator", sums[3])
         torch._foreach_lerp_(ema, [p.detach() for p in G_params], 1 - args.ema)
 
@@ -304,7 +319,7 @@ def parse(parser):
         args.gradient_checkpointing = args.cache_text = True
         args.micro_batch = min(args.micro_batch, 4)
     if getattr(args, "bench", 0) and hasattr(args, "save_every"):  # the stages: an endless run that `stopwatch` ends
-        args.out_dir, args.resume, args.steps, args.epochs = f"{tempfile.gettempdir()}/rtdmd_bench_{os.getppid()}", False, 10 ** 9, 10 ** 9
+        args.out_dir, args.resume, args.steps, args.epochs = f"{args.out_dir}/bench_{os.getppid()}", False, 10 ** 9, 10 ** 9
     if sigmas(getattr(args, "num_steps", 1), getattr(args, "shift", 1))[1] > .96:
         die(f"--num_steps {args.num_steps} with --shift {args.shift:g}: the first step ends above noise level .96, which leaves no room to re-noise")
     return args
@@ -368,7 +383,7 @@ def load_pipeline(args, device):
         def checkpoint(block, *inputs):  # recompute with the adapter of the forward pass, whichever is active by then
             adapters = pipe.transformer.lora_layers[0]._active_adapter
             run = lambda *inputs: (set_adapters(pipe.transformer, adapters), block(*inputs))[1]
-            return torch.utils.checkpoint.checkpoint(run, *inputs, use_reentrant=False)
+            return torch.utils.checkpoint.checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
         pipe.transformer.enable_gradient_checkpointing(checkpoint)
     return pipe
 
@@ -383,9 +398,12 @@ def add_adapter(transformer, name, args):
         p.data = p.data.float()
 
 def train_only(transformer, *names):
-    """Freeze everything but these adapters -> one list of parameters for each."""
+    """Freeze everything but these adapters -> one list of parameters for each, with a .grad of zeros that stays where it is."""
     transformer.requires_grad_(False)
-    return [[p.requires_grad_(True) for p in adapter(transformer, name).values()] for name in names]
+    lists = [[p.requires_grad_(True) for p in adapter(transformer, name).values()] for name in names]
+    for p in sum(lists, []):
+        p.grad = torch.zeros_like(p)
+    return lists
 
 def adapter(transformer, name):
     """{key in the published format: parameter} of one adapter, e.g. transformer_blocks.0.attn.to_q.lora_A.default.weight"""
@@ -397,6 +415,8 @@ def set_adapters(transformer, adapters):
     forward and backward makes the gradient zero without any error."""
     for layer in transformer.lora_layers:
         layer._active_adapter = adapters
+
+evaluated = [0]  # forwards of the transformer so far, in pictures; with gradient they count twice, for the backward pass. For --bench
 
 def play(transformer, adapters, text, negative=None, cfg=1.0):
     """The velocity function of the transformer in one role: v(x [B,C,H,W], sigma float or [B]) -> float32 like x.
@@ -411,6 +431,7 @@ def play(transformer, adapters, text, negative=None, cfg=1.0):
         if negative is not None:
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
             embeds, pooled = (torch.cat([e.expand(n, *e.shape[1:]), p]) for e, p in zip(negative, (embeds, pooled)))
+        evaluated[0] += len(x) * (2 if torch.is_grad_enabled() else 1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
             v = transformer(hidden_states=x.to(embeds.dtype), encoder_hidden_states=embeds, pooled_projections=pooled,
                             timestep=timestep, return_dict=False)[0].float()
@@ -419,6 +440,40 @@ def play(transformer, adapters, text, negative=None, cfg=1.0):
             v = without + cfg * (with_text - without)
         return v
     return velocity
+
+def graphed(function, device):
+    """On a GPU, function(*tensors) -> tensor or tuple of tensors as a CUDA graph: one launch in place of thousands, so that the GPU does not
+    wait for Python. Elsewhere the function itself.
+
+    For each set of shapes the first call is a plain one (it compiles), the second is recorded, all others are replayed. So whatever the
+    function reads besides its inputs, weights and .grad, must stay where it is, and its Python is not run again.
+    """
+    if device.type != "cuda":
+        return function
+    graphs = {}
+
+    def call(*inputs):
+        key = tuple(x.shape for x in inputs)
+        if key not in graphs:
+            graphs[key] = None
+            return function(*inputs)
+        if graphs[key] is None:
+            static, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            before = evaluated[0]
+            with torch.cuda.graph(graph, pool=memory_pool(), capture_error_mode="thread_local"):  # NCCL's thread may go on
+                output = function(*static)
+            graphs[key], evaluated[0] = (graph, static, output, evaluated[0] - before), before
+        graph, static, output, count = graphs[key]
+        torch._foreach_copy_(static, inputs)
+        graph.replay()
+        evaluated[0] += count
+        return output.clone() if torch.is_tensor(output) else tuple(o.clone() for o in output)
+    return call
+
+@functools.cache
+def memory_pool():
+    """One pool for all graphs: they never run at the same time, and their results are copied before the next one runs."""
+    return torch.cuda.graph_pool_handle()
 
 def text_encoder(pipe, args, prompts=()):
     """-> encode(prompts) -> (prompt_embeds [B,L,D], pooled [B,P]), each prompt encoded once; of the last 256 the result is kept.
@@ -497,20 +552,19 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
 def update(parameters, optimizer, args, skipped, name, loss):
     """One optimiser step on gradients summed over ranks in one flat all-reduce -> gradient norm. If that or the loss is not finite,
     nothing changes but skipped[name], and nan is returned; args.max_skipped of them in a row end the run."""
-    grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
-    flat = all_reduce(torch.cat([*grads, torch.stack([loss, torch.full_like(loss, stop["asked"])])]))  # so ranks agree on when to stop
+    grads = [p.grad for p in parameters]
+    flat = all_reduce(torch.cat([*map(torch.flatten, grads), torch.stack([loss, torch.full_like(loss, stop["asked"])])]))  # so ranks agree on when to stop
     norm, loss, asked = torch.stack([flat[:-2].norm(), *flat[-2:]]).tolist()
     stop["agreed"] |= asked > 0
     finite = math.isfinite(norm) and math.isfinite(loss)
     skipped[name] = 0 if finite else skipped[name] + 1
     if finite:
         flat *= min(1, args.max_grad_norm / (norm + 1e-6))
-        for p, g in zip(parameters, flat[:-2].split([p.numel() for p in parameters])):
-            p.grad = g.view_as(p)
+        torch._foreach_copy_(grads, [g.view_as(p) for p, g in zip(parameters, flat[:-2].split([p.numel() for p in parameters]))])
         optimizer.step()
     elif skipped[name] >= args.max_skipped:
         die(f"{skipped[name]} updates in a row of the {name} adapter were not finite; the last good checkpoint is in {args.out_dir}", status=1)
-    optimizer.zero_grad()
+    torch._foreach_zero_(grads)
     return norm if finite else math.nan
 
 def distance(parameters, ema):
@@ -568,65 +622,6 @@ def make_log(args):
             die(f"cannot write {path} ({e.strerror}); make room, and go on from the last checkpoint with --resume", status=1)
         bar.set_postfix({k: f"{v:.3g}" for k, v in {**numbers, **speed}.items() if k != "step" and isinstance(v, (int, float))}, refresh=False)
     return log
-
-def stopwatch(args, transformer, images, warm_up):
-    """-> part(name): the time since the last call went to `name`; "step" ends a step. Does nothing without --bench. With it: warm_up steps,
-    which compile, then args.bench measured ones, one line of JSON, and the program ends.
-
-    TFLOP/s count the transformer alone: one forward for each picture it was given, one more where a gradient goes back through it (the
-    base is frozen), nothing for recomputed activations, the decoder or the rewards.
-    """
-    if not args.bench:
-        return lambda name: None
-    from torch.utils.flop_counter import FlopCounterMode
-    cuda, marks, state, begin = torch.cuda.is_available(), [], {"images": 0}, time.time()
-    between = (lambda a, b: a.elapsed_time(b) / 1000) if cuda else (lambda a, b: b - a)
-
-    def count(module, inputs, kwargs, output):
-        state["images"] += len(output[0]) * (2 if torch.is_grad_enabled() else 1)
-        state["example"] = {k: v[:1] if torch.is_tensor(v) else v for k, v in kwargs.items()}
-    transformer.register_forward_hook(count, with_kwargs=True)
-
-    def part(name):
-        event = torch.cuda.Event(enable_timing=True) if cuda else time.time()
-        if cuda:
-            event.record()
-        marks.append((name, event))
-        ends = [event for name, event in marks if name == "step"]
-        if name == "step" and len(ends) == warm_up and "warm" not in state:
-            del marks[:-1]
-            state.update(warm=time.time() - begin, images=0)
-        elif name == "step" and "warm" in state and len(ends) == args.bench + 1:
-            if cuda:
-                torch.cuda.synchronize()
-            seconds, parts, forwards = [between(a, b) for a, b in zip(ends, ends[1:])], {}, state["images"] / args.bench
-            for (_, a), (name, b) in zip(marks, marks[1:]):
-                parts[name] = parts.get(name, 0) + between(a, b) / args.bench
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as flops, torch.autocast(
-                    "cuda" if cuda else "cpu", torch.bfloat16, enabled=cuda):
-                set_adapters(transformer, []), transformer(**state["example"])
-            mean, rate = sum(seconds) / args.bench, matmul_rate() if cuda else math.nan
-            achieved = forwards * flops.get_total_flops() / mean / 1e12
-            quantile = lambda q: sorted(seconds)[min(len(seconds) - 1, int(q * len(seconds)))]
-            result = {"program": os.path.basename(sys.argv[0]), "device": torch.cuda.get_device_name() if cuda else "cpu", "images": images,
-                      "s_mean": mean, "s_median": quantile(.5), "s_p90": quantile(.9), "images_per_s": images / mean,
-                      "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None, "forwards": forwards,
-                      "tflop_per_forward": flops.get_total_flops() / 1e12, "tflops": achieved, "matmul_tflops": rate, "share": achieved / rate,
-                      "compile_s": state["warm"] - warm_up * mean, "parts": parts}
-            if os.environ.get("RANK", "0") == "0":
-                shutil.rmtree(args.out_dir, ignore_errors=True)
-                print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}), flush=True)
-            sys.exit(0)
-    return part
-
-def matmul_rate(n=8192):
-    """TFLOP/s of a bf16 matrix product on this GPU, the ceiling that `stopwatch` compares with."""
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in "ab")
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
-    for event in events:
-        a @ b, event.record()
-    torch.cuda.synchronize()
-    return 2e-9 * n ** 3 * 10 / events[10].elapsed_time(events[20])
 
 def sync(path):
     """Flush a file, or a directory's list of names, to disk."""
@@ -760,7 +755,7 @@ def decode(pipe, latents):
     latents = (latents / config.scaling_factor + config.shift_factor).to(pipe.vae.dtype)
     if pipe.low_memory:  # one by one, and again in the backward pass: the activations of one picture are 2 GB
         run = lambda z: pipe.vae.decode(z).sample
-        pictures = torch.cat([torch.utils.checkpoint.checkpoint(run, z, use_reentrant=False) for z in latents.split(1)])
+        pictures = torch.cat([torch.utils.checkpoint.checkpoint(run, z, use_reentrant=False, preserve_rng_state=False) for z in latents.split(1)])
     else:
         pictures = pipe.vae.decode(latents).sample
     return (pictures.float() / 2 + .5).clamp(0, 1)
@@ -774,6 +769,7 @@ def save_grid(pictures, path, columns=8):
     write_atomically({path: as_bytes(grid.save, format="png")})
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # not worth compiling for eight pictures
 def preview(pipe, adapters, encode, rows, args, name):
     """Eight fixed prompts and seeds through the generator as it is now -> out_dir/samples/name.png; rank 0 only."""
     if os.environ.get("RANK", "0") == "0":

@@ -18,6 +18,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import sys
 import time
 import traceback
@@ -28,7 +29,7 @@ import torch
 import cold_start
 import rtdmd_rl
 from cold_start import (HERE, PRESETS, adapter, add_adapter, as_bytes, checked, decode, die, fake_score_loss, generator, load_adapter, load_pipeline, play, read,
-                        renoise_time, rollout, text_encoder, train_only, write_atomically)
+                        renoise_time, rollout, setup, text_encoder, train_only, write_atomically)
 from cps import renoise, sigmas
 from rewards import build, load_prompts
 from sample import draw, load_generator
@@ -349,6 +350,7 @@ def write_tables(args):
 
 def ablations(args):
     """Run what is missing in out_dir with --jobs processes, until all is there or the time is up; then write the tables."""
+    setup(args, training=False)
     end, path = time.time() + 60 * args.minutes, f"{args.out_dir}/sizes.json"
     sizes = {k: getattr(args, k) for k in ("steps", "epochs", "batch", "pictures")}
     os.makedirs(f"{args.out_dir}/runs", exist_ok=True)
@@ -372,6 +374,67 @@ def ablations(args):
         for w in workers:
             w.terminate()
     write_tables(args)
+
+
+# ------------------------------------------------------------------------------------------------------------ 4. speed
+def stopwatch(args, transformer, images, warm_up, evaluated):
+    """What --bench of the two stages does -> part(name): the time since the last call went to `name`; "step" ends a step. After warm_up
+    steps, which compile and record, args.bench are measured, one line of JSON is printed, and the program ends. evaluated: the stage's count.
+
+    TFLOP/s count the transformer alone: one forward for each picture it was given, one more where a gradient goes back through it (the
+    base is frozen), nothing for recomputed activations, the decoder or the rewards.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+    cuda, marks, state, begin = torch.cuda.is_available(), [], {}, time.time()
+    between = (lambda a, b: a.elapsed_time(b) / 1000) if cuda else (lambda a, b: b - a)
+
+    def remember(module, inputs, kwargs, output):
+        state["example"] = {k: v[:1].clone() if torch.is_tensor(v) else v for k, v in kwargs.items()}
+        hook.remove()
+    hook = transformer.register_forward_hook(remember, with_kwargs=True)
+
+    def part(name):
+        event = torch.cuda.Event(enable_timing=True) if cuda else time.time()
+        if cuda:
+            event.record()
+        marks.append((name, event))
+        ends = [event for name, event in marks if name == "step"]
+        if name == "step" and len(ends) == warm_up and "warm" not in state:
+            del marks[:-1]
+            state.update(warm=time.time() - begin, evaluated=evaluated[0])
+        elif name == "step" and "warm" in state and len(ends) == args.bench + 1:
+            if cuda:
+                torch.cuda.synchronize()
+            seconds, parts, forwards = [between(a, b) for a, b in zip(ends, ends[1:])], {}, (evaluated[0] - state["evaluated"]) / args.bench
+            for (_, a), (name, b) in zip(marks, marks[1:]):
+                parts[name] = parts.get(name, 0) + between(a, b) / args.bench
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as flops, torch.autocast(
+                    "cuda" if cuda else "cpu", torch.bfloat16, enabled=cuda):
+                cold_start.set_adapters(transformer, []), transformer(**state["example"])
+            mean, rate = sum(seconds) / args.bench, matmul_rate() if cuda else math.nan
+            achieved = forwards * flops.get_total_flops() / mean / 1e12
+            quantile = lambda q: sorted(seconds)[min(len(seconds) - 1, int(q * len(seconds)))]
+            result = {"program": os.path.basename(sys.argv[0]), "device": torch.cuda.get_device_name() if cuda else "cpu", "images": images,
+                      "s_mean": mean, "s_median": quantile(.5), "s_p90": quantile(.9), "images_per_s": images / mean,
+                      "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None,
+                      "reserved_gib": torch.cuda.max_memory_reserved() / 2 ** 30 if cuda else None, "forwards": forwards,
+                      "tflop_per_forward": flops.get_total_flops() / 1e12, "tflops": achieved, "matmul_tflops": rate, "share": achieved / rate,
+                      "compile_s": state["warm"] - warm_up * mean, "parts": parts}
+            if os.environ.get("RANK", "0") == "0":
+                shutil.rmtree(args.out_dir, ignore_errors=True)
+                print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}), flush=True)
+            sys.exit(0)
+    return part
+
+
+def matmul_rate(n=8192):
+    """TFLOP/s of a bf16 matrix product on this GPU, the ceiling that `stopwatch` compares with."""
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in "ab")
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
+    for event in events:
+        a @ b, event.record()
+    torch.cuda.synchronize()
+    return 2e-9 * n ** 3 * 10 / events[10].elapsed_time(events[20])
 
 
 def main():
@@ -409,7 +472,8 @@ def main():
         for stage in ("cold_start", "rtdmd"):
             if not os.path.exists(f"{args.run}/{stage}/generator_ema.pt") or not all("seconds" in line for line in read_log(f"{args.run}/{stage}")):
                 die(f"{args.run}: {stage}/ holds no finished run; make tiny makes one")
-        checked(scoreboard, args.run, args.pretrained, args.pictures, torch.device(args.device))
+        args.out_dir = args.run
+        checked(scoreboard, args.run, args.pretrained, args.pictures, setup(args, training=False)[0])
 
 
 if __name__ == "__main__":

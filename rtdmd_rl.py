@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cold_start import (HERE, PAPER as PAPER_COLD, adapter, add_adapter, all_reduce, checked, data_order, decode, die, distance, fake_score_loss, find_weights, generator,
-                        generator_loss, guarded, load_adapter, load_checkpoint, load_pipeline, make_log, make_parser, note_prompts, parse, play, preview,
-                        renoise_time, save_or_stop, setup, shard, stopwatch, text_encoder, train_only, update)
+from cold_start import (HERE, PAPER as PAPER_COLD, adapter, add_adapter, all_reduce, checked, data_order, decode, die, distance, evaluated, fake_score_loss, find_weights, generator,
+                        generator_loss, graphed, guarded, load_adapter, load_checkpoint, load_pipeline, make_log, make_parser, note_prompts, parse, play, preview,
+                        renoise_time, save_or_stop, setup, shard, text_encoder, train_only, update)
 from cps import cps_step, log_prob, sigmas
 from rewards import build, load_prompts, parse_weights
 
@@ -139,15 +139,53 @@ def main():
         print(f"RTDMD: {args.epochs} epochs of {args.prompts_per_epoch} prompts x {args.group_size} pictures on {world} x {device.type}; rewards "
               + ", ".join(f"{r.name} ({r.weight:g}{', by back-propagation too' if r.differentiable else ''})" for r in rewards), flush=True)
 
+    # What an epoch asks of the transformer, for one micro-batch: functions of tensors alone, which `graphed` records on a GPU. All but the
+    # first add to the .grad of their adapter.
+    level = lambda k, b: torch.full((len(range(*b.indices(mine.stop - mine.start))),), levels[k], device=device)
+    std_or_none = lambda std: std if args.log_prob == "gaussian" else None
+
+    def velocity(x, s, *text):
+        return play(transformer, roles["generator"], text)(x, s)
+
+    def fake_pass(x_s, s, t, noise, back, noise1, noise2, after, *text):  # as in stage 1
+        loss = fake_score_loss(play(transformer, roles["fake"], text), x_s, s, t, noise, back, noise1, noise2, args.gamma, args.eta,
+                               args.renoise_std, after if args.consistency_times == "steps" else None)[0].sum() / I
+        loss.backward()
+        return loss.detach()
+
+    def anchor(x_s, s, t, noise, back_noise, *text):  # AC-DMD -> its gradient with respect to x_s, its loss
+        teacher, F = play(transformer, roles["teacher"], text, negative, args.cfg), play(transformer, roles["fake"], text)
+        x_s = x_s.detach().requires_grad_()
+        loss = generator_loss(x_s, s, t, noise, back_noise, teacher, F, args.eta, args.renoise_std, args.dm_gradient).sum() / I
+        return torch.autograd.grad(loss, x_s)[0], loss.detach()
+
+    def follow(x, s, t, noise, slope, *text):  # one step of G with gradient; slope is that of the loss with respect to its result
+        x_t = cps_step(x, play(transformer, roles["generator"], text)(x, s), s, t, args.eta, noise)[0]
+        x_t.backward(slope)
+        return x_t.detach()
+
+    def policy_pass(x, s, t, x_t, old_log_p, advantage, kept, *text):  # SubGRPO of one step (Eq. 17)
+        _, mean, std = cps_step(x, play(transformer, roles["generator"], text)(x, s), s, t, args.eta, x_t)
+        log_p = log_prob(x_t, mean, std_or_none(std))
+        drift = (torch.exp(log_p - old_log_p) - 1).detach().abs()
+        old = log_p.detach() if args.old_log_prob == "update" else old_log_p
+        loss = policy_loss(log_p, old, advantage, args.clip).sum() / kept / M
+        (args.policy_weight * ((K - 1) / M if args.subset_factor else 1) * loss).backward()
+        return loss.detach(), (drift > args.clip).sum(), drift.max()
+    velocity, fake_pass, anchor, follow, policy_pass = (graphed(f, device) for f in (velocity, fake_pass, anchor, follow, policy_pass))
+
     bar, log = tqdm(range(args.start, args.epochs), initial=args.start, total=args.epochs, disable=None if rank == 0 else True), make_log(args)
-    part = stopwatch(args, transformer, I, warm_up=2)
+    part = lambda name: None
+    if args.bench:
+        from report import stopwatch
+        part = stopwatch(args, transformer, I, 3, evaluated)
     skipped = {"generator": 0, "fake": 0}  # updates in a row that were not finite
     for epoch in bar:
         # As in stage 1, every random number comes from (seed, epoch) and is drawn for all pictures: the number of GPUs does not matter.
         rng, g = random.Random(f"{args.seed}/{epoch}"), generator(device, args.seed, epoch)
         S = sorted(rng.sample(range(K - 1), M))  # Eq. 16: the steps to reinforce, the same for all pictures of the epoch
         last = rng.randint(1, K) if args.dm_steps == "drawn" else K  # Eq. 9: the step after which teacher and fake score are compared
-        s, after = levels[last], levels[min(last + 1, K)] if args.consistency_times == "steps" else None
+        s = levels[last]
         normal = lambda: torch.randn(I, *shape, generator=g, device=device)[mine]
         uniform = lambda: torch.rand(I, generator=g, device=device)[mine]
         chosen = [rows[i] for i in data_order(len(rows), epoch * args.prompts_per_epoch, args.prompts_per_epoch, args.seed)]
@@ -159,17 +197,15 @@ def main():
         noise.append(torch.zeros_like(x_K))  # the last step is deterministic
         batches = [slice(i, i + args.micro_batch) for i in range(0, len(prompts), args.micro_batch)]
         texts = [encode(prompts[b]) for b in batches]
-        std_or_none = (lambda std: std) if args.log_prob == "gaussian" else (lambda std: None)
         part("text")
 
         # ---- roll out all K steps
         path, old_log_p = [x_K] + [torch.empty_like(x_K) for _ in range(K)], torch.zeros(K, len(prompts), device=device)
         with torch.no_grad():
             for b, text in zip(batches, texts):
-                G = play(transformer, roles["generator"], text)
                 for k in range(K):
-                    x = path[k][b]
-                    path[k + 1][b], mean, std = cps_step(x, G(x, levels[k]), levels[k], levels[k + 1], args.eta, noise[k][b])
+                    v = velocity(path[k][b], level(k, b), *text)
+                    path[k + 1][b], mean, std = cps_step(path[k][b], v, levels[k], levels[k + 1], args.eta, noise[k][b])
                     if k in S:
                         old_log_p[k][b] = log_prob(path[k + 1][b], mean, std_or_none(std))
         part("rollout")
@@ -178,60 +214,49 @@ def main():
         sums, most = torch.zeros(5, device=device), torch.zeros((), device=device)
         u, n, back, n1, n2 = uniform(), normal(), uniform(), normal(), normal()
         for b, text in zip(batches, texts):
-            F, steps_back = play(transformer, roles["fake"], text), (1 + (200 * back[b]).floor()) / 1000
-            loss, *_ = fake_score_loss(F, path[last][b], s, renoise_time(s, u[b]), n[b], steps_back, n1[b], n2[b], args.gamma, args.eta,
-                                       args.renoise_std, after)
-            (loss.sum() / I).backward()
-            sums[0] += loss.sum().detach() / I
+            steps_back = (1 + (200 * back[b]).floor()) / 1000
+            sums[0] += fake_pass(path[last][b], level(last, b), renoise_time(s, u[b]), n[b], steps_back, n1[b], n2[b], level(min(last + 1, K), b), *text)
         F_norm = update(F_params, F_opt, args, skipped, "fake", sums[0])
         part("fake")
 
-        # ---- the generator's gradient, first part: its last step once more, now with gradient. The pictures are decoded and scored
-        #      only here, so that one pass through decoder and rewards serves both estimators. Their input is a constant: what it
-        #      owes to G is SubGRPO's part (App. G.2).
+        # ---- the generator's gradient, first part: decode and score the pictures, back-propagate to them, and from there through the last
+        #      step. Its input is a constant: what it owes to G is SubGRPO's part (App. G.2).
         u, n, back_noise = uniform(), normal(), normal()
         scores = torch.zeros(len(rewards), I, device=device)  # of all pictures; each rank fills in its own
         for b, text in zip(batches, texts):
-            G, F = (play(transformer, roles[role], text) for role in ("generator", "fake"))
-            with torch.set_grad_enabled(bool(args.det_weight or args.dm_weight)):
-                x_0 = cps_step(path[K - 1][b], G(path[K - 1][b], levels[K - 1]), levels[K - 1], 0.0, args.eta, noise[K - 1][b])[0]
+            slopes = {}  # step: gradient of the loss with respect to the state after it
             with torch.set_grad_enabled(bool(args.det_weight)):
-                part("last step")
+                x_0 = path[K][b].detach().requires_grad_(bool(args.det_weight))
                 pictures = decode(pipe, x_0)
                 part("decode")
                 each = [r(pictures if r.differentiable else pictures.detach(), prompts[b], metadata[b]).float() for r in rewards]
-                total = sum(r.weight * score for r, score in zip(rewards, each) if r.differentiable)
-            scores[:, mine][:, b] = torch.stack(each).detach()
-            part("reward")
-            loss = 0.0
-            if args.det_weight:  # Eq. 15
-                det = torch.relu(args.margin - total).sum() / I
-                loss, sums[2] = loss + args.det_weight * det, sums[2] + det.detach()
+                part("reward")
+                scores[:, mine][:, b] = torch.stack(each).detach()
+                if args.det_weight:  # Eq. 15
+                    total = sum(r.weight * score for r, score in zip(rewards, each) if r.differentiable)
+                    det = torch.relu(args.margin - total).sum() / I
+                    slopes[K], = torch.autograd.grad(args.det_weight * det, x_0)
+                    sums[2] += det.detach()
+                    part("decode, reward: backward")
             if args.dm_weight:  # Eq. 9, with the teacher's guidance
-                teacher, x = play(transformer, roles["teacher"], text, negative, args.cfg), path[last - 1][b]
-                x_s = x_0 if last == K else cps_step(x, G(x, levels[last - 1]), levels[last - 1], s, args.eta, noise[last - 1][b])[0]
-                dm = generator_loss(x_s, s, renoise_time(s, u[b]), n[b], back_noise[b], teacher, F, args.eta, args.renoise_std, args.dm_gradient).sum() / I
-                loss, sums[3] = loss + args.dm_weight * dm, sums[3] + dm.detach()
-            if args.det_weight or args.dm_weight:
-                loss.backward()
-            part("last step, backward")
+                slope, dm = anchor(path[last][b], level(last, b), renoise_time(s, u[b]), n[b], back_noise[b], *text)
+                slopes[last] = slopes.get(last, 0) + args.dm_weight * slope
+                sums[3] += dm
+                part("teacher and fake")
+            for k, slope in slopes.items():
+                follow(path[k - 1][b], level(k - 1, b), level(k, b), noise[k - 1][b], slope, *text)
+            part("last step")
 
         # ---- second part: SubGRPO on the steps in S (Eq. 17); pictures with advantage 0 add nothing and are not counted
         scores = all_reduce(scores)
         advantage_all = advantages(scores, [r.weight for r in rewards], args.group_size, args.advantage_std, args.advantage_clip)
         advantage, kept = advantage_all[mine], (advantage_all != 0).sum().clamp(min=1)
         for b, text in zip(batches, texts):
-            G = play(transformer, roles["generator"], text)
             for k in S if args.policy_weight else ():
-                _, mean, std = cps_step(path[k][b], G(path[k][b], levels[k]), levels[k], levels[k + 1], args.eta, noise[k][b])
-                log_p = log_prob(path[k + 1][b], mean, std_or_none(std))
-                drift = (torch.exp(log_p - old_log_p[k][b]) - 1).detach().abs()
-                old = log_p.detach() if args.old_log_prob == "update" else old_log_p[k][b]
-                loss = policy_loss(log_p, old, advantage[b], args.clip).sum() / kept / M
-                (args.policy_weight * ((K - 1) / M if args.subset_factor else 1) * loss).backward()
-                sums[1] += loss.detach()
-                sums[4] += (drift > args.clip).sum() / I / M
-                most = torch.maximum(most, drift.max())
+                loss, outside, drift = policy_pass(path[k][b], level(k, b), level(k + 1, b), path[k + 1][b], old_log_p[k][b], advantage[b], kept, *text)
+                sums[1] += loss
+                sums[4] += outside / I / M
+                most = torch.maximum(most, drift)
         G_norm = update(G_params, G_opt, args, skipped, "generator", sums[1:4].sum())
         part("policy")
         if (epoch + 1) % args.ema_every == 0:

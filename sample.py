@@ -18,7 +18,7 @@ import time
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from cold_start import (add_adapter, checked, decode, die, find_weights, guarded, load_adapter, load_pipeline, note_prompts, parse, play, read,
+from cold_start import (add_adapter, checked, decode, die, find_weights, graphed, guarded, load_adapter, load_pipeline, note_prompts, parse, play, read,
                         save_grid, setup, text_encoder, write_atomically)
 from cps import cps_step, sigmas
 from rewards import build, load_prompts
@@ -44,18 +44,6 @@ def integrate(v, noise, levels, eta):
     for k, (s, t) in enumerate(zip(levels, levels[1:])):
         x = cps_step(x, v(x, s), s, t, eta, noise[k + 1] if t > 0 and eta > 0 else zero)[0]
     return x
-
-
-def one_graph(function, *inputs):
-    """function of tensors whose shapes never change -> the same as one CUDA graph, so that thousands of kernel launches become one."""
-    inputs = [x.clone() for x in inputs]
-    with torch.cuda.stream(torch.cuda.Stream()):
-        function(*inputs), function(*inputs)  # compile, and let every library allocate what it needs
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = function(*inputs)
-    return lambda *new: (torch._foreach_copy_(inputs, list(new)), graph.replay(), output.clone())[-1]
 
 
 def bench(args, inputs_of, render, prompts):
@@ -161,17 +149,15 @@ def main():
     def render(noise, embeds, pooled):
         v = play(pipe.transformer, adapters, (embeds, pooled), negative, args.cfg)
         return decode(pipe, integrate(v, noise, levels, args.eta))
-    scores, pictures, i, graph, start = [[] for _ in rewards], [], 0, None, time.time()
+    fixed = args.compile and device.type == "cuda"  # a compiled graph knows one batch size: the last batch is filled up
+    render = graphed(render, device) if fixed else render
+    scores, pictures, i, start = [[] for _ in rewards], [], 0, time.time()
     for batch in batches(args, rows):
         prompts, inputs_of = [row["prompt"] for row in batch], lambda prompts: (noise_of(
             range(args.seed + i, args.seed + i + len(prompts)), pipe.latent_shape, levels, args.eta, device), *encode(prompts))
-        inputs = inputs_of(prompts)
-        if args.compile and device.type == "cuda":  # a graph knows one batch size: fill up
-            inputs = inputs_of(prompts + prompts[-1:] * (args.batch_size - len(prompts)))
-            graph = graph or one_graph(render, *inputs)
         if args.bench:
-            return bench(args, inputs_of, graph or render, prompts)
-        images = (graph or render)(*inputs)[:len(batch)]
+            return bench(args, inputs_of, render, prompts)
+        images = render(*inputs_of(prompts + prompts[-1:] * (fixed and args.batch_size - len(prompts))))[:len(batch)]
         for out, reward in zip(scores, rewards):
             with torch.no_grad():
                 out += reward(images, prompts, [row["metadata"] for row in batch]).tolist()
