@@ -12,15 +12,24 @@ Read in this order: `rollout`, `fake_score_loss`, `generator_loss` (the mathemat
     python cold_start.py --preset tiny                  # the laptop model in assets/tiny, minutes on a CPU
 """
 import argparse
+import contextlib
+import functools
+import gc
 import hashlib
+import io
 import json
 import math
 import os
 import random
+import shutil
+import signal
 import sys
+import tempfile
 import time
 import warnings
+import zipfile
 from datetime import timedelta
+from importlib.metadata import version
 
 import torch
 import torch.distributed as dist
@@ -42,7 +51,7 @@ PRESETS = {  # defaults that differ; everything else is the same for every model
     "sd3m": dict(pretrained="stabilityai/stable-diffusion-3-medium-diffusers"),
     "tiny": dict(pretrained=os.path.join(HERE, "assets/tiny"), prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"), device="auto",
                  resolution=32, max_sequence_length=8, cfg=2.0, steps=800, batch_size=64, micro_batch=64, lr=1e-3, fake_lr=1e-3,
-                 generator_every=2, ema=.99, sample_every=200, save_every=200, cache_text=200),
+                 generator_every=2, ema=.99, sample_every=200, save_every=200, compile=0),
 }
 PAPER = dict(lora_rank=64, lora_alpha=32, renoise_std="printed", consistency_times="steps", dm_gradient="score")  # --paper: its letter (README)
 
@@ -122,8 +131,9 @@ def generator_loss(x_s, s, t, noise, back_noise, teacher, F, eta, std="exact", g
             difference = a * (1 - t) / t * (teacher(x_t, t.flatten()) - F(x_t, t.flatten()))  # score = -(x + (1-t) v) / t, Eq. 2
         else:
             y_real, y_fake = (cps_step(x_t, v(x_t, t), t, s, eta, back_noise)[0] for v in (teacher, F))
-            difference = (y_fake - y_real) / (x_s - y_real).abs().flatten(1).mean(1).view(-1, 1, 1, 1)
-        target = x_s - torch.nan_to_num(difference)
+            scale = (x_s - y_real).abs().flatten(1).mean(1).view(-1, 1, 1, 1)
+            difference = torch.where(scale == 0, 0, (y_fake - y_real) / scale)  # a nan stays one, so that `update` skips it
+        target = x_s - difference
     loss = .5 * (x_s - target).square().flatten(1)
     return loss.sum(1) if gradient == "score" else loss.mean(1)  # a KL adds up over the elements, as log pi does
 
@@ -134,16 +144,17 @@ def main():
     device, rank, world = setup(args)
     rows = checked(load_prompts, args.prompts)
     pipe = load_pipeline(args, device)
-    transformer, encode, shape = pipe.transformer, text_encoder(pipe, args), pipe.latent_shape
+    transformer, encode, shape = pipe.transformer, text_encoder(pipe, args, [row["prompt"] for row in rows]), pipe.latent_shape
     roles = {"generator": ["generator"], "fake": ["fake"], "teacher": []}
     for name in ("generator", "fake"):
         add_adapter(transformer, name, args)
     G_params, F_params = train_only(transformer, "generator", "fake")
-    G_opt = torch.optim.AdamW(G_params, lr=args.lr, betas=(.9, .999), weight_decay=0)
-    F_opt = torch.optim.AdamW(F_params, lr=args.fake_lr, betas=(.9, .999), weight_decay=0)
+    G_opt = torch.optim.AdamW(G_params, lr=args.lr, betas=(.9, .999), weight_decay=0, fused=device.type == "cuda")
+    F_opt = torch.optim.AdamW(F_params, lr=args.fake_lr, betas=(.9, .999), weight_decay=0, fused=device.type == "cuda")
     ema = [p.detach().clone() for p in G_params]
     state = {"generator": G_params, "fake": F_params, "ema": ema, "G_opt": G_opt, "F_opt": F_opt, "keys": list(adapter(transformer, "fake"))}
-    args.start = load_checkpoint(args, state) if args.resume else 0
+    args.start = load_checkpoint(args, state, rows, transformer)
+    note_prompts(pipe, rows, args)
     levels, negative = sigmas(args.num_steps, args.shift), encode([""])
     N, mine = args.batch_size, shard(args.batch_size, rank, world)
     if rank == 0:
@@ -151,6 +162,7 @@ def main():
               f"{sum(p.numel() for p in G_params) / 1e6:.1f} M parameters an adapter", flush=True)
 
     bar, log = tqdm(range(args.start, args.steps), initial=args.start, total=args.steps, disable=None if rank == 0 else True), make_log(args)
+    part = stopwatch(args, transformer, N, warm_up=args.generator_every)
     skipped = {"generator": 0, "fake": 0}  # updates in a row that were not finite
     for step in bar:
         # All random numbers of a step come from (seed, step) and are drawn for the whole batch, of which each rank keeps its rows:
@@ -166,17 +178,20 @@ def main():
         prompts = [rows[i]["prompt"] for i in data_order(len(rows), step * N, N, args.seed)][mine]
         texts = [encode(prompts[i:i + args.micro_batch]) for i in range(0, len(prompts), args.micro_batch)]
         sums, paths = torch.zeros(4, device=device), []
+        part("text")
 
         for i, text in enumerate(texts):  # every step: the fake score follows the generator
             G, F = (play(transformer, roles[role], text) for role in ("generator", "fake"))
             with torch.no_grad():
                 paths.append(rollout(G, x_K[i], grid, k, args.eta, [noise[i] for noise in step_noise]))
+            part("rollout")
             steps_back = (1 + (200 * back[i]).floor()) / 1000  # U{1..200}/1000
             loss, ambient, consistency = fake_score_loss(F, paths[i][k], s, renoise_time(s, u_F[i]), noise_F[i], steps_back,
                                                          noise1[i], noise2[i], args.gamma, args.eta, args.renoise_std, after)
             (loss.sum() / N).backward()
+            part("fake")
             sums[:3] += torch.stack([loss.sum(), ambient.sum(), consistency.sum()]).detach()
-        numbers = {"grad_fake": update(F_params, F_opt, args, skipped, "fake")}
+        numbers = {"grad_fake": update(F_params, F_opt, args, skipped, "fake", sums[0])}
 
         if (step + 1) % args.generator_every == 0:  # the generator follows the teacher: gradient through the last executed step only
             u_G, noise_G, back_G = uniform(), normal(), normal()
@@ -187,18 +202,19 @@ def main():
                 x_s = cps_step(x, G(x, levels[k - 1]), levels[k - 1], s, args.eta, step_noise[k - 1][i])[0]
                 loss = generator_loss(x_s, s, renoise_time(s, u_G[i]), noise_G[i], back_G[i], teacher, F, args.eta, args.renoise_std, args.dm_gradient)
                 (loss.sum() / N).backward()
+                part("generator")
                 sums[3] += loss.sum().detach()
-            numbers["grad_generator"] = update(G_params, G_opt, args, skipped, "generator")
+            numbers["grad_generator"] = update(G_params, G_opt, args, skipped, "generator", sums[3])
         torch._foreach_lerp_(ema, [p.detach() for p in G_params], 1 - args.ema)
 
         losses = dict(zip(("loss_fake", "loss_ambient", "loss_consistency", "loss_generator"), (all_reduce(sums) / N).tolist()))
         if "grad_generator" not in numbers:
             del losses["loss_generator"]
-        log(bar, N, step=step, k=k, **losses, **numbers)
+        log(bar, N, step=step, k=k, **losses, **numbers, ema_drift=distance(G_params, ema))
+        part("step")
         if args.sample_every and (step + 1) % args.sample_every == 0:
             preview(pipe, roles["generator"], encode, rows, args, f"step_{step + 1}")
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_checkpoint(args, state, step + 1)
+        save_or_stop(args, state, step + 1, args.steps)
     if rank == 0:
         print(f"done: {args.out_dir}/generator_ema.pt (the generator), {args.out_dir}/fake.pt (stage 2 starts from both)", flush=True)
     if world > 1:
@@ -206,9 +222,10 @@ def main():
 
 
 # ----------------------------------------------------------------------------- 3. plumbing, shared with stage 2 and sample.py
-def die(message, status=2):
-    """One line on stderr, exit status 2, no traceback. Under torchrun only rank 0 speaks."""
-    if os.environ.get("RANK", "0") == "0":
+def die(message, status=2, local=False):
+    """One line on stderr, no traceback, exit status 2 for bad input, 1 for a failure under way. Under torchrun only rank 0 speaks,
+    unless the trouble is `local`: one rank's alone."""
+    if local or os.environ.get("RANK", "0") == "0":
         print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(status)
 
@@ -237,7 +254,7 @@ def make_parser(description, presets, out_dir, paper):
     add("--prompts", default="", help="file with a prompt a line, or jsonl with \"prompt\"; default: the preset's own prompts")
     add("--seed", type=int, default=0, help="one seed, one result")
     add("--device", default="cuda", help="cuda, cpu, mps, or auto: the best there is")
-    add("--resume", action="store_true", help="continue from out_dir/ckpt.pt if it exists")
+    add("--resume", action="store_true", help="continue the run in out_dir; if there is none, start one")
     add("--resolution", type=int, default=512, help="height and width of the pictures in pixels")
     add("--max_sequence_length", type=int, default=128, help="T5 tokens of a prompt")
     add("--num_steps", type=int, default=4, help="sampling steps K of the generator")
@@ -254,16 +271,24 @@ def make_parser(description, presets, out_dir, paper):
     add("--lora_rank", type=int, default=32, help="rank of the adapters")
     add("--lora_alpha", type=float, default=64, help="alpha of the adapters; their product is scaled by alpha / rank")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    add("--max_skipped", type=int, default=20, help="stop after so many updates in a row with a non-finite gradient")
+    add("--max_skipped", type=int, default=20, help="stop after so many updates in a row with a loss or gradient that is not finite")
     add("--gradient_checkpointing", action="store_true", help="trade a third of the speed for most of the activations' memory")
-    add("--cache_text", type=int, default=64, help="keep the text embeddings of so many prompts")
+    add("--cache_text", action="store_true", help="encode all prompts once, before training, into a file in out_dir, and free the text encoders")
+    add("--low_memory", action="store_true", help="for a 24 GB card: --gradient_checkpointing, --cache_text, decoding picture by picture, "
+        "--micro_batch 4 at most")
+    add("--compile", type=int, choices=(0, 1), help="compile each transformer block and the decoder; 1 on a GPU unless said, else 0")
+    add("--bench", type=int, default=0, help="measure so many steps after a warm-up, print one JSON line, and stop; nothing is saved")
     add("--sample_every", type=int, default=500, help="save a picture grid every so many steps; 0: never")
     add("--save_every", type=int, default=500, help="save a checkpoint every so many steps")
+    add("--save_minutes", type=float, default=20, help="and after so many minutes without one; 0: never")
     return parser, add
 
 RANGES = {"eta": (0, 1), "ema": (0, 1), "shift": (.01, 100), "seed": (0, 2 ** 63 - 1), "group_size": (2, 10 ** 6), **dict.fromkeys((
     "batch_size", "micro_batch", "steps", "epochs", "num_steps", "generator_every", "resolution", "lora_rank", "save_every", "prompts_per_epoch",
     "ema_every", "max_sequence_length", "max_skipped", "num_images"), (1, 10 ** 9))}
+FREE = {"out_dir", "resume", "device", "micro_batch", "steps", "epochs", "start", "cache_text", "preset", "gradient_checkpointing", "sample_every",
+        "save_every", "save_minutes", "saved_at", "max_skipped", "made_with"}  # may change on --resume: the result is the same, but for its length
+stop = {"asked": False, "agreed": False}  # a signal has come to this process; all processes know of one (see `update`)
 
 def parse(parser):
     """Parse the command line; every number must lie in its range (not negative, where RANGES has none), or die."""
@@ -275,7 +300,12 @@ def parse(parser):
             die(f"--{name} must lie in [{low}, {high}], got {value}")
     if not args.out_dir:
         die("--out_dir must not be empty")
-    if sigmas(getattr(args, "num_steps", 1), args.shift)[1] > .96:
+    if getattr(args, "low_memory", False):
+        args.gradient_checkpointing = args.cache_text = True
+        args.micro_batch = min(args.micro_batch, 4)
+    if getattr(args, "bench", 0) and hasattr(args, "save_every"):  # the stages: an endless run that `stopwatch` ends
+        args.out_dir, args.resume, args.steps, args.epochs = f"{tempfile.gettempdir()}/rtdmd_bench_{os.getppid()}", False, 10 ** 9, 10 ** 9
+    if sigmas(getattr(args, "num_steps", 1), getattr(args, "shift", 1))[1] > .96:
         die(f"--num_steps {args.num_steps} with --shift {args.shift:g}: the first step ends above noise level .96, which leaves no room to re-noise")
     return args
 
@@ -285,7 +315,7 @@ def setup(args, training=True):
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        die("no CUDA GPU found, and this recipe needs one; to try everything on this machine: --preset tiny (or insist with --device cpu)")
+        die("no CUDA GPU found; to try everything on this machine: --preset tiny, or insist with --device cpu")
     try:
         device = torch.device(args.device, local) if args.device == "cuda" else torch.device(args.device)
         there = device.type in ("cuda", "cpu") or device.type == "mps" and torch.backends.mps.is_available()
@@ -293,7 +323,7 @@ def setup(args, training=True):
         there = False
     if not there:
         die(f"--device must be cuda, cpu, mps or auto, and be there; got {args.device!r}")
-    if training and os.path.exists(f"{args.out_dir}/ckpt.pt") and not args.resume:
+    if training and not args.resume and any(os.path.exists(f"{args.out_dir}/{name}") for name in ("ckpt.pt", "ckpt.prev.pt")):
         die(f"{args.out_dir} holds a run already: add --resume to continue it, or choose another --out_dir")
     try:
         os.makedirs(f"{args.out_dir}/samples" if training else args.out_dir, exist_ok=True)
@@ -303,6 +333,11 @@ def setup(args, training=True):
         die(f"cannot write to --out_dir {args.out_dir}: {e.strerror}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    diffusers_logging.set_verbosity_error()  # it would print what the tokenizers cut off, prompt by prompt
+    if training:  # the step under way is finished, then save_or_stop. A second signal changes nothing: torchrun passes on what the terminal sent too
+        stop.update(asked=False, agreed=False)
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, lambda *_: stop.update(asked=True))
     if training and world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     return device, rank, world
@@ -320,7 +355,14 @@ def load_pipeline(args, device):
     unit, most = pipe.vae_scale_factor * pipe.transformer.config.patch_size, pipe.transformer.config.pos_embed_max_size
     if args.resolution % unit or args.resolution > unit * most:
         die(f"--resolution {args.resolution} must be divisible by {unit} and at most {unit * most} for this model's VAE and patches")
-    pipe.transformer.lora_layers = []
+    if args.compile or args.compile is None and device.type == "cuda":
+        # Block by block: one graph serves all blocks of a kind. A role, a batch size, with or without gradient: a graph each, compiled when
+        # first met, and never a slower one for "any size" in their place.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
+        for module in (*pipe.transformer.transformer_blocks, pipe.vae.decoder):
+            module.compile(dynamic=False)
+        pipe.vae.to(memory_format=torch.channels_last)
+    pipe.low_memory, pipe.transformer.lora_layers = getattr(args, "low_memory", False), []
     pipe.latent_shape = (pipe.transformer.config.in_channels, *[args.resolution // pipe.vae_scale_factor] * 2)
     if getattr(args, "gradient_checkpointing", False):
         def checkpoint(block, *inputs):  # recompute with the adapter of the forward pass, whichever is active by then
@@ -365,7 +407,7 @@ def play(transformer, adapters, text, negative=None, cfg=1.0):
         set_adapters(transformer, adapters)
         n = len(x)
         embeds, pooled = (e if len(e) == n else e.repeat(n // len(e), *[1] * (e.dim() - 1)) for e in text)
-        timestep = 1000 * torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(n)
+        timestep = 1000 * sigma.float().expand(n) if torch.is_tensor(sigma) else torch.full((n,), 1000 * sigma, device=x.device)
         if negative is not None:
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
             embeds, pooled = (torch.cat([e.expand(n, *e.shape[1:]), p]) for e, p in zip(negative, (embeds, pooled)))
@@ -378,22 +420,53 @@ def play(transformer, adapters, text, negative=None, cfg=1.0):
         return v
     return velocity
 
-def text_encoder(pipe, args):
-    """-> encode(prompts) -> (prompt_embeds [B,L,D], pooled [B,P]); remembers the last args.cache_text prompts."""
-    cache = {}
+def text_encoder(pipe, args, prompts=()):
+    """-> encode(prompts) -> (prompt_embeds [B,L,D], pooled [B,P]), each prompt encoded once; of the last 256 the result is kept.
+
+    With --cache_text all `prompts` are encoded now, into a file in out_dir that the processes of a machine share (1.7 MB a prompt for
+    SD3.5-M), and the encoders, most of which is T5-XXL's 9 GB, are freed.
+    """
+    cache, device = {}, pipe.transformer.device
 
     @torch.no_grad()
+    def fresh(prompts):
+        embeds, _, pooled, _ = pipe.encode_prompt(prompts, None, None, device=device, do_classifier_free_guidance=False,
+                                                  max_sequence_length=args.max_sequence_length)
+        return embeds, pooled
+
     def encode(prompts):
         new = [p for p in dict.fromkeys(prompts) if p not in cache]
         for i in range(0, len(new), 32):
-            embeds, _, pooled, _ = pipe.encode_prompt(new[i:i + 32], None, None, device=pipe.transformer.device,
-                                                      do_classifier_free_guidance=False, max_sequence_length=args.max_sequence_length)
-            cache.update(zip(new[i:i + 32], zip(embeds, pooled)))
+            cache.update(zip(new[i:i + 32], zip(*fresh(new[i:i + 32]))))
         embeds, pooled = (torch.stack(e) for e in zip(*(cache[p] for p in prompts)))
-        for p in list(cache)[:max(0, len(cache) - args.cache_text)]:
+        for p in list(cache)[:max(0, len(cache) - 256)]:
             del cache[p]
         return embeds, pooled
-    return encode
+    if not getattr(args, "cache_text", False):
+        return encode
+
+    rows, (embeds, pooled) = {p: i for i, p in enumerate(dict.fromkeys([*prompts, ""]))}, fresh([""])
+    size, path = embeds.numel() + pooled.numel(), f"{args.out_dir}/text.bin"
+    try:
+        with open(path, "ab") as f:  # all of it now: a memory map over a full disk ends in a bus error
+            os.posix_fallocate(f.fileno(), 0, len(rows) * size * embeds.element_size())
+    except OSError as e:
+        die(f"--cache_text needs {len(rows) * size * embeds.element_size() / 1e9:.1f} GB in {args.out_dir} ({e.strerror})")
+    table = torch.from_file(path, shared=True, size=len(rows) * size, dtype=embeds.dtype).view(len(rows), size)
+    local, of = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    todo = list(rows)[local::of]
+    for i in tqdm(range(0, len(todo), 32), desc="text", disable=None if local == 0 else True):
+        embeds, pooled = fresh(todo[i:i + 32])
+        table[[rows[p] for p in todo[i:i + 32]]] = torch.cat([embeds.flatten(1), pooled], 1).cpu()
+    all_reduce(torch.zeros(1, device=device))  # wait for the others' shares
+    shape, split = embeds.shape[1:], embeds[0].numel()
+    pipe.text_encoder = pipe.text_encoder_2 = pipe.text_encoder_3 = None
+    gc.collect(), torch.cuda.empty_cache()
+
+    def look_up(prompts):
+        found = table[[rows[p] for p in prompts]].to(device)
+        return found[:, :split].unflatten(1, shape), found[:, split:]
+    return look_up
 
 def generator(device, *key):
     """A random generator seeded by its key, e.g. (seed, step): stateless, so that resuming needs nothing but the step."""
@@ -405,103 +478,259 @@ def shard(n, rank, world):
 
 def data_order(length, first, count, seed):
     """Places first ... first+count-1 of an endless sequence of shuffled passes over `length` prompts."""
-    order = {e: random.Random(f"{seed}/pass/{e}").sample(range(length), length) for e in range(first // length, (first + count - 1) // length + 1)}
-    return [order[i // length][i % length] for i in range(first, first + count)]
+    return [shuffled(length, f"{seed}/pass/{i // length}")[i % length] for i in range(first, first + count)]
+
+@functools.lru_cache(2)
+def shuffled(length, key):
+    """A permutation of range(length)."""
+    return random.Random(key).sample(range(length), length)
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
     """Sum (or another op) over ranks, in place; nothing to do for one process."""
     if dist.is_initialized():
-        dist.all_reduce(tensor, op)
+        try:
+            dist.all_reduce(tensor, op)
+        except RuntimeError as e:  # another rank has died; torchrun ends this one too, if it does not end by itself
+            die(f"lost the other processes ({str(e).splitlines()[0][:120]}); go on from the last checkpoint with --resume", status=1, local=True)
     return tensor
 
-def update(parameters, optimizer, args, skipped, name):
-    """One optimiser step on gradients summed over ranks in one flat all-reduce -> gradient norm. One that is not finite changes
-    nothing but skipped[name]; args.max_skipped of them in a row end the run."""
-    flat = all_reduce(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]))
-    norm = flat.norm().item()
-    skipped[name] = 0 if math.isfinite(norm) else skipped[name] + 1
-    if math.isfinite(norm):
+def update(parameters, optimizer, args, skipped, name, loss):
+    """One optimiser step on gradients summed over ranks in one flat all-reduce -> gradient norm. If that or the loss is not finite,
+    nothing changes but skipped[name], and nan is returned; args.max_skipped of them in a row end the run."""
+    grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+    flat = all_reduce(torch.cat([*grads, torch.stack([loss, torch.full_like(loss, stop["asked"])])]))  # so ranks agree on when to stop
+    norm, loss, asked = torch.stack([flat[:-2].norm(), *flat[-2:]]).tolist()
+    stop["agreed"] |= asked > 0
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    skipped[name] = 0 if finite else skipped[name] + 1
+    if finite:
         flat *= min(1, args.max_grad_norm / (norm + 1e-6))
-        for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
+        for p, g in zip(parameters, flat[:-2].split([p.numel() for p in parameters])):
             p.grad = g.view_as(p)
         optimizer.step()
     elif skipped[name] >= args.max_skipped:
         die(f"{skipped[name]} updates in a row of the {name} adapter were not finite; the last good checkpoint is in {args.out_dir}", status=1)
     optimizer.zero_grad()
-    return norm
+    return norm if finite else math.nan
+
+def distance(parameters, ema):
+    """How far the weights have run from their average: |p - ema| / |ema|, over all together."""
+    norm = lambda tensors: torch.stack(torch._foreach_norm(tensors)).norm()
+    return (norm(torch._foreach_sub([p.detach() for p in parameters], ema)) / norm(ema)).item()
+
+def guarded(reward):
+    """The same reward, but one that raises, or whose scores are not one a picture, ends the run with its name and the prompts."""
+    @functools.wraps(reward)
+    def call(images, prompts, metadata):
+        try:
+            scores = reward(images, prompts, metadata)
+            if scores.shape != (len(images),):
+                raise ValueError(f"it gave scores of shape {tuple(scores.shape)} for {len(images)} pictures")
+            return scores
+        except Exception as e:
+            each = dict.fromkeys(repr(prompt[:80]) for prompt in prompts)
+            die(f"reward {reward.name} failed on {', '.join(list(each)[:9])}: {type(e).__name__}: {str(e)[:200]}", status=1, local=True)
+    return call
+
+def note_prompts(pipe, rows, args):
+    """Say how many prompts are longer than what the text encoders read, and how many are repeated; rank 0 only."""
+    prompts, most = [row["prompt"] for row in rows], (pipe.tokenizer_max_length, args.max_sequence_length)
+    tokens = zip(*(tokenizer(prompts).input_ids for tokenizer in (pipe.tokenizer, pipe.tokenizer_3)))
+    long, repeated = sum(len(clip) > most[0] or len(t5) > most[1] for clip, t5 in tokens), len(prompts) - len(set(prompts))
+    for count, what in (long, f"longer than CLIP's {most[0]} or T5's {most[1]} tokens: the rest is not read"), (repeated, "repeated: each counts"):
+        if count and os.environ.get("RANK", "0") == "0":
+            print(f"note: {count} of {len(prompts)} prompts are {what}", file=sys.stderr, flush=True)
 
 def make_log(args):
     """-> log(bar, images, **numbers): a line in out_dir/log.jsonl and the same numbers in the progress bar; rank 0 only."""
     if os.environ.get("RANK", "0") != "0":
         return lambda *_, **__: None
-    path, last = f"{args.out_dir}/log.jsonl", [time.time()]
+    path, last, flat = f"{args.out_dir}/log.jsonl", [time.time()], [0]
     if args.resume and os.path.exists(path):  # forget what came after the checkpoint
-        with open(path) as f:
-            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] < args.start]
-        write_atomically(path, lambda p: open(p, "w").writelines(kept))
-    file = open(path, "a" if args.resume else "w", buffering=1)
+        try:
+            with open(path, encoding="utf-8") as f:
+                write_atomically({path: "".join(line for line in f if line.endswith("\n") and json.loads(line)["step"] < args.start).encode()})
+        except (ValueError, KeyError, TypeError):
+            die(f"{path} is damaged; move it away to go on")
+    file = open(path, "ab" if args.resume else "wb", buffering=0)
 
     def log(bar, images, **numbers):
         now, peak = time.time(), torch.cuda.max_memory_allocated() / 2 ** 30 if torch.cuda.is_available() else 0
         speed = {"seconds": round(now - last[0], 4), "images_per_s": round(images / (now - last[0]), 2), **({"peak_gib": round(peak, 2)} if peak else {})}
-        last[0] = now
+        last[0], flat[0] = now, flat[0] + 1 if numbers.get("flat_groups") == 1 else 0
+        if flat[0] == 20:
+            print("warning: 20 epochs in a row all pictures of a prompt scored the same: SubGRPO learns nothing", file=sys.stderr, flush=True)
         numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}  # JSON knows no nan
         numbers["skipped"] = sum(v is None for k, v in numbers.items() if k.startswith("grad_"))
-        file.write(json.dumps({**numbers, **speed}) + "\n")
+        try:
+            file.write((json.dumps({**numbers, **speed}) + "\n").encode())
+        except OSError as e:
+            die(f"cannot write {path} ({e.strerror}); make room, and go on from the last checkpoint with --resume", status=1)
         bar.set_postfix({k: f"{v:.3g}" for k, v in {**numbers, **speed}.items() if k != "step" and isinstance(v, (int, float))}, refresh=False)
     return log
 
-def write_atomically(path, write):
-    """write(temporary name), flush to disk, rename: a reader finds the old file or the new one, never half of one."""
-    write(path + ".tmp")
-    with open(path + ".tmp", "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+def stopwatch(args, transformer, images, warm_up):
+    """-> part(name): the time since the last call went to `name`; "step" ends a step. Does nothing without --bench. With it: warm_up steps,
+    which compile, then args.bench measured ones, one line of JSON, and the program ends.
+
+    TFLOP/s count the transformer alone: one forward for each picture it was given, one more where a gradient goes back through it (the
+    base is frozen), nothing for recomputed activations, the decoder or the rewards.
+    """
+    if not args.bench:
+        return lambda name: None
+    from torch.utils.flop_counter import FlopCounterMode
+    cuda, marks, state, begin = torch.cuda.is_available(), [], {"images": 0}, time.time()
+    between = (lambda a, b: a.elapsed_time(b) / 1000) if cuda else (lambda a, b: b - a)
+
+    def count(module, inputs, kwargs, output):
+        state["images"] += len(output[0]) * (2 if torch.is_grad_enabled() else 1)
+        state["example"] = {k: v[:1] if torch.is_tensor(v) else v for k, v in kwargs.items()}
+    transformer.register_forward_hook(count, with_kwargs=True)
+
+    def part(name):
+        event = torch.cuda.Event(enable_timing=True) if cuda else time.time()
+        if cuda:
+            event.record()
+        marks.append((name, event))
+        ends = [event for name, event in marks if name == "step"]
+        if name == "step" and len(ends) == warm_up and "warm" not in state:
+            del marks[:-1]
+            state.update(warm=time.time() - begin, images=0)
+        elif name == "step" and "warm" in state and len(ends) == args.bench + 1:
+            if cuda:
+                torch.cuda.synchronize()
+            seconds, parts, forwards = [between(a, b) for a, b in zip(ends, ends[1:])], {}, state["images"] / args.bench
+            for (_, a), (name, b) in zip(marks, marks[1:]):
+                parts[name] = parts.get(name, 0) + between(a, b) / args.bench
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as flops, torch.autocast(
+                    "cuda" if cuda else "cpu", torch.bfloat16, enabled=cuda):
+                set_adapters(transformer, []), transformer(**state["example"])
+            mean, rate = sum(seconds) / args.bench, matmul_rate() if cuda else math.nan
+            achieved = forwards * flops.get_total_flops() / mean / 1e12
+            quantile = lambda q: sorted(seconds)[min(len(seconds) - 1, int(q * len(seconds)))]
+            result = {"program": os.path.basename(sys.argv[0]), "device": torch.cuda.get_device_name() if cuda else "cpu", "images": images,
+                      "s_mean": mean, "s_median": quantile(.5), "s_p90": quantile(.9), "images_per_s": images / mean,
+                      "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None, "forwards": forwards,
+                      "tflop_per_forward": flops.get_total_flops() / 1e12, "tflops": achieved, "matmul_tflops": rate, "share": achieved / rate,
+                      "compile_s": state["warm"] - warm_up * mean, "parts": parts}
+            if os.environ.get("RANK", "0") == "0":
+                shutil.rmtree(args.out_dir, ignore_errors=True)
+                print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}), flush=True)
+            sys.exit(0)
+    return part
+
+def matmul_rate(n=8192):
+    """TFLOP/s of a bf16 matrix product on this GPU, the ceiling that `stopwatch` compares with."""
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in "ab")
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
+    for event in events:
+        a @ b, event.record()
+    torch.cuda.synchronize()
+    return 2e-9 * n ** 3 * 10 / events[10].elapsed_time(events[20])
+
+def sync(path):
+    """Flush a file, or a directory's list of names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor), os.close(descriptor)
+
+def as_bytes(save, *inputs, **options):
+    """What save(*inputs, file, **options) writes. In memory first: on a full disk torch.save fails in a way that cannot be caught."""
+    save(*inputs, buffer := io.BytesIO(), **options)
+    return buffer.getbuffer()
+
+def write_atomically(files):
+    """files {path: bytes}: all are on disk under a temporary name before the first is renamed. A kill leaves old files or new ones,
+    never half of one; a full disk leaves the old ones. What was ckpt.pt becomes ckpt.prev.pt."""
+    try:
+        for path, content in files.items():
+            with open(path + ".tmp", "wb") as f:
+                f.write(content)
+            sync(path + ".tmp")
+    except OSError as e:
+        [os.remove(path + ".tmp") for path in files if os.path.exists(path + ".tmp")]
+        die(f"cannot write {path} ({e.strerror}); make room: what was saved before is intact, and a run goes on with --resume", status=1)
+    for path in files:
+        if path.endswith("/ckpt.pt") and os.path.exists(path):
+            os.replace(path, path[:-3] + ".prev.pt")
+        os.replace(path + ".tmp", path)
+    with contextlib.suppress(OSError):  # some network file systems cannot
+        sync(os.path.dirname(path) or ".")
+
+def save_or_stop(args, state, step, last):
+    """Save if it is time to. After SIGTERM or SIGINT also say how to go on, and exit with status 0: all ranks, at the same step."""
+    stopping = stop["agreed"] and step < last
+    if step % args.save_every == 0 or step == last or stopping or 0 < 60 * args.save_minutes < time.time() - args.saved_at:
+        save_checkpoint(args, state, step)
+        args.saved_at = time.time()
+    if stopping:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped by a signal and saved after {step} of {last}; the same command with --resume goes on", flush=True)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(0)
 
 def save_checkpoint(args, state, step):
-    """generator_ema.pt and fake.pt (flat, published format) and ckpt.pt, from which --resume goes on exactly."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    save = lambda name, thing: write_atomically(f"{args.out_dir}/{name}", lambda p: torch.save(thing, p))
-    content = {k: v.state_dict() if hasattr(v, "state_dict") else [p.detach().cpu() for p in v] for k, v in state.items() if k != "keys"}
-    try:
-        save("generator_ema.pt", dict(zip(state["keys"], content["ema"])))
-        save("fake.pt", dict(zip(state["keys"], content["fake"])))
-        save("ckpt.pt", {**content, "step": step, "flags": vars(args), "torch": str(torch.__version__)})  # last: it vouches for the others
-    except OSError as e:
-        die(f"cannot save to {args.out_dir} ({e.strerror}); make room and go on from the last checkpoint with --resume", status=1)
+    """generator_ema.pt and fake.pt (flat, published format) and ckpt.pt, from which --resume goes on exactly: random numbers and the order
+    of the prompts are functions of (seed, step), so that the step is all there is to save of them. Rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        content = {k: v.state_dict() if hasattr(v, "state_dict") else [p.detach().cpu() for p in v] for k, v in state.items() if k != "keys"}
+        things = {"generator_ema.pt": dict(zip(state["keys"], content["ema"])), "fake.pt": dict(zip(state["keys"], content["fake"])),
+                  "ckpt.pt": {**content, "step": step, "flags": vars(args)}}
+        if os.path.exists(f"{args.out_dir}/log.jsonl"):
+            sync(f"{args.out_dir}/log.jsonl")  # it must not be behind the checkpoint
+        write_atomically({f"{args.out_dir}/{name}": as_bytes(torch.save, thing) for name, thing in things.items()})
 
-def read(path, what):
-    """torch.load without unpickling anything but tensors and plain values."""
+def read(path, what, hint=""):
+    """torch.load without unpickling anything but tensors and plain values, and with the checksums verified, which it does not do."""
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         die(f"{what} {path}: no such file")
     except Exception as e:  # torch raises a dozen different ones for a damaged or foreign file
-        die(f"{what} {path}: damaged, or not a file of tensors ({str(e).splitlines()[0][:120]})")
+        die(f"{what} {path}: damaged, or not a file of tensors ({(str(e) or 'empty').splitlines()[0][:120]}){hint}")
 
-def load_checkpoint(args, state):
-    """Put out_dir/ckpt.pt into state -> the step to go on with (0 if there is no checkpoint)."""
-    path = f"{args.out_dir}/ckpt.pt"
-    if not os.path.exists(path):
+def load_checkpoint(args, state, rows, transformer):
+    """With --resume put the last checkpoint into state -> the step to go on with; 0 if there is none. Dies if it is damaged, or of another
+    program, model, prompts or flags; and in any case if the disk has no room for checkpoints."""
+    paths = [p for p in (f"{args.out_dir}/ckpt.pt", f"{args.out_dir}/ckpt.prev.pt") if os.path.exists(p)]
+    # 3 lists of weights and 4 of moments in ckpt.pt, 2 beside it; all that under temporary names, and once more for ckpt.prev.pt
+    need, room = (3 - len(paths)) * 9 * 4 * sum(p.numel() for p in state["generator"]), shutil.disk_usage(args.out_dir).free
+    if room < need:
+        die(f"--out_dir {args.out_dir} has {room / 1e9:.2f} GB free, the checkpoints need {need / 1e9:.2f}")
+    # what the flags do not show: the frozen weights (the first 64 of each, as bf16 rounds them on any device) and the prompts
+    frozen = [(k, p.flatten()[:64].bfloat16().tolist()) for k, p in transformer.named_parameters() if not p.requires_grad]
+    for name, content in ("pretrained or cold_start content", frozen), ("prompts content", rows):
+        setattr(args, name, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12])
+    args.made_with = {**{name: version(name) for name in ("torch", "diffusers", "peft", "transformers")}, "device": args.device,
+                      "processes": int(os.environ.get("WORLD_SIZE", 1))}
+    args.saved_at = time.time()
+    if not args.resume or not paths:
         return 0
-    saved, free = read(path, "checkpoint"), ("out_dir", "resume", "device", "micro_batch", "steps", "epochs", "start", "cache_text", "preset",
-                                             "gradient_checkpointing", "sample_every", "save_every")
-    if not isinstance(saved, dict) or not {"step", "flags", *state} - {"keys"} <= set(saved):
-        die(f"{path} is not a checkpoint of this program")
-    changed = [f"--{k} {saved['flags'].get(k)} -> {v}" for k, v in vars(args).items() if k not in free and saved["flags"].get(k) != v]
+    hint = f"; delete {paths[0]} to go on from the one before it" if paths[1:] else ""
+    saved, names = read(paths[0], "checkpoint", hint), set(vars(args)) - FREE
+    flags = saved.get("flags") if isinstance(saved, dict) and "step" in saved else None
+    if not isinstance(flags, dict) or set(flags) - FREE != names:
+        die(f"{paths[0]} is not a checkpoint of this program, or of another version of it{hint}")
+    changed = [f"--{k} {flags[k]} -> {v}" for k, v in vars(args).items() if k in names and flags[k] != v]
     if changed:
-        die(f"{path} was made with other flags ({', '.join(changed)}): repeat them, or choose another --out_dir")
+        die(f"{paths[0]} was made with other flags ({', '.join(changed)}): repeat them, or choose another --out_dir")
     for name in set(state) - {"keys"}:
         if hasattr(state[name], "load_state_dict"):
             state[name].load_state_dict(saved[name])
         else:
             torch._foreach_copy_([p.data for p in state[name]], saved[name])
+    if os.environ.get("RANK", "0") == "0":
+        changed = ", ".join(f"{k} {flags['made_with'].get(k)} -> {v}" for k, v in args.made_with.items() if flags["made_with"].get(k) != v)
+        print(f"going on from {paths[0]}, step {saved['step']}{changed and f'; changed since ({changed}): the same results up to rounding'}", flush=True)
     return saved["step"]
 
 def find_weights(where, subfolder, name, must=True):
     """Path of where/name, or of subfolder/name in the hub repository `where`. If there is none: None, or with `must`, die."""
     path, reason = os.path.join(where, name), "no such file"
+    if os.path.exists(f"{where}/fake.pt.tmp") and not os.path.exists(f"{where}/generator_ema.pt.tmp"):
+        die(f"{where}: killed between renaming its two files, which are now of different steps; continue that run with --resume")
     if not os.path.exists(where) and where.count("/") == 1:
         from huggingface_hub import hf_hub_download
         try:
@@ -528,7 +757,12 @@ def load_adapter(transformer, name, path):
 def decode(pipe, latents):
     """Latents [B,C,h,w] -> pictures [B,3,H,W] in [0,1], float32, differentiable."""
     config = pipe.vae.config
-    pictures = pipe.vae.decode((latents / config.scaling_factor + config.shift_factor).to(pipe.vae.dtype)).sample
+    latents = (latents / config.scaling_factor + config.shift_factor).to(pipe.vae.dtype)
+    if pipe.low_memory:  # one by one, and again in the backward pass: the activations of one picture are 2 GB
+        run = lambda z: pipe.vae.decode(z).sample
+        pictures = torch.cat([torch.utils.checkpoint.checkpoint(run, z, use_reentrant=False) for z in latents.split(1)])
+    else:
+        pictures = pipe.vae.decode(latents).sample
     return (pictures.float() / 2 + .5).clamp(0, 1)
 
 def save_grid(pictures, path, columns=8):
@@ -536,7 +770,8 @@ def save_grid(pictures, path, columns=8):
     images = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pictures.detach().float()))
     columns, size = min(columns, len(images)), images[0].size
     images += [Image.new("RGB", size, "white")] * (-len(images) % columns)
-    write_atomically(path, lambda p: make_image_grid(images, len(images) // columns, columns, resize=max(64, size[0])).save(p, format="png"))
+    grid = make_image_grid(images, len(images) // columns, columns, resize=max(64, size[0]))
+    write_atomically({path: as_bytes(grid.save, format="png")})
 
 @torch.no_grad()
 def preview(pipe, adapters, encode, rows, args, name):

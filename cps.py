@@ -35,7 +35,9 @@ def at_least_float32(x):
 
 def per_sample(sigma, x):
     """A float or [B] tensor -> a tensor that broadcasts over x [B,...], in x's dtype and on its device."""
-    sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    if not torch.is_tensor(sigma):
+        return torch.full((), sigma, dtype=x.dtype, device=x.device)  # made where it is needed: a copy from the host would stall a GPU
+    sigma = sigma.to(x.device, x.dtype)
     return sigma.view(-1, *[1] * (x.dim() - 1)) if sigma.dim() else sigma
 
 

@@ -27,7 +27,7 @@ import torch
 
 import cold_start
 import rtdmd_rl
-from cold_start import (HERE, PRESETS, adapter, add_adapter, data_order, decode, die, fake_score_loss, generator, load_adapter, load_pipeline, play, read,
+from cold_start import (HERE, PRESETS, adapter, add_adapter, as_bytes, checked, decode, die, fake_score_loss, generator, load_adapter, load_pipeline, play, read,
                         renoise_time, rollout, text_encoder, train_only, write_atomically)
 from cps import renoise, sigmas
 from rewards import build, load_prompts
@@ -181,7 +181,7 @@ def draw_curves(runs, path):
     for i, key in enumerate(keys):
         curves = [[(line["step"], line[key]) for line in log if isinstance(line.get(key), (int, float))] for log in logs]
         panel(pen, i % 3 * width + 6, top + i // 3 * height, width - 12, height - 10, key, curves)
-    write_atomically(path, lambda p: image.save(p, format="png"))
+    write_atomically({path: as_bytes(image.save, format="png")})
     print(path)
 
 
@@ -315,7 +315,7 @@ def worker(args, device, end):
             continue
         took[run[0]] = time.time() - start
         content = {"run": run, "seed": seed, "device": device, "seconds": took[run[0]], "numbers": numbers}
-        write_atomically(place(args, run, seed, ".json"), lambda p: open(p, "w").write(json.dumps(content, indent=1)))
+        write_atomically({place(args, run, seed, ".json"): json.dumps(content, indent=1).encode()})
         os.remove(place(args, run, seed, ".claim"))
         print(f"{run}, seed {seed}: {took[run[0]]:.0f} s on {device}", flush=True)
 
@@ -343,7 +343,7 @@ def write_tables(args):
             lines.append("| " + " | ".join([row, *cells, TABLES[table][row][1]]) + " |")
         text = "\n".join(lines) + f"\n\n{NOTES[table]} {len(seeds)} seeds, mean +- their standard deviation, checker in %. {args.steps} steps of stage 1, " \
             f"{args.epochs} epochs of stage 2, {args.batch} pictures each; scored on {6 * args.pictures} new pictures.\n"
-        write_atomically(f"{args.out_dir}/{table}.md", lambda p: open(p, "w").write(text))
+        write_atomically({f"{args.out_dir}/{table}.md": text.encode()})
         print("\n" + text, flush=True)
 
 
@@ -354,7 +354,7 @@ def ablations(args):
     os.makedirs(f"{args.out_dir}/runs", exist_ok=True)
     if os.path.exists(path) and json.load(open(path)) != sizes:
         die(f"{args.out_dir} holds runs of another size, {json.load(open(path))}: repeat those flags, or choose another --out_dir")
-    write_atomically(path, lambda p: open(p, "w").write(json.dumps(sizes)))
+    write_atomically({path: json.dumps(sizes).encode()})
     for name in os.listdir(f"{args.out_dir}/runs"):
         if name.endswith((".claim", ".failed")):  # of processes that are no more
             os.remove(f"{args.out_dir}/runs/{name}")
@@ -407,9 +407,9 @@ def main():
         draw_curves(args.curves, f"{args.curves[0]}/curves.png")
     else:
         for stage in ("cold_start", "rtdmd"):
-            if not os.path.exists(f"{args.run}/{stage}/generator_ema.pt"):
+            if not os.path.exists(f"{args.run}/{stage}/generator_ema.pt") or not all("seconds" in line for line in read_log(f"{args.run}/{stage}")):
                 die(f"{args.run}: {stage}/ holds no finished run; make tiny makes one")
-        scoreboard(args.run, args.pretrained, args.pictures, torch.device(args.device))
+        checked(scoreboard, args.run, args.pretrained, args.pictures, torch.device(args.device))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cold_start import (HERE, PAPER as PAPER_COLD, adapter, add_adapter, all_reduce, checked, data_order, decode, die, fake_score_loss, find_weights, generator, generator_loss,
-                        load_adapter, load_checkpoint, load_pipeline, make_log, make_parser, parse, play, preview,
-                        renoise_time, save_checkpoint, setup, shard, text_encoder, train_only, update)
+from cold_start import (HERE, PAPER as PAPER_COLD, adapter, add_adapter, all_reduce, checked, data_order, decode, die, distance, fake_score_loss, find_weights, generator,
+                        generator_loss, guarded, load_adapter, load_checkpoint, load_pipeline, make_log, make_parser, note_prompts, parse, play, preview,
+                        renoise_time, save_or_stop, setup, shard, stopwatch, text_encoder, train_only, update)
 from cps import cps_step, log_prob, sigmas
 from rewards import build, load_prompts, parse_weights
 
@@ -32,7 +32,7 @@ PRESETS = {
     "tiny": dict(pretrained=os.path.join(HERE, "assets/tiny"), prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"), device="auto",
                  resolution=32, max_sequence_length=8, cfg=2.0, epochs=340, prompts_per_epoch=8, group_size=8, micro_batch=64, lr=5e-4,
                  fake_lr=1e-3, ema=.97, ema_every=1, rewards="clipscore:1,checker:1", reward_path=[f"clipscore={HERE}/assets/tiny/clip"],
-                 det_weight=.5, dm_weight=.1, sample_every=85, save_every=85, cache_text=200),
+                 det_weight=.5, dm_weight=.1, sample_every=85, save_every=85, compile=0),
 }
 PAPER = dict(PAPER_COLD, log_prob="gaussian", advantage_std="group", subset_factor=1, det_weight=1.0, dm_weight=1.0, margin=100.0, dm_steps="drawn")
 
@@ -110,11 +110,11 @@ def main():
     device, rank, world = setup(args)
     rows = checked(load_prompts, args.prompts)
     pipe = load_pipeline(args, device)
-    rewards = checked(build, weights, device, args.reward_path)
+    rewards = [guarded(reward) for reward in checked(build, weights, device, args.reward_path)]
     for reward in rewards:
         checked(reward.check, [row["prompt"] for row in rows], [row["metadata"] for row in rows])
     args.det_weight *= any(r.differentiable for r in rewards)  # nothing to differentiate: SubGRPO alone (App. L)
-    transformer, encode, shape = pipe.transformer, text_encoder(pipe, args), pipe.latent_shape
+    transformer, encode, shape = pipe.transformer, text_encoder(pipe, args, [row["prompt"] for row in rows]), pipe.latent_shape
     # Stage 1's adapters are frozen and the new ones stacked on them; the teacher is still the plain base.
     roles = {"generator": ["cold_generator", "generator"], "fake": ["cold_fake", "fake"], "teacher": []}
     for name in ("cold_generator", "generator", "cold_fake", "fake"):
@@ -126,11 +126,12 @@ def main():
     elif rank == 0:
         print(f"{args.cold_start} has no fake.pt: the fake score starts from the teacher and needs some epochs to catch up", flush=True)
     G_params, F_params = train_only(transformer, "generator", "fake")
-    G_opt = torch.optim.AdamW(G_params, lr=args.lr, betas=(.9, .999), weight_decay=args.weight_decay)
-    F_opt = torch.optim.AdamW(F_params, lr=args.fake_lr, betas=(.9, .999), weight_decay=0)
+    G_opt = torch.optim.AdamW(G_params, lr=args.lr, betas=(.9, .999), weight_decay=args.weight_decay, fused=device.type == "cuda")
+    F_opt = torch.optim.AdamW(F_params, lr=args.fake_lr, betas=(.9, .999), weight_decay=0, fused=device.type == "cuda")
     ema = [p.detach().clone() for p in G_params]
     state = {"generator": G_params, "fake": F_params, "ema": ema, "G_opt": G_opt, "F_opt": F_opt, "keys": list(adapter(transformer, "fake"))}
-    args.start = load_checkpoint(args, state) if args.resume else 0
+    args.start = load_checkpoint(args, state, rows, transformer)
+    note_prompts(pipe, rows, args)
     levels, negative = sigmas(K, args.shift), encode([""])
     I = args.prompts_per_epoch * args.group_size
     mine = shard(I, rank, world)
@@ -139,6 +140,7 @@ def main():
               + ", ".join(f"{r.name} ({r.weight:g}{', by back-propagation too' if r.differentiable else ''})" for r in rewards), flush=True)
 
     bar, log = tqdm(range(args.start, args.epochs), initial=args.start, total=args.epochs, disable=None if rank == 0 else True), make_log(args)
+    part = stopwatch(args, transformer, I, warm_up=2)
     skipped = {"generator": 0, "fake": 0}  # updates in a row that were not finite
     for epoch in bar:
         # As in stage 1, every random number comes from (seed, epoch) and is drawn for all pictures: the number of GPUs does not matter.
@@ -158,6 +160,7 @@ def main():
         batches = [slice(i, i + args.micro_batch) for i in range(0, len(prompts), args.micro_batch)]
         texts = [encode(prompts[b]) for b in batches]
         std_or_none = (lambda std: std) if args.log_prob == "gaussian" else (lambda std: None)
+        part("text")
 
         # ---- roll out all K steps
         path, old_log_p = [x_K] + [torch.empty_like(x_K) for _ in range(K)], torch.zeros(K, len(prompts), device=device)
@@ -169,6 +172,7 @@ def main():
                     path[k + 1][b], mean, std = cps_step(x, G(x, levels[k]), levels[k], levels[k + 1], args.eta, noise[k][b])
                     if k in S:
                         old_log_p[k][b] = log_prob(path[k + 1][b], mean, std_or_none(std))
+        part("rollout")
 
         # ---- one step of the fake score, on the finished pictures (s = 0) unless --dm_steps drawn
         sums, most = torch.zeros(5, device=device), torch.zeros((), device=device)
@@ -179,7 +183,8 @@ def main():
                                        args.renoise_std, after)
             (loss.sum() / I).backward()
             sums[0] += loss.sum().detach() / I
-        F_norm = update(F_params, F_opt, args, skipped, "fake")
+        F_norm = update(F_params, F_opt, args, skipped, "fake", sums[0])
+        part("fake")
 
         # ---- the generator's gradient, first part: its last step once more, now with gradient. The pictures are decoded and scored
         #      only here, so that one pass through decoder and rewards serves both estimators. Their input is a constant: what it
@@ -191,10 +196,13 @@ def main():
             with torch.set_grad_enabled(bool(args.det_weight or args.dm_weight)):
                 x_0 = cps_step(path[K - 1][b], G(path[K - 1][b], levels[K - 1]), levels[K - 1], 0.0, args.eta, noise[K - 1][b])[0]
             with torch.set_grad_enabled(bool(args.det_weight)):
+                part("last step")
                 pictures = decode(pipe, x_0)
+                part("decode")
                 each = [r(pictures if r.differentiable else pictures.detach(), prompts[b], metadata[b]).float() for r in rewards]
                 total = sum(r.weight * score for r, score in zip(rewards, each) if r.differentiable)
             scores[:, mine][:, b] = torch.stack(each).detach()
+            part("reward")
             loss = 0.0
             if args.det_weight:  # Eq. 15
                 det = torch.relu(args.margin - total).sum() / I
@@ -206,6 +214,7 @@ def main():
                 loss, sums[3] = loss + args.dm_weight * dm, sums[3] + dm.detach()
             if args.det_weight or args.dm_weight:
                 loss.backward()
+            part("last step, backward")
 
         # ---- second part: SubGRPO on the steps in S (Eq. 17); pictures with advantage 0 add nothing and are not counted
         scores = all_reduce(scores)
@@ -223,20 +232,26 @@ def main():
                 sums[1] += loss.detach()
                 sums[4] += (drift > args.clip).sum() / I / M
                 most = torch.maximum(most, drift.max())
-        G_norm = update(G_params, G_opt, args, skipped, "generator")
+        G_norm = update(G_params, G_opt, args, skipped, "generator", sums[1:4].sum())
+        part("policy")
         if (epoch + 1) % args.ema_every == 0:
             n = (epoch + 1) // args.ema_every
             torch._foreach_lerp_(ema, [p.detach() for p in G_params], 1 - min(args.ema, (1 + n) / (10 + n)))
 
         names = ("loss_fake", "loss_policy", "loss_det", "loss_dm", "drift_clipped")
-        mean, square = all_reduce(torch.stack([path[K].sum(0), path[K].square().sum(0)])) / I  # how much the pictures differ: falls in a collapse
+        # signs of a collapse: how much the pictures of a prompt differ (latent_std), prompts whose pictures all score the same (flat_groups)
+        group = torch.arange(I, device=device)[mine] // args.group_size
+        moments = torch.zeros(2, args.prompts_per_epoch, *shape, device=device).index_add_(1, group, torch.stack([path[K], path[K].square()]))
+        mean, square = all_reduce(moments) / args.group_size
         log(bar, I, step=epoch, S=S, **{f"reward_{r.name}": scores[i].mean().item() for i, r in enumerate(rewards)},
             **dict(zip(names, all_reduce(sums).tolist())), drift_max=all_reduce(most, dist.ReduceOp.MAX).item(),
-            latent_std=(square - mean ** 2).clamp(min=0).sqrt().mean().item(), grad_fake=F_norm, grad_generator=G_norm)
+            latent_std=(square - mean ** 2).clamp(min=0).sqrt().mean().item(),
+            flat_groups=(advantage_all.view(-1, args.group_size) == 0).all(1).float().mean().item(),
+            ema_drift=distance(G_params, ema), grad_fake=F_norm, grad_generator=G_norm)
+        part("step")
         if args.sample_every and (epoch + 1) % args.sample_every == 0:
             preview(pipe, roles["generator"], encode, rows, args, f"epoch_{epoch + 1}")
-        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            save_checkpoint(args, state, epoch + 1)
+        save_or_stop(args, state, epoch + 1, args.epochs)
     if rank == 0:
         print(f"done: {args.out_dir}/generator_ema.pt, to be stacked on {args.cold_start}/generator_ema.pt (sample.py does)", flush=True)
     if world > 1:

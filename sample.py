@@ -12,12 +12,13 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from cold_start import (add_adapter, checked, decode, die, find_weights, load_adapter, load_pipeline, parse, play, read,
+from cold_start import (add_adapter, checked, decode, die, find_weights, guarded, load_adapter, load_pipeline, note_prompts, parse, play, read,
                         save_grid, setup, text_encoder, write_atomically)
 from cps import cps_step, sigmas
 from rewards import build, load_prompts
@@ -26,13 +27,51 @@ from rtdmd_rl import PRESETS
 
 @torch.no_grad()
 def draw(v, seeds, shape, levels, eta, device):
-    """The sampler (Eq. 19-21): one latent a seed -> [B,C,h,w] float32. v is a velocity function, levels as from cps.sigmas."""
+    """The sampler: one latent a seed -> [B,C,h,w] float32. v is a velocity function, levels as from cps.sigmas."""
+    return integrate(v, noise_of(seeds, shape, levels, eta, device), levels, eta)
+
+
+def noise_of(seeds, shape, levels, eta, device):
+    """Starting noise and that of the stochastic steps, picture i's from seeds[i] alone -> [K,B,C,h,w] (eta 0: [1,B,C,h,w])."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    normal = lambda: randn_tensor((len(seeds), *shape), generator=generators, device=device, dtype=torch.float32)
-    x = normal()
-    for s, t in zip(levels, levels[1:]):
-        x = cps_step(x, v(x, s), s, t, eta, normal() if t > 0 and eta > 0 else torch.zeros_like(x))[0]
+    normal = lambda: randn_tensor((len(seeds), *shape), generator=generators, dtype=torch.float32)
+    return torch.stack([normal() for _ in range(len(levels) - 1 if eta > 0 else 1)]).to(device)
+
+
+def integrate(v, noise, levels, eta):
+    """From noise[0] along the CPS steps (Eq. 19-21) to the latents."""
+    x, zero = noise[0], torch.zeros_like(noise[0])
+    for k, (s, t) in enumerate(zip(levels, levels[1:])):
+        x = cps_step(x, v(x, s), s, t, eta, noise[k + 1] if t > 0 and eta > 0 else zero)[0]
     return x
+
+
+def one_graph(function, *inputs):
+    """function of tensors whose shapes never change -> the same as one CUDA graph, so that thousands of kernel launches become one."""
+    inputs = [x.clone() for x in inputs]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        function(*inputs), function(*inputs)  # compile, and let every library allocate what it needs
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = function(*inputs)
+    return lambda *new: (torch._foreach_copy_(inputs, list(new)), graph.replay(), output.clone())[-1]
+
+
+def bench(args, inputs_of, render, prompts):
+    """Time args.bench batches after two to warm up; every prompt is new, so that its encoding is measured too. One line of JSON."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    times, clock = [], lambda: (wait(), time.time())[1]
+    for n in range(-2, args.bench):
+        t0, _ = clock(), inputs_of([f"{prompt} {n}" for prompt in prompts])
+        t1, inputs = clock(), inputs_of([f"{prompt} {n}" for prompt in prompts])  # known by now: noise and a look-up
+        t2, _ = clock(), render(*inputs)
+        times.append((t1 - t0, t2 - t1, clock() - t2))
+    text, noise, draw = (sorted(t)[args.bench // 2] for t in zip(*times[2:]))
+    peak = torch.cuda.max_memory_allocated() / 2 ** 30 if torch.cuda.is_available() else None
+    print(json.dumps({"program": "sample.py", "device": torch.cuda.get_device_name() if peak else "cpu", "batch": len(prompts), "steps": args.steps,
+                      "text_and_noise_s": text, "noise_s": noise, "draw_and_decode_s": draw, "images_per_s": len(prompts) / (noise + draw),
+                      "peak_gib": peak}), flush=True)
 
 
 def load_generator(pipe, args):
@@ -60,7 +99,8 @@ def arguments():
     add("--cold_start", default="out/cold_start", help="stage 1's out_dir, or a hub repository; '' to leave it out")
     add("--rtdmd", default="out/rtdmd", help="stage 2's out_dir, or a hub repository; '' to draw with stage 1 alone")
     add("--teacher", action="store_true", help="draw with the base alone: many steps, guidance, no adapters")
-    add("--prompts", default="", help="file with a prompt a line, or jsonl with \"prompt\" and metadata for rewards")
+    add("--prompts", default="", help="file with a prompt a line, or jsonl with \"prompt\" and metadata for rewards; "
+        "-: lines of stdin, each drawn as it comes")
     add("--num_images", type=int, default=1, help="pictures of each prompt")
     add("--batch_size", type=int, default=8, help="pictures at once; does not change them")
     add("--seed", type=int, default=0, help="picture i is drawn from seed + i")
@@ -74,10 +114,11 @@ def arguments():
     add("--rewards", default="", help="name,name,...: score the pictures, print means, write scores.jsonl")
     add("--reward_path", action="append", default=[], metavar="NAME=DIR", help="local directory of a reward's model")
     add("--device", default="cuda", help="cuda, cpu, mps, or auto: the best there is")
-    add("--cache_text", type=int, default=64, help="keep the text embeddings of so many prompts")
+    add("--compile", type=int, choices=(0, 1), default=0, help="compile blocks and decoder, and capture sampling in one CUDA graph: minutes once, then fast")
+    add("--bench", type=int, default=0, help="time so many batches of the prompt, print one JSON line, and stop")
     add("--out_dir", default="out/samples", help="where grid.png, the single pictures and scores.jsonl go")
     preset = PRESETS.get(parser.parse_known_args()[0].preset, {})
-    known = {action.dest for action in parser._actions} - {"steps", "batch_size", "prompts", "cfg", "rewards"}
+    known = {action.dest for action in parser._actions} - {"steps", "batch_size", "prompts", "cfg", "rewards", "compile"}
     parser.preset = {k: v for k, v in preset.items() if k in known}
     args = parse(parser)
     usual = dict(steps=50, eta=0.0, cfg=preset.get("cfg", 4.5)) if args.teacher else dict(steps=4, eta=.9, cfg=1.0)
@@ -91,36 +132,63 @@ def arguments():
     return args
 
 
+def batches(args, rows):
+    """Chunks of batch_size rows; with --prompts - the rows of a line of stdin as soon as it is there, while the model stays warm."""
+    lines = ([rows] if args.prompts != "-" else
+             ([{"prompt": line.strip(), "metadata": {}}] * args.num_images for line in sys.stdin if line.strip()))
+    for new in lines:
+        rows += new if new is not rows else []
+        yield from (new[i:i + args.batch_size] for i in range(0, len(new), args.batch_size))
+
+
 def main():
     args = arguments()
-    rows = checked(load_prompts, args.prompts) if args.prompts else [{"prompt": args.prompt, "metadata": {}}]
+    stdin = args.prompts == "-"
+    rows = [] if stdin else checked(load_prompts, args.prompts) if args.prompts else [{"prompt": args.prompt, "metadata": {}}]
     rows = [row for row in rows for _ in range(args.num_images)]
+    args.batch_size = min(args.batch_size, args.num_images if stdin else len(rows))
     device, *_ = setup(args, training=False)
     pipe = load_pipeline(args, device)
-    rewards = checked(build, args.rewards, device, args.reward_path) if args.rewards else []
+    rewards = [guarded(reward) for reward in checked(build, args.rewards, device, args.reward_path)] if args.rewards else []
     for reward in rewards:
         checked(reward.check, [row["prompt"] for row in rows], [row["metadata"] for row in rows])
     adapters = [] if args.teacher else load_generator(pipe, args)
+    note_prompts(pipe, rows, args)
     encode, levels = text_encoder(pipe, args), sigmas(args.steps, args.shift)
     negative = encode([""]) if args.cfg != 1 else None
-    scores, pictures, start = [[] for _ in rewards], [], time.time()
-    for i in range(0, len(rows), args.batch_size):
-        batch = rows[i:i + args.batch_size]
-        prompts = [row["prompt"] for row in batch]
-        v = play(pipe.transformer, adapters, encode(prompts), negative, args.cfg)
-        with torch.no_grad():
-            images = decode(pipe, draw(v, range(args.seed + i, args.seed + i + len(batch)), pipe.latent_shape, levels, args.eta, device))
-            for out, reward in zip(scores, rewards):
-                out += checked(reward, images, prompts, [row["metadata"] for row in batch]).tolist()
+
+    @torch.no_grad()
+    def render(noise, embeds, pooled):
+        v = play(pipe.transformer, adapters, (embeds, pooled), negative, args.cfg)
+        return decode(pipe, integrate(v, noise, levels, args.eta))
+    scores, pictures, i, graph, start = [[] for _ in rewards], [], 0, None, time.time()
+    for batch in batches(args, rows):
+        prompts, inputs_of = [row["prompt"] for row in batch], lambda prompts: (noise_of(
+            range(args.seed + i, args.seed + i + len(prompts)), pipe.latent_shape, levels, args.eta, device), *encode(prompts))
+        inputs = inputs_of(prompts)
+        if args.compile and device.type == "cuda":  # a graph knows one batch size: fill up
+            inputs = inputs_of(prompts + prompts[-1:] * (args.batch_size - len(prompts)))
+            graph = graph or one_graph(render, *inputs)
+        if args.bench:
+            return bench(args, inputs_of, graph or render, prompts)
+        images = (graph or render)(*inputs)[:len(batch)]
+        for out, reward in zip(scores, rewards):
+            with torch.no_grad():
+                out += reward(images, prompts, [row["metadata"] for row in batch]).tolist()
         for j, image in enumerate(images):
             save_grid(image[None], os.path.join(args.out_dir, f"{i + j:05d}.png"))
         pictures += list(images[:max(0, 64 - len(pictures))].cpu())
+        if stdin:
+            print(f"{args.out_dir}/{i:05d}.png  {time.time() - start:.3f} s  {prompts[0]}", flush=True)
+        i += len(batch)
+    if not rows:
+        die("no prompt came in on stdin")
     save_grid(torch.stack(pictures), os.path.join(args.out_dir, "grid.png"), columns=min(8, max(4, args.num_images)))
     print(f"{len(rows)} pictures in {time.time() - start:.1f} s -> {args.out_dir}/grid.png")
     if rewards:
         lines = [{"image": f"{i:05d}.png", "prompt": row["prompt"], "seed": args.seed + i, **{r.name: s[i] for r, s in zip(rewards, scores)}}
                  for i, row in enumerate(rows)]
-        write_atomically(os.path.join(args.out_dir, "scores.jsonl"), lambda p: open(p, "w").writelines(json.dumps(line) + "\n" for line in lines))
+        write_atomically({os.path.join(args.out_dir, "scores.jsonl"): "".join(json.dumps(line) + "\n" for line in lines).encode()})
         for reward, s in zip(rewards, torch.tensor(scores)):
             error = s.std().item() / math.sqrt(len(s)) if len(s) > 1 else float("nan")
             print(f"{reward.name:12s} {s.mean().item():.4f} +- {error:.4f}")

@@ -397,19 +397,20 @@ def random_sd35m(out_dir, device):
 
 
 def main():
-    from cold_start import die
+    from cold_start import die, parse, setup
     parser = argparse.ArgumentParser(description="Stage 0: make the tiny SD3 pipeline.", allow_abbrev=False)
-    add, parser.error = parser.add_argument, die
+    add, parser.error, parser.preset = parser.add_argument, die, {}
     add("--out_dir", default="out/tiny_pipeline", help="where the trained pipeline directory goes")
     add("--seed", type=int, default=0, help="one seed, one result")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda: full quality; cpu: reduced")
+    add("--device", default="auto", help="cuda: full quality; cpu or mps: reduced")
     add("--random_sd35m", metavar="DIR", help="write a random-weight pipeline of SD3.5-M's true architecture")
-    args = parser.parse_args()
-    device = torch.device(args.device)
+    args = parse(parser)
+    args.out_dir = args.out_dir if args.random_sd35m is None else args.random_sd35m
+    device, *_ = setup(args, training=False)
     if args.random_sd35m:
         random_sd35m(args.random_sd35m, device)
     else:
-        make_pipeline(args.out_dir, QUALITY[device.type], args.seed, device)
+        make_pipeline(args.out_dir, QUALITY.get(device.type, QUALITY["cpu"]), args.seed, device)
 
 
 if __name__ == "__main__":
