@@ -99,7 +99,7 @@ def scoreboard(run, pretrained, n, device):
     logs = {stage: read_log(f"{run}/{stage}") for stage in ("cold_start", "rtdmd")}
     args, pipe, encode, clips = load_tiny(pretrained, device, cold_start=f"{run}/cold_start", rtdmd=f"{run}/rtdmd")
     stacked, rows, many, few, table, sheet = load_generator(pipe, args), report_captions(n), sigmas(50), sigmas(4), [], []
-    shown = [i * len(rows) // 18 + i % min(3, n) for i in range(18)] if n >= 3 else list(range(len(rows)))
+    shown = [(i * len(rows) // 18 + i % 3) % len(rows) for i in range(18)]
     for name, adapters, cfg, levels, eta, stage in (
             ("teacher", [], args.cfg, many, 0.0, None), ("teacher", [], args.cfg, few, 0.0, None), ("teacher, no CFG", [], 1.0, few, 0.0, None),
             ("AC-DMD", stacked[:1], 1.0, few, .9, "cold_start"), ("RTDMD", stacked, 1.0, few, .9, "rtdmd")):
@@ -308,7 +308,9 @@ def worker(args, device, end):
         try:
             with open(place(args, run, seed, ".log"), "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
                 numbers = train_and_score(args, run, seed, device)
-        except (Exception, SystemExit):
+        except (Exception, SystemExit) as e:
+            if isinstance(e, SystemExit) and not e.code:
+                return  # stopped by a signal, and saved
             with open(place(args, run, seed, ".failed"), "w") as f:
                 traceback.print_exc(file=f)
             print(f"{run}, seed {seed}: failed, see {place(args, run, seed, '.log')} and .failed", file=sys.stderr, flush=True)
@@ -351,7 +353,10 @@ def ablations(args):
     """Run what is missing in out_dir with --jobs processes, until all is there or the time is up; then write the tables."""
     end, path = time.time() + 60 * args.minutes, f"{args.out_dir}/sizes.json"
     sizes = {k: getattr(args, k) for k in ("steps", "epochs", "batch", "pictures")}
-    os.makedirs(f"{args.out_dir}/runs", exist_ok=True)
+    try:
+        os.makedirs(f"{args.out_dir}/runs", exist_ok=True)
+    except OSError as e:
+        die(f"cannot write to --out_dir {args.out_dir}: {e.strerror}")
     if os.path.exists(path) and json.load(open(path)) != sizes:
         die(f"{args.out_dir} holds runs of another size, {json.load(open(path))}: repeat those flags, or choose another --out_dir")
     write_atomically({path: json.dumps(sizes).encode()})
@@ -370,7 +375,7 @@ def ablations(args):
             for w in workers:
                 w.join(min(1e6, max(0, end - time.time())))
         for w in workers:
-            w.terminate()
+            w.kill()
     write_tables(args)
 
 
