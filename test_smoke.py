@@ -713,7 +713,7 @@ def test_half_of_the_policy_gradient_is_clipped_away_where_rollout_and_update_ro
     monkeypatch.setattr(SD3Transformer2DModel, "forward", forward)
     for name, stand_in in (("policy_loss", loss), ("find_weights", nothing), ("load_adapter", nothing)):
         monkeypatch.setattr(rtdmd_rl, name, stand_in)
-    flags = "--old_log_prob rollout --epochs 1 --prompts_per_epoch 10 --group_size 8 --subset 3 --rewards clipscore --dm_weight 0 --det_weight 0"
+    flags = "--old_log_prob rollout --epochs 1 --prompts_per_epoch 4 --group_size 8 --subset 3 --rewards clipscore --dm_weight 0 --det_weight 0"
     line, = run_main(rtdmd_rl, tiny_parts[1], tmp_path, monkeypatch, *flags.split())
     advantage, dropped, outside = (torch.cat(parts).float() for parts in zip(*seen))
     size = advantage.abs()
