@@ -28,7 +28,7 @@ import torch
 import cold_start
 import rtdmd_rl
 from cold_start import (HERE, PRESETS, adapter, add_adapter, as_bytes, checked, decode, die, fake_score_loss, generator, load_adapter, load_pipeline, play, read,
-                        renoise_time, rollout, text_encoder, train_only, write_atomically)
+                        renoise_time, rollout, setup, text_encoder, train_only, write_atomically)
 from cps import renoise, sigmas
 from rewards import build, load_prompts
 from sample import draw, load_generator
@@ -235,10 +235,11 @@ def train_and_score(args, run, seed, device):
                 "--out_dir", out]
     program.main()  # in this process: importing torch takes longer than many of the runs
     flags = read(f"{out}/ckpt.pt", "checkpoint")["flags"]
-    os.remove(f"{out}/ckpt.pt")
     where = dict(cold_start=out, rtdmd="") if run[0] == "1" else dict(cold_start=cold, rtdmd=out)
     tiny, pipe, encode, clips = load_tiny(PRESETS["tiny"]["pretrained"], torch.device(device), lora_alpha=flags["lora_alpha"], **where)
-    return evaluate(pipe, encode, clips, report_captions(args.pictures), load_generator(pipe, tiny), sigmas(), flags["eta"])[0]
+    numbers, _ = evaluate(pipe, encode, clips, report_captions(args.pictures), load_generator(pipe, tiny), sigmas(), flags["eta"])
+    os.remove(f"{out}/ckpt.pt")
+    return numbers
 
 
 def fake_quality(args, run, seed, device, out):
@@ -293,7 +294,8 @@ def worker(args, device, end):
     runs = [r for r in all_runs(args) if not args.cpu_jobs or args.device == "cpu" or (device == "cpu") == r[0].startswith("fake")]
     took, has = {}, lambda run, seed, end: os.path.exists(place(args, run, seed, end))
     while True:
-        left = [r for r in runs if not has(*r[:2], ".json") and not has(*r[:2], ".claim") and not any(has(*need, ".failed") for need in r[2])]
+        left = [r for r in runs if not has(*r[:2], ".json") and not has(*r[:2], ".claim")
+                and not any(has(*n, ".failed") for n in [r[:2], *r[2]])]
         left = [r for r in left if time.time() + took.get(r[0][0], 0) < end]
         ready = [r for r in left if all(has(*need, ".json") for need in r[2])]
         if not left:
@@ -304,16 +306,17 @@ def worker(args, device, end):
         except (IndexError, FileExistsError):  # what they need is still being made; another process was quicker
             time.sleep(.2)
             continue
-        start = time.time()
-        try:
-            with open(place(args, run, seed, ".log"), "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        start, numbers = time.time(), None
+        with open(place(args, run, seed, ".log"), "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            try:
                 numbers = train_and_score(args, run, seed, device)
-        except (Exception, SystemExit) as e:
-            if isinstance(e, SystemExit) and not e.code:
-                return  # stopped by a signal, and saved
-            with open(place(args, run, seed, ".failed"), "w") as f:
-                traceback.print_exc(file=f)
-            print(f"{run}, seed {seed}: failed, see {place(args, run, seed, '.log')} and .failed", file=sys.stderr, flush=True)
+            except (Exception, SystemExit) as e:
+                if isinstance(e, SystemExit) and not e.code:
+                    return  # stopped by a signal, and saved
+                traceback.print_exc()
+        if numbers is None:
+            os.rename(place(args, run, seed, ".claim"), place(args, run, seed, ".failed"))
+            print(f"{run}, seed {seed}: failed, see {place(args, run, seed, '.log')}", file=sys.stderr, flush=True)
             continue
         took[run[0]] = time.time() - start
         content = {"run": run, "seed": seed, "device": device, "seconds": took[run[0]], "numbers": numbers}
@@ -351,12 +354,10 @@ def write_tables(args):
 
 def ablations(args):
     """Run what is missing in out_dir with --jobs processes, until all is there or the time is up; then write the tables."""
+    setup(args, training=False)
     end, path = time.time() + 60 * args.minutes, f"{args.out_dir}/sizes.json"
     sizes = {k: getattr(args, k) for k in ("steps", "epochs", "batch", "pictures")}
-    try:
-        os.makedirs(f"{args.out_dir}/runs", exist_ok=True)
-    except OSError as e:
-        die(f"cannot write to --out_dir {args.out_dir}: {e.strerror}")
+    os.makedirs(f"{args.out_dir}/runs", exist_ok=True)
     if os.path.exists(path) and json.load(open(path)) != sizes:
         die(f"{args.out_dir} holds runs of another size, {json.load(open(path))}: repeat those flags, or choose another --out_dir")
     write_atomically({path: json.dumps(sizes).encode()})
