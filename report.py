@@ -294,7 +294,7 @@ def worker(args, device, end):
     runs = [r for r in all_runs(args) if not args.cpu_jobs or args.device == "cpu" or (device == "cpu") == r[0].startswith("fake")]
     took, has = {}, lambda run, seed, end: os.path.exists(place(args, run, seed, end))
     while True:
-        left = [r for r in runs if not has(*r[:2], ".json") and not has(*r[:2], ".claim")
+        left = [r for r in runs if not has(*r[:2], ".claim") and not has(*r[:2], ".json")  # in this order: a claim goes when the result is there
                 and not any(has(*n, ".failed") for n in [r[:2], *r[2]])]
         left = [r for r in left if time.time() + took.get(r[0][0], 0) < end]
         ready = [r for r in left if all(has(*need, ".json") for need in r[2])]
