@@ -100,7 +100,7 @@ def scoreboard(run, pretrained, n, device):
     logs = {stage: read_log(f"{run}/{stage}") for stage in ("cold_start", "rtdmd")}
     args, pipe, encode, clips = load_tiny(pretrained, device, cold_start=f"{run}/cold_start", rtdmd=f"{run}/rtdmd")
     stacked, rows, many, few, table, sheet = load_generator(pipe, args), report_captions(n), sigmas(50), sigmas(4), [], []
-    shown = [i * len(rows) // 18 + i % min(3, n) for i in range(18)] if n >= 3 else list(range(len(rows)))
+    shown = [(i * len(rows) // 18 + i % 3) % len(rows) for i in range(18)]
     for name, adapters, cfg, levels, eta, stage in (
             ("teacher", [], args.cfg, many, 0.0, None), ("teacher", [], args.cfg, few, 0.0, None), ("teacher, no CFG", [], 1.0, few, 0.0, None),
             ("AC-DMD", stacked[:1], 1.0, few, .9, "cold_start"), ("RTDMD", stacked, 1.0, few, .9, "rtdmd")):
@@ -236,10 +236,11 @@ def train_and_score(args, run, seed, device):
                 "--out_dir", out]
     program.main()  # in this process: importing torch takes longer than many of the runs
     flags = read(f"{out}/ckpt.pt", "checkpoint")["flags"]
-    os.remove(f"{out}/ckpt.pt")
     where = dict(cold_start=out, rtdmd="") if run[0] == "1" else dict(cold_start=cold, rtdmd=out)
     tiny, pipe, encode, clips = load_tiny(PRESETS["tiny"]["pretrained"], torch.device(device), lora_alpha=flags["lora_alpha"], **where)
-    return evaluate(pipe, encode, clips, report_captions(args.pictures), load_generator(pipe, tiny), sigmas(), flags["eta"])[0]
+    numbers, _ = evaluate(pipe, encode, clips, report_captions(args.pictures), load_generator(pipe, tiny), sigmas(), flags["eta"])
+    os.remove(f"{out}/ckpt.pt")
+    return numbers
 
 
 def fake_quality(args, run, seed, device, out):
@@ -294,7 +295,8 @@ def worker(args, device, end):
     runs = [r for r in all_runs(args) if not args.cpu_jobs or args.device == "cpu" or (device == "cpu") == r[0].startswith("fake")]
     took, has = {}, lambda run, seed, end: os.path.exists(place(args, run, seed, end))
     while True:
-        left = [r for r in runs if not has(*r[:2], ".json") and not has(*r[:2], ".claim") and not any(has(*need, ".failed") for need in r[2])]
+        left = [r for r in runs if not has(*r[:2], ".claim") and not has(*r[:2], ".json")  # in this order: a claim goes when the result is there
+                and not any(has(*n, ".failed") for n in [r[:2], *r[2]])]
         left = [r for r in left if time.time() + took.get(r[0][0], 0) < end]
         ready = [r for r in left if all(has(*need, ".json") for need in r[2])]
         if not left:
@@ -305,14 +307,17 @@ def worker(args, device, end):
         except (IndexError, FileExistsError):  # what they need is still being made; another process was quicker
             time.sleep(.2)
             continue
-        start = time.time()
-        try:
-            with open(place(args, run, seed, ".log"), "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        start, numbers = time.time(), None
+        with open(place(args, run, seed, ".log"), "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            try:
                 numbers = train_and_score(args, run, seed, device)
-        except (Exception, SystemExit):
-            with open(place(args, run, seed, ".failed"), "w") as f:
-                traceback.print_exc(file=f)
-            print(f"{run}, seed {seed}: failed, see {place(args, run, seed, '.log')} and .failed", file=sys.stderr, flush=True)
+            except (Exception, SystemExit) as e:
+                if isinstance(e, SystemExit) and not e.code:
+                    return  # stopped by a signal, and saved
+                traceback.print_exc()
+        if numbers is None:
+            os.rename(place(args, run, seed, ".claim"), place(args, run, seed, ".failed"))
+            print(f"{run}, seed {seed}: failed, see {place(args, run, seed, '.log')}", file=sys.stderr, flush=True)
             continue
         took[run[0]] = time.time() - start
         content = {"run": run, "seed": seed, "device": device, "seconds": took[run[0]], "numbers": numbers}
@@ -372,7 +377,7 @@ def ablations(args):
             for w in workers:
                 w.join(min(1e6, max(0, end - time.time())))
         for w in workers:
-            w.terminate()
+            w.kill()
     write_tables(args)
 
 

@@ -694,6 +694,37 @@ def test_stage_2_shares_noise_on_the_other_steps_only_and_its_first_ratio_is_1(t
     assert scaled["grad_generator"] == pytest.approx(3 * plain["grad_generator"], rel=1e-4) and plain["grad_generator"] > 0
 
 
+@pytest.mark.parametrize("update", ("float32", "bf16"))
+def test_half_of_the_policy_gradient_is_clipped_away_where_rollout_and_update_round_differently(tiny_parts, tmp_path, monkeypatch, update):
+    """--old_log_prob rollout is what the release does: clip 1e-5 around a ratio that should be 1. With a bf16 rollout and a float32 update
+    rounding moves nearly every ratio further than that, up or down by chance; where it moved the way the advantage points, the picture's
+    gradient is 0. In README: 46 % on a trained model. With the same precision (and kernels) in both nothing is clipped."""
+    seen, real, nothing = [], SD3Transformer2DModel.forward, lambda *_, **__: None
+
+    def forward(self, *inputs, **more):
+        with torch.autocast("cpu", torch.bfloat16, enabled=update == "bf16" or not torch.is_grad_enabled()):
+            return real(self, *inputs, **more)
+
+    def loss(log_p, old, advantage, clip):
+        x = log_p.detach().requires_grad_()
+        slope, = torch.autograd.grad(policy_loss(x, old, advantage, clip).sum(), x)
+        seen.append((advantage, (slope == 0) & (advantage != 0), (x - old).exp().sub(1).abs() > clip))
+        return policy_loss(log_p, old, advantage, clip)
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", forward)
+    for name, stand_in in (("policy_loss", loss), ("find_weights", nothing), ("load_adapter", nothing)):
+        monkeypatch.setattr(rtdmd_rl, name, stand_in)
+    flags = "--old_log_prob rollout --epochs 1 --prompts_per_epoch 4 --group_size 8 --subset 3 --rewards clipscore --dm_weight 0 --det_weight 0"
+    line, = run_main(rtdmd_rl, tiny_parts[1], tmp_path, monkeypatch, *flags.split())
+    advantage, dropped, outside = (torch.cat(parts).float() for parts in zip(*seen))
+    size = advantage.abs()
+    share, expected, error = (size * dropped).sum() / size.sum(), (size * outside).sum() / size.sum() / 2, size.norm() / size.sum() / 2
+    print(f"update in {update}: ratio outside 1 +- 1e-5 for {outside.mean():.0%}, {share:.0%} of the gradient's weight dropped")
+    if update == "bf16":
+        assert share == 0 and line["drift_max"] == 0
+    else:
+        assert outside.mean() > .8 and abs(share - expected) < 5 * error and 0 < line["drift_max"] < .01
+
+
 def flags_of(module, *flags):
     """What a command line means, as a dict."""
     with pytest.MonkeyPatch.context() as patch:
@@ -1760,7 +1791,7 @@ def test_all_ablations_at_a_size_of_nothing(quick, tmp_path, monkeypatch):
     assert trained == [] and listing(tmp_path) == before
     status, _, err = here(report, *ABLATIONS, 2, *where)
     assert status == 0 and {seed for _, seed in trained} == {1} and ("1", 1) == trained[0] and len(trained) == len(files) - 3
-    assert err.count("failed") == 2 and "2 --subset 1, seed 1: failed" in err
+    assert err.count("failed") == 1 and "2 --subset 1, seed 1: failed" in err
     assert "2 seeds" in (tmp_path / "table3.md").read_text() and "1 seeds" in (tmp_path / "table4.md").read_text()  # balanced, or not at all
     status, _, err = here(report, *ABLATIONS, 1, *where, "--batch", 2)
     assert status == 2 and err.count("\n") == 1 and "another size" in err
