@@ -95,7 +95,7 @@ def policy_loss(log_p, old_log_p, advantage, clip):
 def shared_noise(shape, prompts, device, *key):
     """Noise [B,C,H,W] that is the same for all pictures of a prompt, on any rank (Eq. 16): seeded by key = (seed, epoch, step) and prompt."""
     each = {p: torch.randn(shape, generator=generator(device, *key, p), device=device) for p in dict.fromkeys(prompts)}
-    return torch.stack([each[p] for p in prompts])
+    return torch.stack([each[p] for p in prompts]) if prompts else torch.empty(0, *shape, device=device)  # a rank without pictures
 
 
 # ------------------------------------------------------------------------------------------ 2. Algorithm 1, lines of stage 2
