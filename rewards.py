@@ -269,6 +269,28 @@ def geneval_wrong(prompt, row):
             return f'"position" must be [relation, number of an object before], not {place!r}'
 
 
+def detect(detector, image):
+    """What a Mask2Former sees in a picture [3,H,W] in [0,1] -> [(class, confidence, (x0, y0, x1, y1), mask [H,W])]. Sizes and confidences are
+    those of mmdet, with which GenEval runs it."""
+    size = image.shape[-2:]
+    scale = min(800 / min(size), 1333 / max(size))
+    new = [int(side * scale + .5) for side in size]
+    pixels = normalise(F.interpolate(image[None], new, mode="bilinear", align_corners=False), (.485, .456, .406), (.229, .224, .225))
+    out = detector(pixel_values=F.pad(pixels, (0, -new[1] % 32, 0, -new[0] % 32)))
+    whole = [side + -side % 32 for side in new]
+    p_class, found = out.class_queries_logits[0].softmax(-1)[:, :-1].flatten(), []
+    for i, p in enumerate(p_class.tolist()):
+        if p > .3:  # at most three of a query; the mask can only lower it
+            mask = F.interpolate(out.masks_queries_logits[:, [i // len(COCO)]], whole, mode="bilinear", align_corners=False)
+            mask = F.interpolate(mask[..., :new[0], :new[1]], size, mode="bilinear", align_corners=False)[0, 0]
+            inside = mask > 0
+            if inside.any():
+                rows, columns = (inside.any(d).nonzero().flatten().tolist() for d in (1, 0))
+                box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+                found.append((COCO[i % len(COCO)], p * mask.sigmoid()[inside].mean().item(), box, inside))
+    return found
+
+
 def geneval(path, device, dtype, clip_l):
     """GenEval: 1 where the objects that Mask2Former finds are those asked for, else 0. GenEval's rules; colours by zero-shot CLIP-L."""
     from transformers import Mask2FormerForUniversalSegmentation
@@ -276,25 +298,6 @@ def geneval(path, device, dtype, clip_l):
     model, image_features, text_features = clip(clip_l, device, dtype)
     if detector.config.num_labels != len(COCO):
         raise ValueError(f"a detector of {detector.config.num_labels} classes, not COCO's 80")
-
-    def detect(image):  # [3,H,W] -> [(class, confidence, box, mask)]; sizes and confidence as in mmdet, which GenEval uses
-        size = image.shape[-2:]
-        scale = min(800 / min(size), 1333 / max(size))
-        new = [int(side * scale + .5) for side in size]
-        pixels = normalise(F.interpolate(image[None], new, mode="bilinear", align_corners=False), (.485, .456, .406), (.229, .224, .225))
-        out = detector(pixel_values=F.pad(pixels, (0, -new[1] % 32, 0, -new[0] % 32)))
-        whole = [side + -side % 32 for side in new]
-        best, found = out.class_queries_logits[0].softmax(-1)[:, :-1].flatten().topk(100), []
-        for p, i in zip(best.values.tolist(), best.indices.tolist()):
-            if p > .3:  # the mask can only lower it
-                mask = F.interpolate(out.masks_queries_logits[:, [i // len(COCO)]], whole, mode="bilinear", align_corners=False)
-                mask = F.interpolate(mask[..., :new[0], :new[1]], size, mode="bilinear", align_corners=False)[0, 0]
-                inside = mask > 0
-                if inside.any():
-                    rows, columns = (inside.any(d).nonzero().flatten().tolist() for d in (1, 0))
-                    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-                    found.append((COCO[i % len(COCO)], p * mask.sigmoid()[inside].mean().item(), box, inside))
-        return found
 
     def colours(image, name, objects):  # the object cut out on grey
         texts = [text.format(c, name) for c in COLORS for text in ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")]
@@ -304,10 +307,9 @@ def geneval(path, device, dtype, clip_l):
 
     @torch.no_grad()
     def score(images, prompts, metadata):
-        right = [geneval_verdict(detect(x), row, functools.partial(colours, x)) for x, row in zip(images, metadata)]
+        right = [geneval_verdict(detect(detector, x), row, functools.partial(colours, x)) for x, row in zip(images, metadata)]
         return torch.tensor(right, dtype=images.dtype, device=images.device)
     score.models, score.check = [detector, model], lambda prompts, metadata: each(prompts, metadata, geneval_wrong)
-    score.detect, score.colours = detect, colours  # to look at what it sees
     return score
 
 
@@ -339,17 +341,29 @@ def ocr(path, device, dtype, clip_l):
     return score
 
 
+def asked(tokenizer, eyes, questions, images, device):
+    """Inputs of a Qwen-VL, one question about each picture. Not through its processor, which would need torchvision for videos."""
+    seen, pad = eyes(images=to_pil(images), return_tensors="pt"), "<|image_pad|>"
+    chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}] for question in questions]
+    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    tokens = (seen["image_grid_thw"].prod(1) // eyes.merge_size ** 2).tolist()  # of each picture
+    ids = tokenizer([text.replace(pad, pad * n, 1) for text, n in zip(texts, tokens)], padding=True, return_tensors="pt")
+    kinds = (ids.input_ids == tokenizer.convert_tokens_to_ids(pad)).int()
+    return {k: v.to(device) for k, v in {**seen, "input_ids": ids.input_ids, "attention_mask": ids.attention_mask, "mm_token_type_ids": kinds}.items()}
+
+
 def hpsv3(path, device, dtype, clip_l):
     """HPSv3: the mean of a reward head on Qwen2-VL-7B at its token <|Reward|>. path: a directory with MizzenAI/HPSv3's HPSv3.safetensors, the
     files of Qwen/Qwen2-VL-7B-Instruct without its weights, and data_collator_qwen.py of their code: its wording is read, it is not run."""
-    from transformers import AutoConfig, AutoProcessor, Qwen2VLModel
+    from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen2VLModel
     with open(os.path.join(path, "data_collator_qwen.py"), encoding="utf-8") as f:
         lines = [line for line in ast.parse(f.read()).body if isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant)]
     words = {line.targets[0].id: line.value.value for line in lines}
     state, config, pixels = published(path, "HPSv3.safetensors"), AutoConfig.from_pretrained(path), 256 * 28 * 28
-    processor = AutoProcessor.from_pretrained(path, padding_side="right", min_pixels=pixels, max_pixels=pixels)
-    processor.tokenizer.add_tokens(["<|Reward|>"], special_tokens=True)
-    token, head = processor.tokenizer.convert_tokens_to_ids("<|Reward|>"), linear_head(state, "rm_head", dtype, (0, 3, 5)).to(device)
+    eyes = Qwen2VLImageProcessorPil.from_pretrained(path, size={"shortest_edge": pixels, "longest_edge": pixels})
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
+    tokenizer.add_tokens(["<|Reward|>"], special_tokens=True)
+    token, head = tokenizer.convert_tokens_to_ids("<|Reward|>"), linear_head(state, "rm_head", dtype, (0, 3, 5)).to(device)
     state = renamed({k: v for k, v in state.items() if not k.startswith(("rm_head", "lm_head"))}, "", (r"^model\.(?!visual|language)", "language_model."),
                     (r"^model\.", ""))
     config.text_config.vocab_size = len(state["language_model.embed_tokens.weight"])
@@ -358,10 +372,8 @@ def hpsv3(path, device, dtype, clip_l):
     @torch.no_grad()
     def score(images, prompts, metadata):
         ask = [words["INSTRUCTION"].format(text_prompt=p) + words["prompt_with_special_token"] for p in prompts]
-        chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in ask]
-        texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-        inputs = processor(text=texts, images=to_pil(images), padding=True, return_tensors="pt").to(images.device)
-        hidden = model(**inputs).last_hidden_state[inputs.input_ids == token].to(head[0].weight.dtype)
+        inputs = asked(tokenizer, eyes, ask, images, images.device)
+        hidden = model(**inputs).last_hidden_state[inputs["input_ids"] == token].to(head[0].weight.dtype)
         return head[2](head[1](head[0](hidden).relu()).relu())[:, 0]  # mean; the other output is its uncertainty
     score.models = [model, head]
     return score
@@ -372,21 +384,20 @@ NUMBERS = "zero one two three four five six seven eight nine ten".split()
 
 def geneval2(path, device, dtype, clip_l):
     """GenEval 2's Soft-TIFA: Qwen3-VL's probability of the right answer, geometric mean over the prompt's questions ("vqa_list")."""
-    from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
-    model, processor = load(Qwen3VLForConditionalGeneration, path, dtype).to(device), AutoProcessor.from_pretrained(path, padding_side="left")
+    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration
+    model, eyes = load(Qwen3VLForConditionalGeneration, path, dtype).to(device), Qwen2VLImageProcessorPil.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
 
     def tokens(answer):  # the first token of each way to write it
         ways = {answer, answer.lower(), answer.capitalize(), *([str(NUMBERS.index(answer.lower()))] if answer.lower() in NUMBERS else [])}
-        return sorted({processor.tokenizer.encode(space + way, add_special_tokens=False)[0] for way in ways for space in ("", " ")})
+        return sorted({tokenizer.encode(space + way, add_special_tokens=False)[0] for way in ways for space in ("", " ")})
 
     @torch.no_grad()
     def score(images, prompts, metadata):
         scores = []
-        for image, row in zip(to_pil(images), metadata):
-            chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"{question} Answer in one word."}]}]
-                     for question, _ in row["vqa_list"]]
-            texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-            inputs = processor(text=texts, images=[image] * len(texts), padding=True, return_tensors="pt").to(images.device)
+        for image, row in zip(images, metadata):
+            questions = [f"{question} Answer in one word." for question, _ in row["vqa_list"]]
+            inputs = asked(tokenizer, eyes, questions, image.expand(len(questions), -1, -1, -1), images.device)
             p = model(**inputs, logits_to_keep=1).logits[:, -1].float().softmax(-1)
             p = torch.stack([p[i, tokens(answer)].sum() for i, (_, answer) in enumerate(row["vqa_list"])])
             scores.append(p.clamp(min=1e-12).log().mean().exp())
