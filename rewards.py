@@ -257,7 +257,8 @@ def geneval_wrong(prompt, row):
     """What is wrong with GenEval metadata, or None."""
     if not isinstance(row.get("include"), list) or not row["include"]:
         return 'no GenEval metadata: it needs a list under "include", as in GenEval\'s evaluation_metadata.jsonl'
-    for key, i, want in [(key, i, want) for key in ("include", "exclude") for i, want in enumerate(row.get(key) or [])]:
+    for key, i, want in [(key, i, want) for key in ("include", "exclude") 
+                         for i, want in enumerate(row[key] if isinstance(row.get(key), list) else [row.get(key)] * (key in row))]:
         want = want if isinstance(want, dict) else {}
         count, place = want.get("count"), want.get("position", ["above", 0])
         if want.get("class") not in COCO or type(count) is not int or count < 1:
@@ -269,26 +270,26 @@ def geneval_wrong(prompt, row):
             return f'"position" must be [relation, number of an object before], not {place!r}'
 
 
-def detect(detector, image):
-    """What a Mask2Former sees in a picture [3,H,W] in [0,1] -> [(class, confidence, (x0, y0, x1, y1), mask [H,W])]. Sizes and confidences are
-    those of mmdet, with which GenEval runs it."""
-    size = image.shape[-2:]
+def detect(detector, images):
+    """What a Mask2Former sees in pictures [B,3,H,W] in [0,1] -> for each, [(class, confidence, (x0, y0, x1, y1), mask [H,W])]. Sizes and
+    confidences are those of mmdet, with which GenEval runs it."""
+    size = images.shape[-2:]
     scale = min(800 / min(size), 1333 / max(size))
     new = [int(side * scale + .5) for side in size]
-    pixels = normalise(F.interpolate(image[None], new, mode="bilinear", align_corners=False), (.485, .456, .406), (.229, .224, .225))
-    out = detector(pixel_values=F.pad(pixels, (0, -new[1] % 32, 0, -new[0] % 32)))
     whole = [side + -side % 32 for side in new]
-    p_class, found = out.class_queries_logits[0].softmax(-1)[:, :-1].flatten(), []
-    for i, p in enumerate(p_class.tolist()):
-        if p > .3:  # at most three of a query; the mask can only lower it
-            mask = F.interpolate(out.masks_queries_logits[:, [i // len(COCO)]], whole, mode="bilinear", align_corners=False)
-            mask = F.interpolate(mask[..., :new[0], :new[1]], size, mode="bilinear", align_corners=False)[0, 0]
+    pixels = normalise(F.interpolate(images, new, mode="bilinear"), (.485, .456, .406), (.229, .224, .225))
+    out, all_found = detector(pixel_values=F.pad(pixels, (0, whole[1] - new[1], 0, whole[0] - new[0]))), []
+    for logits, masks in zip(out.class_queries_logits.float().softmax(-1)[..., :-1].cpu(), out.masks_queries_logits):
+        all_found.append([])
+        for query, label in (logits > .3).nonzero().tolist():  # the mask can only lower the confidence
+            mask = F.interpolate(masks[None, [query]], whole, mode="bilinear")[..., :new[0], :new[1]]
+            mask = F.interpolate(mask, size, mode="bilinear")[0, 0]
             inside = mask > 0
             if inside.any():
                 rows, columns = (inside.any(d).nonzero().flatten().tolist() for d in (1, 0))
-                box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-                found.append((COCO[i % len(COCO)], p * mask.sigmoid()[inside].mean().item(), box, inside))
-    return found
+                confidence = logits[query, label].item() * mask.sigmoid()[inside].mean().item()
+                all_found[-1].append((COCO[label], confidence, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1), inside))
+    return all_found
 
 
 def geneval(path, device, dtype, clip_l):
@@ -307,7 +308,7 @@ def geneval(path, device, dtype, clip_l):
 
     @torch.no_grad()
     def score(images, prompts, metadata):
-        right = [geneval_verdict(detect(detector, x), row, functools.partial(colours, x)) for x, row in zip(images, metadata)]
+        right = [geneval_verdict(found, row, functools.partial(colours, x)) for x, row, found in zip(images, metadata, detect(detector, images))]
         return torch.tensor(right, dtype=images.dtype, device=images.device)
     score.models, score.check = [detector, model], lambda prompts, metadata: each(prompts, metadata, geneval_wrong)
     return score
@@ -495,7 +496,7 @@ def build(weights, device, paths=(), dtype=torch.float32, batch=0):
 def ready(score, name, weight, differentiable, batch):
     """A loaded score as the training loop wants it: pictures checked, `batch` of them at a time, with its attributes."""
     def reward(images, prompts, metadata):
-        if images.dim() != 4 or images.shape[1] != 3 or not (images.detach() >= 0).all() or not (images.detach() <= 1).all():  # nan fails both
+        if images.dim() != 4 or images.shape[1] != 3 or not ((images.detach() >= 0) & (images.detach() <= 1)).all():  # nan is neither
             raise ValueError(f"reward {name}: pictures must be [B,3,H,W] with finite numbers in [0,1], got {list(images.shape)} in "
                              f"[{images.min().item():.3g}, {images.max().item():.3g}]")
         if not batch or len(images) <= batch:

@@ -2034,7 +2034,7 @@ def test_detections_are_those_of_mask2formers_instance_segmentation(detector):
     for height, width in ((32, 32), (27, 40)):
         image = rand(3, height, width, seed=height)
         with torch.no_grad():
-            found = rewards.detect(model, image)
+            found, = rewards.detect(model, image[None])
             scale = 800 / min(height, width)
             new = (int(height * scale + .5), int(width * scale + .5))
             pixels = torch.nn.functional.interpolate(image[None], new, mode="bilinear")
@@ -2144,7 +2144,7 @@ def test_colours_are_the_zero_shot_answer_on_the_cut_out_object(detector, monkey
     monkeypatch.setattr(model.vision_model, "forward", lambda pixel_values: seen.append(pixel_values) or real(pixel_values=pixel_values))
     for name in ("dog", "cat"):
         found = [(name, .9, (5, 10, 25, 30), mask)]
-        monkeypatch.setattr(rewards, "detect", lambda detector, image: found)
+        monkeypatch.setattr(rewards, "detect", lambda detector, images: [found])
         colours = [c for c in rewards.COLORS if reward(image[None], [""], [meta("colors", want(name, color=c))]).item()]
         by_hand = [torch.nn.functional.normalize(text_features([f"a photo of a {c} {name}", f"a photo of a {c}-colored {name}", f"a photo of a {c} object"])
                                                  .mean(0), dim=0) for c in rewards.COLORS]
@@ -2165,7 +2165,7 @@ def test_metadata_in_genevals_format_is_taken_whole_and_malformed_metadata_is_na
         ({"include": [want(count=0)]}, "count"), ({"include": [want(count="2")]}, "count"), ({"include": ["cat"]}, "class"), ({"include": [want(count=True)]}, "count"),
         ({"include": [want(color="beige")]}, "'beige'"), ({"include": [want(position=["left of", 0])]}, "position"), ({"include": [want(count=1.5)]}, "count"),
         ({"include": [want("dog"), want(position=["near", 0])]}, "'near'"), ({"include": [want("dog"), want(position=["above", 1])]}, "position"),
-        ({"include": [want("dog"), want(position="above")]}, "position"), ({"include": [want()], "exclude": [{"class": "cat"}]}, "exclude")]
+        ({"include": [want("dog"), want(position="above")]}, "position"), ({"include": [want()], "exclude": [{"class": "cat"}]}, "exclude"), ({"include": [want()], "exclude": 5}, "exclude")]
     for metadata, message in wrong:
         file.write_text(f'{json.dumps(good_row)}\n\n{json.dumps({"prompt": "a photo", **metadata})}\n')
         rows = rewards.load_prompts(str(file))
