@@ -256,7 +256,7 @@ def geneval_verdict(found, metadata, colours):
 def geneval_wrong(prompt, row):
     """What is wrong with GenEval metadata, or None."""
     if not isinstance(row.get("include"), list) or not row["include"]:
-        return 'no GenEval metadata: it needs a list under "include", as in GenEval\'s evaluation_metadata.jsonl'
+        return 'no GenEval metadata: it needs a list under "include", as in GenEval\'s evaluation_metadata.jsonl (or leave geneval out)'
     for key, i, want in [(key, i, want) for key in ("include", "exclude") 
                          for i, want in enumerate(row[key] if isinstance(row.get(key), list) else [row.get(key)] * (key in row))]:
         want = want if isinstance(want, dict) else {}
@@ -511,8 +511,8 @@ def ready(score, name, weight, differentiable, batch):
 
 
 def move(rewards, device):
-    """All models of these rewards to a device: to the CPU between scoring and update (--offload_rewards), and back."""
-    for model in {id(m): m for r in rewards for m in r.models}.values():
+    """All models of these rewards to a device: to the CPU between scoring and update (--offload_rewards), and back; None: nowhere."""
+    for model in {id(m): m for r in rewards for m in r.models if device}.values():
         model.to(device)
 
 
@@ -559,9 +559,13 @@ def geneval_prompts(count=20000, seed=0):
     return rows
 
 
-def load_prompts(path):
+def load_prompts(path, metadata=""):
     """-> list of {"prompt": str, "metadata": dict}. path: a prompt a line, or .jsonl with "prompt" and whatever a reward needs;
-    "" gives geneval_prompts(). ValueError, one line, names the file and the line."""
+    "" gives geneval_prompts(). metadata: a second such .jsonl, in which to look the prompts up. ValueError, one line, names file and line."""
+    if metadata:
+        rows, known = load_prompts(path), {row["prompt"]: row for row in load_prompts(metadata)}
+        each([row["prompt"] for row in rows], [row["metadata"] for row in rows], lambda p, _: None if p in known else f"not in --metadata {metadata}")
+        return [known[row["prompt"]] for row in rows]
     if not path:
         return geneval_prompts()
     try:

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import resource
 import shutil
@@ -2439,3 +2440,70 @@ def test_geneval2_is_the_geometric_mean_of_the_probabilities_of_the_right_answer
     for wrong in ({}, {"vqa_list": []}, {"vqa_list": [["Is it?"]]}, {"vqa_list": [["Is it?", 2]]}, {"vqa_list": "Is it?"}):
         with pytest.raises(ValueError, match=r"^line 3 .*vqa_list"):
             reward.check(["a"], [{**wrong, "line": 3}])
+
+
+# -------------------------------------------------------------------------------- evaluation with sample.py, and while training
+def test_standard_errors_are_those_of_the_prompts_means():
+    assert sample.mean_and_error([1., 2, 3, 6], ["a", "a", "b", "b"]) == pytest.approx((3, 1.5))  # prompts 1.5 and 4.5: std 2.12 / sqrt 2
+    assert sample.mean_and_error([1., 3], ["a", "a"]) == pytest.approx((2, 1)) and math.isnan(sample.mean_and_error([1.], ["a"])[1])
+
+
+def test_sample_evaluates_teacher_and_student_side_by_side_on_the_same_prompts_and_seeds(run, tmp_path, monkeypatch):
+    """All rewards see the same pictures; geneval's verdict is replaced by one that can be foretold, its metadata is looked up."""
+    rows = [{"prompt": f"a {c} {s}", "tag": tag, "include": [want("car", color=c)]} for c, s, tag in (
+        ("red", "circle", "colors"), ("blue", "square", "colors"), ("green", "circle", "counting"))]
+    (tmp_path / "prompts.txt").write_text("".join(row["prompt"] + "\n" for row in rows[::-1]))
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = []
+
+    def verdict(images, prompts, metadata):
+        seen.append(images)
+        return torch.tensor([float(m["tag"] == "colors" and "red" in p) for p, m in zip(prompts, metadata)])
+    monkeypatch.setitem(rewards.REWARDS, "geneval", (lambda *_: verdict, False, ""))
+    flags = [*BASE[:4], "--cold_start", run.cold, "--rtdmd", run.rl, "--prompts", tmp_path / "prompts.txt", "--metadata", tmp_path / "metadata.jsonl",
+             "--num_images", 2, "--batch_size", 4, "--rewards", "clipscore,geneval", "--reward_path", f"clipscore={TINY}/clip"]
+    status, out, err = here(sample, *flags, "--compare", "--out_dir", tmp_path / "out")
+    assert status == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "out/scores.jsonl").read_text().splitlines()]
+    assert [(line["prompt"], line["tag"], line["seed"], line["geneval"]) for line in lines] == [
+        (row["prompt"], row["tag"], 2 * i + j, float("red" in row["prompt"])) for i, row in enumerate(rows[::-1]) for j in (0, 1)]
+    clipscore = one_reward("clipscore", f"clipscore={TINY}/clip")
+    for images, scores in zip(torch.cat(seen).split(6), (lines, [line["teacher"] for line in lines]), strict=True):
+        close(clipscore(images, [line["prompt"] for line in lines], [{}] * 6), torch.tensor([s["clipscore"] for s in scores]), 1e-5)
+    differences = [line["clipscore"] - line["teacher"]["clipscore"] for line in lines]
+    assert "student - teacher" in out and f"{sum(differences) / 6:.4f} +- " in out and max(map(abs, differences)) > .01
+    assert re.search(r"geneval colors +0\.5000 \+- 0\.5000", out) and re.search(r"geneval counting +0\.0000", out)
+    assert re.search(r"geneval, categories +0\.2500 +0\.2500 +0\.0000", out) and re.search(r"geneval +0\.3333 \+- 0\.3333", out)
+    good(here(sample, *flags, "--teacher", "--out_dir", tmp_path / "alone"))  # the teacher's half is what --teacher draws
+    assert same_files(tmp_path / "alone", tmp_path / "out/teacher", [line["image"] for line in lines])
+    (tmp_path / "prompts.txt").write_text("a red circle\na yellow moon\n")
+    status, _, err = here(sample, *flags, "--out_dir", tmp_path / "none")
+    assert status == 2 and err.count("\n") == 1 and "line 2 ('a yellow moon'): not in --metadata" in err
+
+
+def test_held_out_rewards_are_logged_on_fixed_prompts_and_seeds_whatever_the_ranks_and_without_touching_the_run(run, tmp_path):
+    flags = [*RL, "--cold_start", run.cold, "--eval_rewards", "judge,checker", "--reward_path", f"judge={TINY}/judge", "--eval_images", 7,
+             "--reward_path", f"clipscore={TINY}/clip"]
+    good(here(rtdmd_rl, *flags, "--eval_every", 2, "--offload_rewards", "--out_dir", tmp_path / "one"))
+    good(shell(rtdmd_rl, *flags, "--eval_every", 1, "--micro_batch", 2, "--out_dir", tmp_path / "two", processes=2))
+    good(here(rtdmd_rl, *flags, "--eval_every", 1, "--lr", 0, "--out_dir", tmp_path / "still"))
+    good(here(rtdmd_rl, *RL, "--cold_start", run.cold, "--out_dir", tmp_path / "without"))
+    assert same_files(tmp_path / "one", tmp_path / "without")
+    one, two, still = ([(line["eval_judge"], line["eval_checker"]) for line in log_of(tmp_path / name)] for name in ("one", "two", "still"))
+    assert still[0] == still[1] and one[0] != one[1]  # nothing learnt: the same pictures again
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)  # other micro-batches on two ranks
+    assert all(c * 7 == pytest.approx(round(c * 7), abs=1e-5) for _, c in one)
+    assert {p.name for p in (tmp_path / "one/samples").iterdir()} == {"eval_1.png", "eval_2.png"}
+    assert Image.open(tmp_path / "two/samples/eval_2.png").size[1] >= 32
+
+
+def test_rewards_for_evaluation_refuse_bad_input_before_anything_is_drawn(run, tmp_path):
+    (tmp_path / "plain.txt").write_text("a red circle\n\na cat\n")
+    for program, flags, message in (
+            (rtdmd_rl, ["--eval_rewards", "beauty"], "unknown reward 'beauty'"), (rtdmd_rl, ["--eval_rewards", "judge"], "judge"),
+            (rtdmd_rl, ["--eval_rewards", "checker", "--eval_prompts", tmp_path / "plain.txt"], "'a cat'"), (rtdmd_rl, ["--eval_every", 0], "--eval_every"),
+            (rtdmd_rl, ["--reward_dtype", "int8"], "int8"), (sample, ["a cat", "--compare", "--teacher"], "--compare"),
+            (sample, ["--prompts", tmp_path / "plain.txt", "--metadata", tmp_path / "none.jsonl"], "none.jsonl"), (sample, ["cat", "--reward_batch", -1], "--reward_batch")):
+        status, _, err = here(program, *BASE[:4], *(["--cold_start", run.cold] if program is rtdmd_rl else []), *flags, "--out_dir", tmp_path / "out")
+        assert status == 2 and err.count("\n") == 1 and message in err, err
