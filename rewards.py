@@ -40,11 +40,9 @@ def resize(images, new):
     """Bicubic and anti-aliased, as PIL does it. [B,3,H,W] in [0,1] -> [B,3,*new] in [0,1]"""
     return images if images.shape[-2:] == new else F.interpolate(images, new, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
-
 def normalise(images, *mean_std):
     mean, std = (torch.tensor(v, dtype=images.dtype, device=images.device).view(3, 1, 1) for v in mean_std or (CLIP_MEAN, CLIP_STD))
     return (images - mean) / std
-
 
 def clip_pixels(images, size):
     """CLIP's own pre-processing, differentiable: shorter side to `size`, centre crop, normalise. [B,3,H,W] in [0,1] -> [B,3,size,size]"""
@@ -53,14 +51,12 @@ def clip_pixels(images, size):
     top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
     return normalise(images[..., top:top + size, left:left + size])
 
-
 def padded_pixels(images, size):
     """HPS v2's: longer side to `size`, black bars to a square, normalise. [B,3,H,W] in [0,1] -> [B,3,size,size]"""
     height, width = images.shape[-2:]
     images = resize(images, (round(height * size / max(height, width)), round(width * size / max(height, width))))
     down, right = size - images.shape[-2], size - images.shape[-1]
     return normalise(F.pad(images, (right // 2, right - right // 2, down // 2, down - down // 2)))
-
 
 def to_pil(images):
     return [Image.fromarray(x) for x in (images.detach() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
@@ -76,12 +72,10 @@ def published(path, file):
     state = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
     return state.get("state_dict", state)
 
-
 def renamed(state, start, *table):
     """{name: tensor} of the names that begin with `start`, the rest rewritten by the (regular expression, replacement) pairs in turn."""
     rename = lambda name: functools.reduce(lambda n, pair: re.sub(*pair, n), table, name)
     return {rename(k[len(start):]): v for k, v in state.items() if k.startswith(start)}
-
 
 def load(model_class, path, dtype, **options):
     """A transformers model, frozen; from path, or (None) from options config and state_dict. ValueError unless all its weights are there."""
@@ -91,14 +85,12 @@ def load(model_class, path, dtype, **options):
         raise ValueError(f"not the weights of a {model_class.__name__}: {[*missing, *info['unexpected_keys']][0]} is missing or strange")
     return model.requires_grad_(False).eval()
 
-
 def linear_head(state, key, dtype, layers=(0, 2, 4, 6, 7)):
     """The linear layers of a published nn.Sequential, in at least float32. What lies between those of the default is dropout."""
     linear = [torch.nn.Linear(*reversed(state[f"{key}.{i}.weight"].shape)) for i in layers]
     for i, layer in zip(layers, linear):
         layer.load_state_dict(renamed(state, f"{key}.{i}."))
     return torch.nn.Sequential(*linear).to(torch.promote_types(dtype, torch.float32)).requires_grad_(False)
-
 
 def tokenizer_of(*places):
     """The tokenizer in the first of these directories (a file counts as its directory) or hub names that has one. ValueError."""
@@ -109,7 +101,6 @@ def tokenizer_of(*places):
         except Exception:  # none there, in one of a dozen ways
             pass
     raise ValueError(f"no tokenizer: put that of {places[-1]} (vocab*, merges*, tokenizer*) beside the weights")
-
 
 def clip_from_open_clip(state, config, dtype):
     """open_clip's state dict of a CLIP -> transformers' CLIPModel with the same features. config: keywords of CLIPConfig."""
@@ -125,7 +116,6 @@ def clip_from_open_clip(state, config, dtype):
     state.pop("text_model.attn_mask", None)
     state.update({k: v.T.contiguous() for k, v in state.items() if k in ("text_projection.weight", "visual_projection.weight")})
     return load(CLIPModel, None, dtype, config=CLIPConfig(**config), state_dict=state)
-
 
 @functools.cache  # clipscore, aesthetic and geneval share one CLIP-L; so do rewards trained on and held-out ones
 def clip(path, device, dtype, file=None):
@@ -165,23 +155,19 @@ def similarity(parts, scale, pixels=clip_pixels):
     score.models = [model]
     return score
 
-
 def clipscore(path, device, dtype, clip_l):
     """CLIPScore: logits_per_image / 100, the cosine of picture and prompt under CLIP ViT-L/14."""
     parts = clip(path, device, dtype)
     return similarity(parts, parts[0].logit_scale.exp().item() / 100)
-
 
 def pickscore(path, device, dtype, clip_l):
     """PickScore v1: exp(logit_scale) * cosine / 26 under a CLIP ViT-H/14 tuned on people's choices."""
     parts = clip(path, device, dtype)
     return similarity(parts, parts[0].logit_scale.exp().item() / 26)
 
-
 def hpsv2(path, device, dtype, clip_l):
     """HPS v2.1: cosine under another ViT-H/14 tuned on people's choices, published in open_clip's format."""
     return similarity(clip(path, device, dtype, "HPS_v2.1_compressed.pt"), 1, padded_pixels)
-
 
 def aesthetic(path, device, dtype, clip_l):
     """LAION's aesthetic predictor, roughly 1 to 10: a linear head on CLIP-L's image embedding. It does not look at the prompt."""
@@ -190,7 +176,6 @@ def aesthetic(path, device, dtype, clip_l):
     score = lambda images, prompts, metadata: head(image_features(images)).squeeze(-1)
     score.models = [model, head]
     return score
-
 
 def imagereward(path, device, dtype, clip_l):
     """ImageReward v1.0: BLIP's text encoder looks at the picture by cross attention; a head on its first token; standardised."""
@@ -221,7 +206,6 @@ def each(prompts, metadata, wrong):
         if reason:
             raise ValueError("{} {} ({!r}): {}".format(*(("line", row["line"]) if row and "line" in row else ("prompt", i)), prompt[:60], reason))
 
-
 def geneval_relations(a, b):
     """Where box a = (x0, y0, x1, y1) lies seen from b -> a subset of {"left of", "right of", "above", "below"}; empty when too near."""
     offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]  # of the centres, and by how much it exceeds a tenth of the sizes
@@ -230,7 +214,6 @@ def geneval_relations(a, b):
         return set()
     x, y = (o / math.hypot(*offset) for o in beyond)
     return {name for name, there in (("left of", x < -.5), ("right of", x > .5), ("above", y < -.5), ("below", y > .5)) if there}
-
 
 def geneval_verdict(found, metadata, colours):
     """GenEval's rules -> bool: every "include" and no "exclude" of the metadata holds. Only the most confident objects, as many as are asked
@@ -252,7 +235,6 @@ def geneval_verdict(found, metadata, colours):
         correct &= good
     return correct and all(len(objects.get(out["class"], [])) < out["count"] for out in metadata.get("exclude", []))
 
-
 def geneval_wrong(prompt, row):
     """What is wrong with GenEval metadata, or None."""
     if not isinstance(row.get("include"), list) or not row["include"]:
@@ -268,7 +250,6 @@ def geneval_wrong(prompt, row):
         if not (isinstance(place, list) and len(place) == 2 and place[0] in ("left of", "right of", "above", "below")
                 and type(place[1]) is int and ("position" not in want or 0 <= place[1] < i)):
             return f'"position" must be [relation, number of an object before], not {place!r}'
-
 
 def detect(detector, images):
     """What a Mask2Former sees in pictures [B,3,H,W] in [0,1] -> for each, [(class, confidence, (x0, y0, x1, y1), mask [H,W])]. Sizes and
@@ -291,7 +272,6 @@ def detect(detector, images):
                 all_found[-1].append((COCO[label], confidence, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1), inside))
     return all_found
 
-
 def geneval(path, device, dtype, clip_l):
     """GenEval: 1 where the objects that Mask2Former finds are those asked for, else 0. GenEval's rules; colours by zero-shot CLIP-L."""
     from transformers import Mask2FormerForUniversalSegmentation
@@ -313,12 +293,10 @@ def geneval(path, device, dtype, clip_l):
     score.models, score.check = [detector, model], lambda prompts, metadata: each(prompts, metadata, geneval_wrong)
     return score
 
-
 def quoted(prompt):
     """The text that a prompt wants to see written, i.e. what it has in quotes first, or None."""
     found = re.search(r"\"([^\"]+)\"|\u201c([^\u201d]+)\u201d|(?<!\w)['\u2018](.+?)['\u2019](?!\w)", prompt)
     return next(filter(None, found.groups())) if found else None
-
 
 def ocr(path, device, dtype, clip_l):
     """How well the quoted text is written: 1 - edit distance / length (not below 0), 1 if it stands among other text; case and spaces free."""
@@ -341,7 +319,6 @@ def ocr(path, device, dtype, clip_l):
                                                  "no text in quotes, which ocr looks for")
     return score
 
-
 def asked(tokenizer, eyes, questions, images, device):
     """Inputs of a Qwen-VL, one question about each picture. Not through its processor, which would need torchvision for videos."""
     seen, pad = eyes(images=to_pil(images), return_tensors="pt"), "<|image_pad|>"
@@ -351,7 +328,6 @@ def asked(tokenizer, eyes, questions, images, device):
     ids = tokenizer([text.replace(pad, pad * n, 1) for text, n in zip(texts, tokens)], padding=True, return_tensors="pt")
     kinds = (ids.input_ids == tokenizer.convert_tokens_to_ids(pad)).int()
     return {k: v.to(device) for k, v in {**seen, "input_ids": ids.input_ids, "attention_mask": ids.attention_mask, "mm_token_type_ids": kinds}.items()}
-
 
 def hpsv3(path, device, dtype, clip_l):
     """HPSv3: the mean of a reward head on Qwen2-VL-7B at its token <|Reward|>. path: a directory with MizzenAI/HPSv3's HPSv3.safetensors, the
@@ -379,9 +355,7 @@ def hpsv3(path, device, dtype, clip_l):
     score.models = [model, head]
     return score
 
-
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
-
 
 def geneval2(path, device, dtype, clip_l):
     """GenEval 2's Soft-TIFA: Qwen3-VL's probability of the right answer, geometric mean over the prompt's questions ("vqa_list")."""
@@ -407,7 +381,6 @@ def geneval2(path, device, dtype, clip_l):
     score.models, score.check = [model], lambda prompts, metadata: each(prompts, metadata, lambda prompt, row: None if isinstance(
         row.get("vqa_list"), list) and row["vqa_list"] and all(map(pair, row["vqa_list"])) else 'it needs GenEval 2\'s [question, answer] pairs under "vqa_list"')
     return score
-
 
 def checker(path, device, dtype, clip_l):
     """tiny.py's exact checker of shapes, numbers, colours and places: 1 where the caption is satisfied, else 0."""
@@ -444,7 +417,6 @@ REWARDS = {  # name: (loader, differentiable, where its weights are: hub name, a
     "checker": (checker, False, ""),
 }
 
-
 def parse_weights(text):
     """"clipscore:1,checker:0.5" -> {"clipscore": 1.0, "checker": 0.5}; a name alone weighs 1. ValueError says what is wrong."""
     weights = {}
@@ -461,7 +433,6 @@ def parse_weights(text):
         if not math.isfinite(weights[name]):
             raise ValueError(f"the weight of reward {name!r} must be a number, got {weight!r}")
     return weights
-
 
 def build(weights, device, paths=(), dtype=torch.float32, batch=0):
     """Load the rewards that are asked for -> list of callables (see the top of this file).
@@ -492,7 +463,6 @@ def build(weights, device, paths=(), dtype=torch.float32, batch=0):
         rewards.append(ready(score, name, weight, differentiable, batch))
     return rewards
 
-
 def ready(score, name, weight, differentiable, batch):
     """A loaded score as the training loop wants it: pictures checked, `batch` of them at a time, with its attributes."""
     def reward(images, prompts, metadata):
@@ -508,7 +478,6 @@ def ready(score, name, weight, differentiable, batch):
     reward.name, reward.weight, reward.differentiable, reward.models = name, weight, differentiable, getattr(score, "models", [])
     reward.check = getattr(score, "check", lambda prompts, metadata: None)
     return reward
-
 
 def move(rewards, device):
     """All models of these rewards to a device: to the CPU between scoring and update (--offload_rewards), and back; None: nowhere."""
@@ -527,7 +496,6 @@ COLORS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 PLURALS = {"person": "people", "bus": "buses", "sheep": "sheep", "skis": "skis", "knife": "knives", "sandwich": "sandwiches",
            "wine glass": "wine glasses", "couch": "couches", "scissors": "scissors", "toothbrush": "toothbrushes", "bench": "benches",
            "computer mouse": "computer mice"}
-
 
 def geneval_prompts(count=20000, seed=0):
     """`count` prompts in GenEval's six categories over the 80 COCO classes -> [{"prompt", "metadata"}], metadata as GenEval writes it."""
@@ -557,7 +525,6 @@ def geneval_prompts(count=20000, seed=0):
         prompt = f"a photo of {text}"
         rows.append({"prompt": prompt, "metadata": {"tag": tag, "include": include, **more, "prompt": prompt}})
     return rows
-
 
 def load_prompts(path, metadata=""):
     """-> list of {"prompt": str, "metadata": dict}. path: a prompt a line, or .jsonl with "prompt" and whatever a reward needs;
