@@ -28,7 +28,7 @@ import torch
 
 import cold_start
 import rtdmd_rl
-from cold_start import (HERE, PRESETS, adapter, add_adapter, as_bytes, checked, decode, die, fake_score_loss, generator, load_adapter, load_pipeline, play, read,
+from cold_start import (HERE, PRESETS, adapter, add_adapter, as_bytes, checked, decode, die, fake_score_loss, generator, graphed, load_adapter, load_pipeline, play, read,
                         renoise_time, rollout, setup, text_encoder, train_only, write_atomically)
 from cps import renoise, sigmas
 from rewards import build, load_prompts
@@ -265,12 +265,16 @@ def fake_quality(args, run, seed, device, out):
         t, back = (torch.rand(args.batch, generator=g, device=device) for _ in range(2))
         return text, x_s, k, t, (1 + (200 * back).floor()) / 1000, normal
 
+    def fake_pass(x_s, s, t, noise, back, noise1, noise2, *text):
+        loss = fake_score_loss(play(transformer, ["fake"], text), x_s, s, t, noise, back, noise1, noise2, gamma, .9)[0].mean()
+        loss.backward()
+        return loss.detach()
+    fake_pass = graphed(fake_pass, device)
     for step in range(steps):
         text, path, k, u, back, normal = samples("train", run if run[0] == "r" else "", seed, step)
-        F, s = play(transformer, ["fake"], text), levels[k]
-        fake_score_loss(F, path[k], s, renoise_time(s, u), normal(), back, normal(), normal(), gamma, .9)[0].mean().backward()
+        fake_pass(path[k], torch.full_like(u, levels[k]), renoise_time(levels[k], u), normal(), back, normal(), normal(), *text)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step(), rate.step(), optimizer.zero_grad()
+        optimizer.step(), rate.step(), optimizer.zero_grad(set_to_none=False)
     if run == "reference":
         os.makedirs(out, exist_ok=True)
         torch.save({k: p.detach().cpu() for k, p in adapter(transformer, "fake").items()}, out + "/fake.pt")

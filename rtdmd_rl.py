@@ -20,11 +20,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cold_start import (HERE, PAPER as PAPER_COLD, adapter, add_adapter, all_reduce, checked, data_order, decode, die, distance, evaluated, fake_score_loss, find_weights, generator,
-                        generator_loss, graphed, guarded, load_adapter, load_checkpoint, load_pipeline, make_log, make_parser, note_prompts, parse, play, preview,
-                        renoise_time, save_or_stop, setup, shard, text_encoder, train_only, update)
+from cold_start import (HERE, PAPER as PAPER_COLD, adapter, add_adapter, all_reduce, checked, data_order, decode, die, distance, evaluated,
+                        fake_score_loss, find_weights, generator, generator_loss, graphed, guarded, load_adapter, load_checkpoint, load_pipeline,
+                        make_log, make_parser, note_prompts, parse, play, preview, renoise_time, rollout, save_grid, save_or_stop, setup, shard,
+                        text_encoder, train_only, update)
 from cps import cps_step, log_prob, sigmas
-from rewards import build, load_prompts, parse_weights
+from rewards import build, load_prompts, move, parse_weights
 
 PRESETS = {
     "sd35m": dict(pretrained="stabilityai/stable-diffusion-3.5-medium"),
@@ -49,8 +50,15 @@ def arguments():
     add("--fake_lr", type=float, default=3e-5, help="learning rate of the fake score")
     add("--ema", type=float, default=.9, help="decay of the generator's average; warm-up min(decay, (1+n)/(10+n))")
     add("--ema_every", type=int, default=8, help="update the average every so many epochs")
-    add("--rewards", default="clipscore:1,pickscore:1", help="name:weight,... (see rewards.py)")
-    add("--reward_path", action="append", default=[], metavar="NAME=DIR", help="local directory of a reward's model")
+    add("--rewards", default="clipscore:1,pickscore:1,hpsv2:1,geneval:1", help="name:weight,... (see rewards.py)")
+    add("--reward_path", action="append", default=[], metavar="NAME=PATH", help="local directory or file of a reward's model")
+    add("--reward_dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the reward models; scores are float32")
+    add("--reward_batch", type=int, default=0, help="pictures a reward model looks at at once, with gradient then computed twice; 0: micro_batch")
+    add("--offload_rewards", action="store_true", help="keep the reward models in the CPU's memory while they do not score")
+    add("--eval_rewards", default="", help="name,...: held-out rewards that nothing is trained on, so that hacking the others is seen")
+    add("--eval_every", type=int, default=50, help="score them every so many epochs (and after the first), on fixed prompts and seeds")
+    add("--eval_prompts", default="", help="file with their prompts, as --prompts; default: spread over the training prompts")
+    add("--eval_images", type=int, default=64, help="how many of those prompts, a picture each")
     add("--subset", type=int, default=2, help="M: how many of the K-1 stochastic steps are reinforced an epoch (Eq. 16); K-1 is GRPO")
     add("--shared_noise", type=int, choices=(0, 1), default=1, help="1: steps outside the subset share their noise within a prompt's group")
     add("--subset_factor", type=int, choices=(0, 1), default=0, help="1: multiply SubGRPO by (K-1)/M as Eq. 17 has it (the release does not)")
@@ -98,6 +106,27 @@ def shared_noise(shape, prompts, device, *key):
     return torch.stack([each[p] for p in prompts]) if prompts else torch.empty(0, *shape, device=device)  # a rank without pictures
 
 
+@torch.no_grad()
+def evaluate(pipe, adapters, encode, rows, rewards, args, name):
+    """Mean held-out rewards of one picture a row, always from the same seeds -> {"eval_<reward>": mean}; the pictures to samples/<name>.png.
+    Each rank draws its share; the numbers do not depend on how many there are."""
+    device, levels, sums, pictures = pipe.transformer.device, sigmas(args.num_steps, args.shift), torch.zeros(len(rewards), device=pipe.transformer.device), []
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    move(rewards, device if args.offload_rewards else None)
+    for first in range(0, len(rows))[shard(len(rows), rank, world)][::args.micro_batch]:
+        batch = rows[first:min(first + args.micro_batch, shard(len(rows), rank, world).stop)]
+        prompts, metadata = [row["prompt"] for row in batch], [row["metadata"] for row in batch]
+        noise = [torch.stack([torch.randn(pipe.latent_shape, generator=generator(device, "eval", args.seed, first + i, k), device=device)
+                              for i in range(len(batch))]) for k in range(args.num_steps + 1)]
+        x = rollout(play(pipe.transformer, adapters, encode(prompts)), noise[0], levels, args.num_steps, args.eta, noise[1:])[-1]
+        pictures.append(decode(pipe, x))
+        sums += torch.stack([r(pictures[-1], prompts, metadata).sum() for r in rewards])
+    move(rewards, "cpu" if args.offload_rewards else None)
+    if rank == 0:
+        save_grid(torch.cat(pictures)[:64], f"{args.out_dir}/samples/{name}.png")
+    return {f"eval_{r.name}": mean for r, mean in zip(rewards, (all_reduce(sums) / len(rows)).tolist())}
+
+
 # ------------------------------------------------------------------------------------------ 2. Algorithm 1, lines of stage 2
 def main():
     args = arguments()
@@ -110,11 +139,16 @@ def main():
     device, rank, world = setup(args)
     rows = checked(load_prompts, args.prompts)
     pipe = load_pipeline(args, device)
-    rewards = [guarded(reward) for reward in checked(build, weights, device, args.reward_path)]
-    for reward in rewards:
-        checked(reward.check, [row["prompt"] for row in rows], [row["metadata"] for row in rows])
+    loaded = lambda what: [guarded(r) for r in checked(build, what, device, args.reward_path, getattr(torch, args.reward_dtype), args.reward_batch)]
+    rewards, held_out, eval_rows = loaded(weights), loaded(args.eval_rewards) if args.eval_rewards else [], []
+    if held_out:
+        eval_rows = checked(load_prompts, args.eval_prompts) if args.eval_prompts else rows
+        count = min(args.eval_images, len(eval_rows))
+        eval_rows = [eval_rows[i * len(eval_rows) // count] for i in range(count)]
+    for reward, its in [(r, rows) for r in rewards] + [(r, eval_rows) for r in held_out]:
+        checked(reward.check, [row["prompt"] for row in its], [row["metadata"] for row in its])
     args.det_weight *= any(r.differentiable for r in rewards)  # nothing to differentiate: SubGRPO alone (App. L)
-    transformer, encode, shape = pipe.transformer, text_encoder(pipe, args, [row["prompt"] for row in rows]), pipe.latent_shape
+    transformer, encode, shape = pipe.transformer, text_encoder(pipe, args, [row["prompt"] for row in [*rows, *eval_rows]]), pipe.latent_shape
     # Stage 1's adapters are frozen and the new ones stacked on them; the teacher is still the plain base.
     roles = {"generator": ["cold_generator", "generator"], "fake": ["cold_fake", "fake"], "teacher": []}
     for name in ("cold_generator", "generator", "cold_fake", "fake"):
@@ -223,6 +257,7 @@ def main():
         #      step. Its input is a constant: what it owes to G is SubGRPO's part (App. G.2).
         u, n, back_noise = uniform(), normal(), normal()
         scores = torch.zeros(len(rewards), I, device=device)  # of all pictures; each rank fills in its own
+        move(rewards, device if args.offload_rewards else None)
         for b, text in zip(batches, texts):
             slopes = {}  # step: gradient of the loss with respect to the state after it
             with torch.set_grad_enabled(bool(args.det_weight)):
@@ -246,6 +281,7 @@ def main():
             for k, slope in slopes.items():
                 follow(path[k - 1][b], level(k - 1, b), level(k, b), noise[k - 1][b], slope, *text)
             part("last step")
+        move(rewards, "cpu" if args.offload_rewards else None)
 
         # ---- second part: SubGRPO on the steps in S (Eq. 17); pictures with advantage 0 add nothing and are not counted
         scores = all_reduce(scores)
@@ -263,13 +299,15 @@ def main():
             n = (epoch + 1) // args.ema_every
             torch._foreach_lerp_(ema, [p.detach() for p in G_params], 1 - min(args.ema, (1 + n) / (10 + n)))
 
+        seen = evaluate(pipe, roles["generator"], encode, eval_rows, held_out, args, f"eval_{epoch + 1}") if held_out and (
+            epoch == 0 or (epoch + 1) % args.eval_every == 0) else {}
         names = ("loss_fake", "loss_policy", "loss_det", "loss_dm", "drift_clipped")
         # signs of a collapse: how much the pictures of a prompt differ (latent_std), prompts whose pictures all score the same (flat_groups)
         group = torch.arange(I, device=device)[mine] // args.group_size
         moments = torch.zeros(2, args.prompts_per_epoch, *shape, device=device).index_add_(1, group, torch.stack([path[K], path[K].square()]))
         mean, square = all_reduce(moments) / args.group_size
         log(bar, I, step=epoch, S=S, **{f"reward_{r.name}": scores[i].mean().item() for i, r in enumerate(rewards)},
-            **dict(zip(names, all_reduce(sums).tolist())), drift_max=all_reduce(most, dist.ReduceOp.MAX).item(),
+            **dict(zip(names, all_reduce(sums).tolist())), drift_max=all_reduce(most, dist.ReduceOp.MAX).item(), **seen,
             latent_std=(square - mean ** 2).clamp(min=0).sqrt().mean().item(),
             flat_groups=(advantage_all.view(-1, args.group_size) == 0).all(1).float().mean().item(),
             ema_drift=distance(G_params, ema), grad_fake=F_norm, grad_generator=G_norm)

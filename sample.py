@@ -3,8 +3,8 @@
     python sample.py "a red circle above a blue square" --preset tiny
     python sample.py "a photo of two cats" --num_images 8                  # out/cold_start and out/rtdmd on SD3.5-M
     python sample.py "..." --cold_start Harahan/SD35M-RTDMD --rtdmd Harahan/SD35M-RTDMD       # the published weights
-    python sample.py --prompts FILE --rewards clipscore,pickscore          # scores.jsonl and means
-    python sample.py "..." --teacher                                       # the base, 50 steps with guidance, to compare
+    python sample.py --prompts FILE --rewards clipscore,geneval --compare  # evaluate beside the teacher: scores.jsonl, means, categories
+    python sample.py "..." --teacher                                       # the base, 50 steps with guidance
 
 `draw` is the whole sampler. Each picture has its own seed (seed + its index), so that it does not depend on the batch size.
 """
@@ -77,6 +77,37 @@ def load_generator(pipe, args):
     return names
 
 
+def mean_and_error(scores, prompts):
+    """Mean and its standard error; pictures of one prompt are not independent, so the prompts' means are the samples if there are several."""
+    groups = {}
+    for score, prompt in zip(scores, prompts):
+        groups.setdefault(prompt, []).append(score)
+    samples = torch.tensor([sum(g) / len(g) for g in groups.values()] if len(groups) > 1 else scores, dtype=torch.float64)
+    return samples.mean().item(), samples.std().item() / math.sqrt(len(samples)) if len(samples) > 1 else math.nan
+
+
+def report(rows, seed, results, path):
+    """results {who: {reward: [score of each row]}} -> a .jsonl with a line a picture; on screen the means, GenEval's by category too."""
+    (first, own), *others = results.items()
+    tags, prompts = [row["metadata"].get("tag") for row in rows], [row["prompt"] for row in rows]
+    lines = [{"image": f"{i:05d}.png", "prompt": prompts[i], **({"tag": tags[i]} if tags[i] else {}), "seed": seed + i, **{r: s[i] for r, s in own.items()},
+              **{who: {r: s[i] for r, s in theirs.items()} for who, theirs in others}} for i in range(len(rows))]
+    write_atomically({path: "".join(json.dumps(line) + "\n" for line in lines).encode()})
+    if others:
+        print(" " * 24 + "".join(f"{title:22s}" for who, _ in others for title in (first, who, f"{first} - {who}")))
+    for name in own:
+        columns, means = [own[name]] + [c for _, theirs in others for c in (theirs[name], [a - b for a, b in zip(own[name], theirs[name])])], []
+        for tag in (None, *(sorted(set(tags)) if name == "geneval" and None not in tags else ())):
+            here = [i for i in range(len(rows)) if tag in (None, tags[i])]
+            means.append([mean_and_error([c[i] for i in here], [prompts[i] for i in here]) for c in columns])
+            print(f"{f'{name} {tag or str()}':24s}" + "".join(f"{f'{m:.4f} +- {e:.4f}':22s}" for m, e in means[-1]).rstrip())
+        if len(means) > 1:  # this is what GenEval calls its score
+            print(f"{'geneval, categories':24s}" + "".join(f"{sum(m for m, _ in c[1:]) / (len(c) - 1):<22.4f}" for c in zip(*means)).rstrip())
+
+
+USUAL = {"student": dict(steps=4, eta=.9, cfg=1.0), "teacher": dict(steps=50, eta=0.0, cfg=4.5)}  # the preset may say another cfg
+
+
 def arguments():
     parser = argparse.ArgumentParser(description="Draw pictures with the 4-step generator, or with its teacher.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -87,8 +118,10 @@ def arguments():
     add("--cold_start", default="out/cold_start", help="stage 1's out_dir, or a hub repository; '' to leave it out")
     add("--rtdmd", default="out/rtdmd", help="stage 2's out_dir, or a hub repository; '' to draw with stage 1 alone")
     add("--teacher", action="store_true", help="draw with the base alone: many steps, guidance, no adapters")
+    add("--compare", action="store_true", help="draw with both, from the same seeds, and score them side by side; the teacher's go to out_dir/teacher")
     add("--prompts", default="", help="file with a prompt a line, or jsonl with \"prompt\" and metadata for rewards; "
         "-: lines of stdin, each drawn as it comes")
+    add("--metadata", default="", help="jsonl in which to look up the metadata of --prompts, if those are not jsonl themselves")
     add("--num_images", type=int, default=1, help="pictures of each prompt")
     add("--batch_size", type=int, default=8, help="pictures at once; does not change them")
     add("--seed", type=int, default=0, help="picture i is drawn from seed + i")
@@ -100,7 +133,9 @@ def arguments():
     add("--resolution", type=int, default=512, help="height and width in pixels")
     add("--max_sequence_length", type=int, default=128, help="T5 tokens of a prompt")
     add("--rewards", default="", help="name,name,...: score the pictures, print means, write scores.jsonl")
-    add("--reward_path", action="append", default=[], metavar="NAME=DIR", help="local directory of a reward's model")
+    add("--reward_path", action="append", default=[], metavar="NAME=PATH", help="local directory or file of a reward's model")
+    add("--reward_dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the reward models; scores are float32")
+    add("--reward_batch", type=int, default=0, help="pictures a reward model looks at at once; 0: the batch")
     add("--device", default="cuda", help="cuda, cpu, mps, or auto: the best there is")
     add("--compile", type=int, choices=(0, 1), default=0, help="compile blocks and decoder, and capture sampling in one CUDA graph: minutes once, then fast")
     add("--bench", type=int, default=0, help="time so many batches of the prompt, print one JSON line, and stop")
@@ -109,10 +144,14 @@ def arguments():
     known = {action.dest for action in parser._actions} - {"steps", "batch_size", "prompts", "cfg", "rewards", "compile"}
     parser.preset = {k: v for k, v in preset.items() if k in known}
     args = parse(parser)
-    usual = dict(steps=50, eta=0.0, cfg=preset.get("cfg", 4.5)) if args.teacher else dict(steps=4, eta=.9, cfg=1.0)
-    for name, value in usual.items():
+    USUAL["teacher"]["cfg"] = preset.get("cfg", 4.5)
+    for name, value in USUAL["teacher" if args.teacher else "student"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.compare and (args.teacher or args.bench or args.prompts == "-"):
+        die("--compare draws with both: it goes with neither --teacher, --bench nor --prompts -")
+    if not args.prompts:
+        args.prompts, args.metadata = args.metadata, ""
     if not args.prompts and not (args.prompt or "").strip():
         die("nothing to draw: give a prompt, or --prompts FILE")
     if (args.prompt or "").encode("utf-8", "ignore").decode() != (args.prompt or ""):
@@ -131,19 +170,30 @@ def batches(args, rows):
 
 def main():
     args = arguments()
-    stdin = args.prompts == "-"
-    rows = [] if stdin else checked(load_prompts, args.prompts) if args.prompts else [{"prompt": args.prompt, "metadata": {}}]
+    rows = [] if args.prompts == "-" else checked(load_prompts, args.prompts, args.metadata) if args.prompts else [{"prompt": args.prompt, "metadata": {}}]
     rows = [row for row in rows for _ in range(args.num_images)]
-    args.batch_size = min(args.batch_size, args.num_images if stdin else len(rows))
+    args.batch_size = min(args.batch_size, len(rows) or args.num_images)
     device, *_ = setup(args, training=False)
     pipe = load_pipeline(args, device)
-    rewards = [guarded(reward) for reward in checked(build, args.rewards, device, args.reward_path)] if args.rewards else []
+    load = lambda: checked(build, args.rewards, device, args.reward_path, getattr(torch, args.reward_dtype), args.reward_batch)
+    rewards = [guarded(reward) for reward in load()] if args.rewards else []
     for reward in rewards:
         checked(reward.check, [row["prompt"] for row in rows], [row["metadata"] for row in rows])
-    adapters = [] if args.teacher else load_generator(pipe, args)
+    adapters, encode, results = [] if args.teacher else load_generator(pipe, args), text_encoder(pipe, args), {}
     note_prompts(pipe, rows, args)
-    encode, levels = text_encoder(pipe, args), sigmas(args.steps, args.shift)
-    negative = encode([""]) if args.cfg != 1 else None
+    runs = {"teacher" if args.teacher else "student": args}
+    if args.compare:
+        runs["teacher"] = argparse.Namespace(**{**vars(args), **USUAL["teacher"], "out_dir": f"{args.out_dir}/teacher"})
+    for who, its in runs.items():
+        results[who] = draw_all(its, pipe, encode, [] if who == "teacher" else adapters, rows, rewards, device)
+    if rewards and not args.bench:
+        report(rows, args.seed, results, f"{args.out_dir}/scores.jsonl")
+
+
+def draw_all(args, pipe, encode, adapters, rows, rewards, device):
+    """Draw every row, save the pictures, score them -> {reward: [score of each row]}. With --prompts -, rows fills up on the way."""
+    levels, negative = sigmas(args.steps, args.shift), encode([""]) if args.cfg != 1 else None
+    os.makedirs(args.out_dir, exist_ok=True)
 
     @torch.no_grad()
     def render(noise, embeds, pooled):
@@ -151,33 +201,27 @@ def main():
         return decode(pipe, integrate(v, noise, levels, args.eta))
     fixed = args.compile and device.type == "cuda"  # a compiled graph knows one batch size: the last batch is filled up
     render = graphed(render, device) if fixed else render
-    scores, pictures, i, start = [[] for _ in rewards], [], 0, time.time()
+    scores, pictures, i, start = {r.name: [] for r in rewards}, [], 0, time.time()
     for batch in batches(args, rows):
         prompts, inputs_of = [row["prompt"] for row in batch], lambda prompts: (noise_of(
             range(args.seed + i, args.seed + i + len(prompts)), pipe.latent_shape, levels, args.eta, device), *encode(prompts))
         if args.bench:
             return bench(args, inputs_of, render, prompts)
         images = render(*inputs_of(prompts + prompts[-1:] * (fixed and args.batch_size - len(prompts))))[:len(batch)]
-        for out, reward in zip(scores, rewards):
+        for reward in rewards:
             with torch.no_grad():
-                out += reward(images, prompts, [row["metadata"] for row in batch]).tolist()
+                scores[reward.name] += reward(images, prompts, [row["metadata"] for row in batch]).tolist()
         for j, image in enumerate(images):
             save_grid(image[None], os.path.join(args.out_dir, f"{i + j:05d}.png"))
         pictures += list(images[:max(0, 64 - len(pictures))].cpu())
-        if stdin:
+        if args.prompts == "-":
             print(f"{args.out_dir}/{i:05d}.png  {time.time() - start:.3f} s  {prompts[0]}", flush=True)
         i += len(batch)
     if not rows:
         die("no prompt came in on stdin")
     save_grid(torch.stack(pictures), os.path.join(args.out_dir, "grid.png"), columns=min(8, max(4, args.num_images)))
     print(f"{len(rows)} pictures in {time.time() - start:.1f} s -> {args.out_dir}/grid.png")
-    if rewards:
-        lines = [{"image": f"{i:05d}.png", "prompt": row["prompt"], "seed": args.seed + i, **{r.name: s[i] for r, s in zip(rewards, scores)}}
-                 for i, row in enumerate(rows)]
-        write_atomically({os.path.join(args.out_dir, "scores.jsonl"): "".join(json.dumps(line) + "\n" for line in lines).encode()})
-        for reward, s in zip(rewards, torch.tensor(scores)):
-            error = s.std().item() / math.sqrt(len(s)) if len(s) > 1 else float("nan")
-            print(f"{reward.name:12s} {s.mean().item():.4f} +- {error:.4f}")
+    return scores
 
 
 if __name__ == "__main__":

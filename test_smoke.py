@@ -19,6 +19,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import resource
 import shutil
@@ -33,13 +34,16 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # before torch: no network, one thread, no GPU
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "assets/tiny"
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 from PIL import Image
@@ -1118,12 +1122,10 @@ def test_the_checker_accepts_true_pictures_after_the_vae_and_rejects_captions_th
     assert accepted([rng.choice(contradictions(r)) for r in rows]) <= .05 and accepted([contradictions(r)[-1] for r in rows]) <= .05
 
 
-def test_the_gradient_of_clipscore_is_that_of_finite_differences(monkeypatch):
+def test_the_gradient_of_clipscore_is_that_of_finite_differences():
     """(f(x + h d) - f(x - h d)) / 2h in three directions d, float64, pictures that are resized and cropped on the way."""
-    from transformers import CLIPModel
-    real, g = CLIPModel.from_pretrained, torch.Generator().manual_seed(0)
-    monkeypatch.setattr(CLIPModel, "from_pretrained", lambda path, dtype: real(path, dtype=torch.float64))
-    score, = rewards.build("clipscore:1", torch.device("cpu"), [f"clipscore={TINY}/clip"])
+    g = torch.Generator().manual_seed(0)
+    score, = rewards.build("clipscore:1", torch.device("cpu"), [f"clipscore={TINY}/clip"], torch.float64)
     f = lambda x: score(x, ["a red circle", "two squares"], [{}, {}]).sum()
     x = (torch.rand(2, 3, 40, 48, generator=g, dtype=torch.float64) * .6 + .2).requires_grad_()
     gradient, = torch.autograd.grad(f(x), x)
@@ -1873,3 +1875,691 @@ if __name__ == "__main__":
     print("\n".join(report) + f", {time.time() - begun:.0f} s")
     sys.exit(not identical)
     assert same_files(tmp_path, run.cold)
+
+
+# ==================================================================================================================== rewards
+# No pretrained weights here: small models with random weights, saved under the names that the published files use, must give through
+# rewards.py what the package they were published with gives, or what an independent few lines of this file compute.
+CPU = torch.device("cpu")
+CLIP_SMALL = {  # name: open_clip's configuration, transformers' configuration
+    "hpsv2": (dict(vision_cfg=dict(layers=2, width=160, head_width=80, patch_size=14, image_size=56), text_cfg=dict(
+        context_length=12, vocab_size=570, width=64, heads=1, layers=2)), dict(vision_config=dict(
+            hidden_size=160, intermediate_size=640, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=56, hidden_act="gelu"),
+            text_config=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1, vocab_size=570,
+                             max_position_embeddings=12, hidden_act="gelu", eos_token_id=2))),
+    "vit-l": (dict(vision_cfg=dict(layers=3, width=128, patch_size=8, image_size=32), text_cfg=dict(
+        context_length=12, vocab_size=570, width=64, heads=1, layers=2), quick_gelu=True), dict(vision_config=dict(
+            hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=2, patch_size=8, image_size=32, hidden_act="quick_gelu"),
+            text_config=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1, vocab_size=570,
+                             max_position_embeddings=12, hidden_act="quick_gelu", eos_token_id=2)))}
+BLIP_SMALL = (dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, patch_size=16, image_size=64, layer_norm_eps=1e-6),
+              dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1, vocab_size=570, max_position_embeddings=64,
+                   encoder_hidden_size=128, is_decoder=True))
+one_reward = lambda name, *paths, **more: rewards.build(name, CPU, [str(p) for p in paths], **more)[0]
+tokens_of = lambda prompts, length: torch.tensor(transformers.AutoTokenizer.from_pretrained(TINY / "clip")(
+    prompts, padding="max_length", truncation=True, max_length=length).input_ids)
+rand = lambda *shape, seed=0: torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def shake(model, seed=0):
+    """Random weights everywhere, also where a fresh model has 0 or 1, so that a tensor put in the wrong place shows."""
+    g = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.data += .1 * torch.randn(p.shape, generator=g)
+    return model.eval().requires_grad_(False)
+
+
+def with_tokenizer(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / "clip" / file, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def open_clip():
+    """open_clip without torchvision, which it needs for nothing but reading picture files, and which fits one build of torch only."""
+    pytest.importorskip("ftfy")
+    names = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.ops", "torchvision.ops.misc")
+    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in names}):
+        return pytest.importorskip("open_clip")
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    data = pytest.importorskip("skimage.data")
+    return [Image.fromarray(picture) for picture in (data.astronaut(), data.coffee(), data.chelsea(), data.rocket())]
+
+
+def tensor_of(picture):
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+
+
+# ------------------------------------------------------------------------------- conversions: the same features and scores
+@pytest.mark.parametrize("name", CLIP_SMALL)
+def test_a_clip_in_open_clips_format_gives_the_same_features_after_conversion(open_clip, name):
+    theirs, ours = CLIP_SMALL[name]
+    model = shake(open_clip.model.CLIP(embed_dim=48, **theirs))
+    converted = rewards.clip_from_open_clip(model.state_dict(), dict(projection_dim=48, **ours), torch.float32)
+    pixels, ids = torch.randn(3, 3, *[theirs["vision_cfg"]["image_size"]] * 2), tokens_of(["a red circle", "two squares above a green triangle"], 12)
+    ids = ids.masked_fill(torch.arange(12) > ids.argmax(1)[:, None], 0)  # open_clip pads with 0, where pooling must not look
+    unit = lambda x: torch.nn.functional.normalize(x, dim=-1)
+    image = unit(converted.visual_projection(converted.vision_model(pixel_values=pixels).pooler_output))
+    text = unit(converted.text_projection(converted.text_model(input_ids=ids).pooler_output))
+    assert (image - model.encode_image(pixels, normalize=True)).abs().max() < 1e-5 and (text - model.encode_text(ids, normalize=True)).abs().max() < 1e-5
+    assert converted.logit_scale == model.logit_scale and (text[0] - text[1]).abs().max() > .01
+    lost = model.state_dict()
+    del lost["visual.transformer.resblocks.1.ln_2.weight"]
+    with pytest.raises(ValueError, match="layer_norm2"):
+        rewards.clip_from_open_clip(lost, dict(projection_dim=48, **ours), torch.float32)
+
+
+def test_hpsv2_scores_as_open_clip_does_from_the_published_file(open_clip, tmp_path, monkeypatch):
+    theirs, ours = CLIP_SMALL["hpsv2"]
+    model, file = shake(open_clip.model.CLIP(embed_dim=48, **theirs)), with_tokenizer(tmp_path) / "HPS_v2.1_compressed.pt"
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, file)
+    monkeypatch.setattr(rewards, "VIT_H14", dict(projection_dim=48, **ours))
+    prompts, images = ["a red circle", "two squares"], rand(2, 3, 60, 40)
+    expected = (model.encode_image(rewards.padded_pixels(images, 56), True) * model.encode_text(tokens_of(prompts, 12), True)).sum(-1)
+    for place in (file, tmp_path):  # the file, or its directory
+        assert (one_reward("hpsv2", f"hpsv2={place}")(images, prompts, [{}, {}]) - expected).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="reward hpsv2: cannot load .*wrong.pt.*download xswu/HPSv2"):
+        torch.save({"state_dict": {"conv.weight": torch.zeros(3)}}, tmp_path / "wrong.pt")
+        one_reward("hpsv2", f"hpsv2={tmp_path}/wrong.pt")
+
+
+def blip_by_hand(state, pixels, ids, mask):
+    """ImageReward's forward pass, written out from its weights under their published names."""
+    F = torch.nn.functional
+    linear = lambda x, key: F.linear(x, state[key + ".weight"], state[key + ".bias"])
+    norm = lambda x, key, eps: F.layer_norm(x, x.shape[-1:], state[key + ".weight"], state[key + ".bias"], eps)
+
+    def attend(q, k, v, heads, bias=0):
+        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+        return ((q @ k.mT / q.shape[-1] ** .5 + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    see = "blip.visual_encoder."
+    x = F.conv2d(pixels, state[see + "patch_embed.proj.weight"], state[see + "patch_embed.proj.bias"], stride=16).flatten(2).mT
+    x = torch.cat([state[see + "cls_token"].expand(len(x), -1, -1), x], 1) + state[see + "pos_embed"]
+    for i in range(2):
+        block = f"{see}blocks.{i}."
+        x = x + linear(attend(*linear(norm(x, block + "norm1", 1e-6), block + "attn.qkv").chunk(3, -1), 2), block + "attn.proj")
+        x = x + linear(F.gelu(linear(norm(x, block + "norm2", 1e-6), block + "mlp.fc1")), block + "mlp.fc2")
+    x, read, hide = norm(x, see + "norm", 1e-6), "blip.text_encoder.", (1. - mask)[:, None, None] * -1e9
+    h = state[read + "embeddings.word_embeddings.weight"][ids] + state[read + "embeddings.position_embeddings.weight"][:ids.shape[1]]
+    h = norm(h, read + "embeddings.LayerNorm", 1e-12)
+    for i in range(2):
+        for part, source, bias in (("attention", None, hide), ("crossattention", x, 0)):
+            layer = f"{read}encoder.layer.{i}.{part}."
+            q, k, v = (linear(h if name == "query" or source is None else source, f"{layer}self.{name}") for name in ("query", "key", "value"))
+            h = norm(h + linear(attend(q, k, v, 1, bias), layer + "output.dense"), layer + "output.LayerNorm", 1e-12)
+        layer = f"{read}encoder.layer.{i}."
+        h = norm(h + linear(F.gelu(linear(h, layer + "intermediate.dense")), layer + "output.dense"), layer + "output.LayerNorm", 1e-12)
+    h = h[:, 0]
+    for i in (0, 2, 4, 6, 7):
+        h = linear(h, f"mlp.layers.{i}")
+    return (h[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+
+def imagereward_state(seed=0):
+    """Random tensors with the names and, but for the width and depth, the shapes of ImageReward.pt."""
+    g, shapes = torch.Generator().manual_seed(seed), {"blip.visual_encoder.cls_token": (1, 1, 128), "blip.visual_encoder.pos_embed": (1, 17, 128)}
+    see, read = "blip.visual_encoder.", "blip.text_encoder."
+    both = lambda name, *shape: shapes.update({name + ".weight": shape, name + ".bias": shape[:1]})
+    both(see + "patch_embed.proj", 128, 3, 16, 16), both(see + "norm", 128), both(read + "embeddings.LayerNorm", 64)
+    shapes.update({read + "embeddings.word_embeddings.weight": (570, 64), read + "embeddings.position_embeddings.weight": (64, 64)})
+    for i in range(2):
+        for name, *shape in (("norm1", 128), ("norm2", 128), ("attn.qkv", 384, 128), ("attn.proj", 128, 128), ("mlp.fc1", 256, 128), ("mlp.fc2", 128, 256)):
+            both(f"{see}blocks.{i}.{name}", *shape)
+        for part, width in (("attention", 64), ("crossattention", 128)):
+            layer = f"{read}encoder.layer.{i}.{part}."
+            both(layer + "self.query", 64, 64), both(layer + "self.key", 64, width), both(layer + "self.value", 64, width)
+            both(layer + "output.dense", 64, 64), both(layer + "output.LayerNorm", 64)
+        layer = f"{read}encoder.layer.{i}."
+        both(layer + "intermediate.dense", 128, 64), both(layer + "output.dense", 64, 128), both(layer + "output.LayerNorm", 64)
+    for i, (wide, narrow) in zip((0, 2, 4, 6, 7), itertools.pairwise((64, 1024, 128, 64, 16, 1))):
+        both(f"mlp.layers.{i}", narrow, wide)
+    state = {k: torch.randn(s, generator=g) / (s[-1] ** .5 if len(s) > 1 else 3) for k, s in shapes.items()}
+    return {**state, "blip.text_encoder.embeddings.position_ids": torch.arange(64)[None], "blip.vision_proj.weight": torch.zeros(3, 3)}
+
+
+def test_imagereward_is_its_published_network(tmp_path, monkeypatch):
+    state = imagereward_state()
+    torch.save(state, with_tokenizer(tmp_path) / "ImageReward.pt")
+    monkeypatch.setattr(rewards, "BLIP_L", BLIP_SMALL)
+    prompts, images = ["a red circle", "two squares above a green triangle", "a circle"], rand(3, 3, 64, 64)
+    ids = tokens_of(prompts, 35)
+    length = ids.argmax(1)[:, None]  # of <|endoftext|>, which pads here too: tokens after the first are hidden
+    expected = blip_by_hand(state, rewards.normalise(images), ids, (torch.arange(35) <= length).float())
+    reward = one_reward("imagereward", f"imagereward={tmp_path}")
+    assert (reward(images, prompts, [{}] * 3) - expected).abs().max() < 1e-5 and expected.std() > .01
+    with pytest.raises(ValueError, match="imagereward"):
+        torch.save({k: v for k, v in state.items() if "crossattention.self.key" not in k}, tmp_path / "ImageReward.pt")
+        one_reward("imagereward", f"imagereward={tmp_path}")
+
+
+def test_the_aesthetic_score_is_a_linear_head_on_the_unit_image_embedding_that_clipscore_shares(tmp_path):
+    layers = torch.nn.Sequential(*[torch.nn.Linear(a, b) if b else torch.nn.Dropout(.2) for a, b in (
+        (64, 1024), (0, 0), (1024, 128), (0, 0), (128, 64), (0, 0), (64, 16), (16, 1))])
+    torch.save({"layers." + k: v for k, v in layers.state_dict().items()}, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
+    clipscore, aesthetic = rewards.build("clipscore,aesthetic", CPU, [f"clipscore={TINY}/clip", f"aesthetic={tmp_path}/sac+logos+ava1-l14-linearMSE.pth"])
+    assert clipscore.models[0] is aesthetic.models[0]
+    images, seen, vision = rand(4, 3, 32, 32), [], clipscore.models[0].vision_model
+    model = transformers.CLIPModel.from_pretrained(TINY / "clip", dtype=torch.float32)
+    features = model.visual_projection(model.vision_model(pixel_values=rewards.clip_pixels(images, 32)).pooler_output)
+    hook = vision.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        clipscore(images, ["a circle"] * 4, [{}] * 4)
+        scores = aesthetic(images, ["a circle"] * 4, [{}] * 4)
+        assert len(seen) == 1  # the same pictures are looked at once
+        aesthetic(images + 0, ["a circle"] * 4, [{}] * 4), images.mul_(.5), aesthetic(images, ["a circle"] * 4, [{}] * 4)
+        assert len(seen) == 3  # others are not mistaken for them, nor the same tensor with other numbers in it
+    hook.remove()
+    close(scores, layers.eval()(features / features.norm(dim=-1, keepdim=True)).flatten().detach(), 1e-5)
+
+
+def tiny_detector(seed=0):
+    config = transformers.Mask2FormerConfig(
+        backbone_config=transformers.SwinConfig(image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2,
+                                                out_features=["stage1", "stage2", "stage3", "stage4"]),
+        feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16, encoder_layers=1, decoder_layers=2, num_attention_heads=2,
+        dim_feedforward=16, num_queries=6, num_labels=80)
+    torch.manual_seed(seed)
+    return transformers.Mask2FormerForUniversalSegmentation(config).eval()
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """A tiny Mask2Former's directory; its last layer makes it sure of itself, so that there is something to detect."""
+    pytest.importorskip("scipy")
+    model, folder = shake(tiny_detector()), tmp_path_factory.mktemp("detector")
+    model.class_predictor.weight.data *= 60
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_detections_are_those_of_mask2formers_instance_segmentation(detector):
+    """Class and mask probabilities, boxes and masks against transformers' own post-processing, at two sizes."""
+    reward = one_reward("geneval", f"geneval={detector}", f"clipscore={TINY}/clip")
+    model, count = reward.models[0], 0
+    for height, width in ((32, 32), (27, 40)):
+        image = rand(3, height, width, seed=height)
+        with torch.no_grad():
+            found, = rewards.detect(model, image[None])
+            scale = 800 / min(height, width)
+            new = (int(height * scale + .5), int(width * scale + .5))
+            pixels = torch.nn.functional.interpolate(image[None], new, mode="bilinear")
+            pixels = (pixels - torch.tensor([.485, .456, .406]).view(3, 1, 1)) / torch.tensor([.229, .224, .225]).view(3, 1, 1)
+            assert new[1] % 32 or (height, width) == (32, 32)  # the second is padded
+            out = model(pixel_values=torch.nn.functional.pad(pixels, (0, -new[1] % 32, 0, -new[0] % 32)))
+        probability, logits = out.class_queries_logits[0].softmax(-1)[:, :-1], out.masks_queries_logits
+        full_size = torch.nn.functional.interpolate(logits, [n + -n % 32 for n in new], mode="bilinear")[..., :new[0], :new[1]]
+        masks = torch.nn.functional.interpolate(full_size, (height, width), mode="bilinear")[0]
+        expected = {}
+        for q, c in (probability > .3).nonzero().tolist():
+            if (masks[q] > 0).any():
+                ys, xs = np.nonzero((masks[q] > 0).numpy())
+                mean = masks[q].sigmoid()[masks[q] > 0].mean()
+                expected[rewards.COCO[c], (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)] = float(probability[q, c] * mean)
+        assert {(name, box): p for name, p, box, _ in found} == pytest.approx(expected, rel=1e-4)
+        assert all(mask.shape == (height, width) and mask.any() for *_, mask in found)
+        count += len(found)
+    assert count >= 4
+    scores = reward(rand(2, 3, 32, 32), ["a", "b"], [{"tag": "single_object", "include": [{"class": "dog", "count": 1}]}] * 2)
+    assert scores.shape == (2,) and set(scores.tolist()) <= {0., 1.}
+
+
+# ------------------------------------------------------------------------------------------- GenEval's rules, decided by hand
+def at(x, y, name="cat", p=.95, color="red", size=20):
+    """A detection `size` pixels wide and high, centred on (x, y); its colour is what the classifier would answer."""
+    return name, p, (x - size / 2, y - size / 2, x + size / 2, y + size / 2), color
+
+
+want = lambda name="cat", count=1, **more: {"class": name, "count": count, **more}
+meta = lambda tag, *include, **more: {"tag": tag, "include": list(include), **more}
+counted = lambda n, name="cat": meta("counting", want(name, n), exclude=[want(name, n + 1)])
+placed = lambda relation: meta("position", want("dog"), want("cat", position=[relation, 0]))
+row_of = lambda n, name="cat", p=.95: [at(30 * i, 50, name, p) for i in range(n)]
+dog = at(50, 50, "dog")
+RULES = [  # what is seen, what is asked for, does GenEval call it right
+    # single object: any number of them will do, from confidence .3 (exclusive)
+    ([], meta("single_object", want()), False), (row_of(1), meta("single_object", want()), True), (row_of(3), meta("single_object", want()), True),
+    ([dog], meta("single_object", want()), False), (row_of(1, p=.31), meta("single_object", want()), True),
+    (row_of(1, p=.3), meta("single_object", want()), False), (row_of(2) + [dog], meta("single_object", want()), True),
+    # two objects: both, whatever else
+    (row_of(1) + [dog], meta("two_object", want(), want("dog")), True), (row_of(2), meta("two_object", want(), want("dog")), False),
+    ([dog], meta("two_object", want(), want("dog")), False), (row_of(1) + [at(9, 9, "dog", .2)], meta("two_object", want(), want("dog")), False),
+    (row_of(2) + [dog, dog, at(1, 1, "car")], meta("two_object", want(), want("dog")), True),
+    (row_of(1) + [dog], meta("two_object", want(), want("dog"), exclude=[want("car")]), True),
+    (row_of(1) + [dog, at(1, 1, "car")], meta("two_object", want(), want("dog"), exclude=[want("car")]), False),
+    # counting: exactly as many, from confidence .9 (exclusive)
+    (row_of(1), counted(2), False), (row_of(2), counted(2), True), (row_of(3), counted(2), False), (row_of(4), counted(4), True),
+    (row_of(2) + row_of(1, p=.9), counted(2), True), (row_of(1) + row_of(1, p=.9), counted(2), False), (row_of(2, p=.91), counted(2), True),
+    (row_of(2) + row_of(5, p=.5), counted(2), True), (row_of(2) + row_of(9, "dog"), counted(2), True),
+    ([at(50, 50), at(50, 50)], counted(2), True),  # boxes that coincide count twice: no suppression
+    ([at(50, 50), at(51, 50), at(80, 50)], counted(2), False), (row_of(20), meta("counting", want(count=16)), True),
+    (row_of(20), meta("counting", want(count=16), exclude=[want(count=17)]), True),  # no more than 16 are looked at
+    (row_of(20), meta("counting", want(count=17)), False), (row_of(2), meta("counting", want(count=2), exclude=[want("dog")]), True),
+    # colours: the most confident one is asked; a tie between colours goes to the classifier's first answer
+    ([at(9, 9, color="blue")], meta("colors", want(color="red")), False), ([at(9, 9)], meta("colors", want(color="red")), True),
+    ([at(9, 9, p=.9), at(50, 9, p=.8, color="blue")], meta("colors", want(color="red")), True),
+    ([at(9, 9, p=.8), at(50, 9, p=.9, color="blue")], meta("colors", want(color="red")), False), ([dog], meta("colors", want(color="red")), False),
+    ([at(9, 9, p=.31)], meta("colors", want(color="red")), True), ([at(9, 9), at(50, 9, color="blue")], meta("colors", want(count=2, color="red")), False),
+    ([at(9, 9), at(50, 9)], meta("colors", want(count=2, color="red")), True),
+    # position: of the centres, beyond a tenth of the summed sizes, in the direction that has more than half of the way
+    ([dog, at(20, 50)], placed("left of"), True), ([dog, at(80, 50)], placed("left of"), False), ([dog, at(80, 50)], placed("right of"), True),
+    ([dog, at(50, 20)], placed("above"), True), ([dog, at(50, 80)], placed("above"), False), ([dog, at(50, 80)], placed("below"), True),
+    ([dog, at(46, 50)], placed("left of"), False),  # 4 is a tenth of 20 + 20: not beyond it
+    ([dog, at(45.9, 50)], placed("left of"), False),  # .1 of 4.1 remains, less than half
+    ([dog, at(42.1, 50)], placed("left of"), False),  # 3.9 / 7.9 < .5
+    ([dog, at(41.9, 50)], placed("left of"), True),  # 4.1 / 8.1 > .5: boxes that overlap can still be left of each other
+    ([dog, at(20, 20)], placed("left of"), True), ([dog, at(20, 20)], placed("above"), True),  # diagonally: (30 - 4) / 42.4 = .61 both ways
+    ([dog, at(30, 30)], placed("above"), True),  # (20 - 4) / 28.3 = .57
+    ([dog, at(36, 36)], placed("above"), True),  # (14 - 4) / 19.8 = .505
+    ([dog, at(37, 37)], placed("above"), False),  # (13 - 4) / 18.4 = .49: further than the threshold both ways, and neither
+    ([dog, at(20, 70)], placed("left of"), True), ([dog, at(20, 70)], placed("below"), False),  # (30, 20): 26 / 36 and 16 / 36
+    ([dog, at(50, 50)], placed("above"), False), ([at(20, 50)], placed("left of"), False), ([dog], placed("left of"), False),
+    ([dog, at(20, 50, p=.9), at(80, 50, p=.8)], placed("left of"), True), ([dog, at(20, 50, p=.8), at(80, 50, p=.9)], placed("left of"), False),
+    ([dog, at(10, 50, size=60)], placed("left of"), True),  # (40 - 8) / 40
+    ([dog, at(30, 50, size=100)], placed("left of"), False),  # (20 - 12) / 20 = .4
+    # two objects with colours
+    ([at(9, 9), at(50, 9, "dog", color="blue")], meta("color_attr", want(color="red"), want("dog", color="blue")), True),
+    ([at(9, 9, color="blue"), at(50, 9, "dog", color="red")], meta("color_attr", want(color="red"), want("dog", color="blue")), False),
+    ([at(9, 9), at(50, 9, "dog")], meta("color_attr", want(color="red"), want("dog", color="blue")), False),
+    ([at(9, 9)], meta("color_attr", want(color="red"), want("dog", color="blue")), False),
+    ([at(9, 9), at(50, 9, "dog", color="blue"), at(80, 9, color="blue", p=.5)], meta("color_attr", want(color="red"), want("dog", color="blue")), True),
+]
+
+
+@pytest.mark.parametrize("found, metadata, right", RULES)
+def test_genevals_rules(found, metadata, right):
+    for order in (found, found[::-1]):  # confidence decides, not order
+        if len({o[1] for o in found}) == len(found) or order is found:
+            assert rewards.geneval_verdict(order, metadata, lambda name, objects: [o[3] for o in objects]) is right
+    assert rewards.geneval_wrong("", metadata) is None
+
+
+def test_the_table_covers_all_six_categories_and_both_verdicts_of_each():
+    assert len(RULES) >= 40 and Counter({(m["tag"], right) for _, m, right in RULES}) == Counter(itertools.product(tiny.CATEGORIES, (True, False)))
+
+
+def test_colours_are_the_zero_shot_answer_on_the_cut_out_object(detector, monkeypatch):
+    """The crop that CLIP sees is the object on grey, and the answer is the colour whose three sentences, averaged, are closest."""
+    image = torch.stack([torch.full((40, 40), c) for c in (.9, .1, .2)])
+    mask = torch.zeros(40, 40, dtype=torch.bool)
+    mask[10:30, 5:25] = True
+    mask[10:20, 5:15] = False
+    reward = one_reward("geneval", f"geneval={detector}", f"clipscore={TINY}/clip")
+    model, image_features, text_features = rewards.clip(f"{TINY}/clip", "cpu", torch.float32)
+    seen, real = [], model.vision_model.forward
+    monkeypatch.setattr(model.vision_model, "forward", lambda pixel_values: seen.append(pixel_values) or real(pixel_values=pixel_values))
+    for name in ("dog", "cat"):
+        found = [(name, .9, (5, 10, 25, 30), mask)]
+        monkeypatch.setattr(rewards, "detect", lambda detector, images: [found])
+        colours = [c for c in rewards.COLORS if reward(image[None], [""], [meta("colors", want(name, color=c))]).item()]
+        by_hand = [torch.nn.functional.normalize(text_features([f"a photo of a {c} {name}", f"a photo of a {c}-colored {name}", f"a photo of a {c} object"])
+                                                 .mean(0), dim=0) for c in rewards.COLORS]
+        crop = torch.where(mask, image, torch.tensor(153 / 255))[None, :, 10:30, 5:25]
+        assert colours == [rewards.COLORS[(torch.stack(by_hand) @ image_features(crop)[0]).argmax()]]
+        close(seen[0], rewards.clip_pixels(crop, 32), 1e-6)
+
+
+def test_metadata_in_genevals_format_is_taken_whole_and_malformed_metadata_is_named_with_its_line(detector, tmp_path):
+    reward = one_reward("geneval", f"geneval={detector}", f"clipscore={TINY}/clip")
+    rows = rewards.geneval_prompts(600)
+    file = tmp_path / "metadata.jsonl"
+    file.write_text("".join(json.dumps(row["metadata"]) + "\n" for row in rows))
+    rows = rewards.load_prompts(str(file))
+    reward.check([r["prompt"] for r in rows], [r["metadata"] for r in rows])
+    good_row, wrong = rows[0]["metadata"], [
+        ({}, "no GenEval metadata"), ({"include": []}, "no GenEval metadata"), ({"include": "cat"}, "no GenEval"), ({"include": [want("unicorn")]}, "80"),
+        ({"include": [want(count=0)]}, "count"), ({"include": [want(count="2")]}, "count"), ({"include": ["cat"]}, "class"), ({"include": [want(count=True)]}, "count"),
+        ({"include": [want(color="beige")]}, "'beige'"), ({"include": [want(position=["left of", 0])]}, "position"), ({"include": [want(count=1.5)]}, "count"),
+        ({"include": [want("dog"), want(position=["near", 0])]}, "'near'"), ({"include": [want("dog"), want(position=["above", 1])]}, "position"),
+        ({"include": [want("dog"), want(position="above")]}, "position"), ({"include": [want()], "exclude": [{"class": "cat"}]}, "exclude"), ({"include": [want()], "exclude": 5}, "exclude")]
+    for metadata, message in wrong:
+        file.write_text(f'{json.dumps(good_row)}\n\n{json.dumps({"prompt": "a photo", **metadata})}\n')
+        rows = rewards.load_prompts(str(file))
+        with pytest.raises(ValueError, match=r"^line 3 \('a photo'\): .*" + message):
+            reward.check([r["prompt"] for r in rows], [r["metadata"] for r in rows])
+
+
+# -------------------------------------------------------------------------------------- pre-processing, pictures and gradients
+@pytest.mark.parametrize("size", [(512, 512), (333, 501), (640, 427), (100, 150), (224, 224)])
+def test_clip_pixels_are_those_of_clips_published_processor_on_photographs(photographs, size):
+    """PIL rounds to bytes (and saturates) after each of two passes. The sum of two roundings is a third of a byte's step off on average and a
+    whole one at most: .005 and .015 of a normalised pixel. Saturation adds something at a few sharp edges."""
+    processor = transformers.CLIPImageProcessor()
+    for picture in photographs:
+        picture = picture.resize(size[::-1])
+        theirs = processor(picture, return_tensors="pt").pixel_values
+        ours = rewards.clip_pixels(tensor_of(picture), 224)
+        difference = (ours - theirs).abs().flatten()
+        assert difference.mean() < 1 / 3 / 255 / min(rewards.CLIP_STD) and difference[::5].quantile(.99) < 1 / 255 / min(rewards.CLIP_STD)
+
+
+@pytest.mark.parametrize("size", [(512, 512), (333, 501), (640, 427), (224, 224)])
+def test_padded_pixels_are_pils_bicubic_on_a_black_square_on_photographs(photographs, size):
+    for picture in photographs:
+        picture = picture.resize(size[::-1])
+        scale = 224 / max(picture.size)
+        small = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
+        square = Image.new("RGB", (224, 224))
+        square.paste(small, ((224 - small.width) // 2, (224 - small.height) // 2))
+        theirs, ours = rewards.normalise(tensor_of(square)), rewards.padded_pixels(tensor_of(picture), 224)
+        difference = (ours - theirs).abs().flatten()
+        assert difference.mean() < 1 / 3 / 255 / min(rewards.CLIP_STD) and difference[::5].quantile(.99) < 1 / 255 / min(rewards.CLIP_STD)
+
+
+def test_the_rounding_of_the_processor_moves_the_score_of_a_random_vit_l_by_less_than_a_thousandth(photographs, tmp_path):
+    """ViT-L/14's vision tower at its true width and patch size, six blocks of it (24 take a minute), and photographs at 512."""
+    config = transformers.CLIPConfig(projection_dim=768, vision_config=dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=16, patch_size=14, image_size=224), text_config=dict(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=570, max_position_embeddings=16, eos_token_id=569))
+    torch.manual_seed(0)
+    transformers.CLIPModel(config).save_pretrained(with_tokenizer(tmp_path))
+    reward, processor = one_reward("clipscore", f"clipscore={tmp_path}"), transformers.CLIPImageProcessor()
+    model, _, text_features = rewards.clip(str(tmp_path), "cpu", torch.float32)
+    for picture in photographs[:2]:
+        picture = picture.resize((512, 512))
+        with torch.no_grad():
+            ours = reward(tensor_of(picture), ["a circle"], [{}])
+            theirs = model.visual_projection(model.vision_model(**processor(picture, return_tensors="pt")).pooler_output)
+            theirs = model.logit_scale.exp() / 100 * (torch.nn.functional.normalize(theirs, dim=-1) * text_features(["a circle"])).sum()
+        assert abs(ours - theirs) < 1e-3
+
+
+@pytest.fixture(scope="module")
+def small_models(tmp_path_factory):
+    """A small model with random weights for each of the differentiable rewards -> their --reward_path flags."""
+    t = tmp_path_factory.mktemp("small")
+    for name, seed in (("clipscore", 0), ("pickscore", 1)):
+        config = transformers.CLIPConfig(projection_dim=48, **CLIP_SMALL["hpsv2"][1])
+        shake(transformers.CLIPModel(config), seed).save_pretrained(with_tokenizer(t / name))
+    head = {f"layers.{i}.{k}": v for i, (a, b) in zip((0, 2, 4, 6, 7), itertools.pairwise((48, 1024, 128, 64, 16, 1)))
+            for k, v in shake(torch.nn.Linear(a, b), i).state_dict().items()}
+    torch.save(head, t / "aesthetic.pth")
+    torch.save(imagereward_state(), with_tokenizer(t / "imagereward") / "ImageReward.pt")
+    return [f"clipscore={t}/clipscore", f"pickscore={t}/pickscore", f"aesthetic={t}/aesthetic.pth", f"imagereward={t}/imagereward"]
+
+
+DIFFERENTIABLE = ("clipscore", "pickscore", "aesthetic", "imagereward")
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_are_those_of_finite_differences_through_resizing_and_cropping(name, small_models, monkeypatch):
+    """Central differences in float64 along the gradient and two other directions; their error is h^2, 1e-8, times a third derivative."""
+    monkeypatch.setattr(rewards, "BLIP_L", BLIP_SMALL)
+    reward, prompts = one_reward(name, *small_models, dtype=torch.float64), ["a red circle", "two squares"]
+    assert reward.differentiable
+    f = lambda x: reward(x, prompts, [{}, {}])
+    x = (rand(2, 3, 71, 90).double() * .6 + .2).requires_grad_()
+    gradient, = torch.autograd.grad(f(x).sum(), x)
+    crop = round(90 - 90 * 71 / 90) // 2 - 4  # columns that the centre crop throws away
+    assert gradient.isfinite().all() and (gradient[..., crop + 4:-crop - 4].flatten(1).norm(dim=1) > 0).all() and gradient[..., :crop].abs().max() == 0
+    for direction in (gradient, *torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)):
+        d = 1e-4 * direction / direction.norm()
+        with torch.no_grad():
+            assert abs(((f(x + d) - f(x - d)).sum() / 2 - (gradient * d).sum()) / 1e-4) < 1e-5 * gradient.norm()
+
+
+def test_the_gradient_of_hpsv2s_padding_is_that_of_finite_differences():
+    x, weight = (rand(1, 3, 30, 50).double() * .6 + .2).requires_grad_(), rand(3, 28, 28, seed=1).double()
+    f = lambda x: (rewards.padded_pixels(x, 28) * weight).square().sum()
+    gradient, = torch.autograd.grad(f(x), x)
+    d = 1e-4 * gradient / gradient.norm()
+    assert abs((f(x + d) - f(x - d)) / 2e-4 - gradient.norm()) < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_micro_batches_and_bf16_change_a_score_and_its_gradient_by_their_rounding_alone(name, small_models, monkeypatch):
+    monkeypatch.setattr(rewards, "BLIP_L", BLIP_SMALL)
+    x, prompts = rand(5, 3, 60, 60).requires_grad_(), ["a red circle", "two squares", "a circle", "a circle", "a square"]
+    run = lambda **more: (lambda s: (s.detach(), torch.autograd.grad(s.sum(), x)[0]))(one_reward(name, *small_models, **more)(x, prompts, [{}] * 5))
+    (score, gradient), (s2, g2), (s16, _) = run(), run(batch=2), run(dtype=torch.bfloat16)
+    close(s2, score, 1e-5), close(g2, gradient, 1e-4 * gradient.abs().max().item())
+    assert score.dtype == s16.dtype == torch.float32 and 0 < (s16 - score).abs().max() < .05 * score.abs().max()  # 2^-8 a step, a few dozen steps
+    with torch.no_grad():
+        close(one_reward(name, *small_models, batch=3)(x, prompts, [{}] * 5), score, 1e-5)
+
+
+def test_each_prompt_is_read_once_and_models_can_be_moved(small_models):
+    reward, calls = one_reward("pickscore", *small_models), []
+    hook = reward.models[0].text_model.register_forward_hook(lambda *_: calls.append(1))
+    for prompts in (["one", "two", "one"], ["two", "one", "one"]):
+        reward(rand(3, 3, 56, 56), prompts, [{}] * 3)
+    hook.remove()
+    assert len(calls) == 1
+    rewards.move([reward, reward], "meta")  # stands for another device
+    assert {p.device.type for p in reward.models[0].parameters()} == {"meta"}
+    rewards.clip.cache_clear()
+
+
+@pytest.mark.parametrize("images", [torch.full((2, 3, 32, 32), math.nan), torch.rand(2, 3, 32, 32) * 2, torch.rand(2, 3, 32, 32) - .1,
+                                    torch.full((2, 3, 32, 32), math.inf), torch.rand(3, 32, 32), torch.rand(2, 1, 32, 32)],
+                         ids=("nan", "above 1", "below 0", "inf", "no batch", "grey"))
+def test_pictures_that_are_none_are_refused_in_one_line(images):
+    with pytest.raises(ValueError, match=r"^reward clipscore: pictures must be \[B,3,H,W\] with finite numbers in \[0,1\], got .*$") as e:
+        one_reward("clipscore", f"clipscore={TINY}/clip")(images, ["a", "b"], [{}, {}])
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name, path, message", [
+    ("beauty", None, "unknown reward 'beauty'"), ("hpsv2", None, "download xswu/HPSv2 and give --reward_path hpsv2="),
+    ("hpsv3", None, "no directory given"), ("geneval2", None, "Qwen/Qwen3-VL-8B-Instruct"), ("imagereward", None, "zai-org/ImageReward"),
+    ("geneval", None, "facebook/mask2former-swin-small-coco-instance"), ("aesthetic", None, "reward aesthetic"), ("clipscore", "code.pt", "reward clipscore"),
+    ("hpsv2", "code.pt", "reward hpsv2"), ("imagereward", "code.pt", "reward imagereward"), ("imagereward", "other.pt", "cannot load"),
+    ("hpsv2", "text.pt", "reward hpsv2"), ("clipscore", "blip", "reward clipscore"), ("geneval", str(TINY / "clip"), "reward geneval"),
+    ("hpsv3", "blip", "data_collator_qwen.py"), ("geneval2", str(TINY / "clip"), "reward geneval2")])
+def test_weights_that_are_missing_or_wrong_are_named_in_one_line_and_their_code_is_not_run(name, path, message, tmp_path):
+    torch.save(Code(tmp_path / "proof"), tmp_path / "code.pt")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("<html>not found</html>")
+    if path == "blip":
+        transformers.BlipVisionModel(transformers.BlipVisionConfig(**BLIP_SMALL[0])).save_pretrained(with_tokenizer(tmp_path / "blip"))
+    with pytest.raises(ValueError, match=message) as e:
+        one_reward(name, f"clipscore={TINY}/clip", *([f"{name}={tmp_path / path}"] if path else []))
+    assert "\n" not in str(e.value) and not (tmp_path / "proof").exists()
+
+
+# ---------------------------------------------------------------------------------------------- OCR, with its real weights
+@pytest.fixture(scope="module")
+def ocr():
+    pytest.importorskip("rapidocr"), pytest.importorskip("onnxruntime")
+    return one_reward("ocr")
+
+
+def written(text, size, fill="black", paper="white", font=None):
+    """A picture with text in the middle. font: a file among the system's DejaVu fonts, None for Pillow's own, a number for OpenCV's."""
+    from PIL import ImageDraw, ImageFont
+    picture = Image.new("RGB", (512, 512), paper)
+    if isinstance(font, int):
+        import cv2
+        array = np.array(picture)
+        for i, line in enumerate(text.split("\n")):
+            cv2.putText(array, line, (60, 220 + 2 * i * size), font, size / 22, Image.new("RGB", (1, 1), fill).getpixel((0, 0)), 2, cv2.LINE_AA)
+        return tensor_of(array)
+    if font and not Path("/usr/share/fonts/truetype/dejavu", font).exists():
+        pytest.skip(f"{font} is not on this machine")
+    font = ImageFont.truetype(font, size) if font else ImageFont.load_default(size)
+    ImageDraw.Draw(picture).multiline_text((256, 256), text, fill, font, anchor="mm", align="center")
+    return tensor_of(picture)
+
+
+@pytest.mark.parametrize("font, size", [(None, 30), (2, 44), (3, 36), ("DejaVuSans-Bold.ttf", 24), ("DejaVuSerif.ttf", 72), ("DejaVuSansMono-Oblique.ttf", 40)])
+def test_ocr_reads_rendered_text(ocr, font, size):
+    words = "Google\nToronto" if size > 40 else "Hello World\nfrom Google"
+    assert ocr(written(words, size, "white", "navy", font), [f'a sign with "{words}" on it'], [{}]) > .9
+
+
+def test_wrong_text_scores_low_and_none_scores_0(ocr):
+    images, blank = written("Hello World", 60).expand(2, -1, -1, -1), torch.full((1, 3, 512, 512), .7)
+    wrong = ocr(torch.cat([images, blank]), ['a "zebra crossing" sign', "a storefront with 'Google Brain Toronto' written on it", 'an "open" sign'], [{}] * 3)
+    assert wrong[:2].max() < .4 and wrong[2] == 0
+
+
+def test_the_ocr_score_is_one_minus_edit_distance_over_length(ocr):
+    image = written("Hello", 80)
+    for text, expected in (("h el LO", 1), ("Hallo", .8), ("Help", .5), ("ell", 1), ("Hello you", 5 / 8)):  # hello -> help: 2 changes in 4 letters
+        assert ocr(image, [f'the word "{text}"'], [{}]).item() == pytest.approx(expected)
+    for prompt, text in (("a 'b c' d", "b c"), ('"x" and "y"', "x"), ("the cat's 'hat'", "hat"), ("it's a dog's life", None), ("plain", None)):
+        assert rewards.quoted(prompt) == text
+    with pytest.raises(ValueError, match=r"^line 7 \('a cat'\): no text in quotes"):
+        ocr.check(['a "b"', "a cat"], [{"line": 6}, {"line": 7}])
+
+
+# ------------------------------------------------------------------------------------------- the two that ask a language model
+@pytest.fixture(scope="module")
+def qwen_files(tmp_path_factory):
+    """A tokenizer of single bytes with Qwen's special tokens and chat template, and its image processor."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    folder, special = tmp_path_factory.mktemp("qwen"), ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(s, special=True) for s in special])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    fast.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|>"
+                          "<|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}")
+    fast.save_pretrained(folder)
+    return folder, {s: fast.convert_tokens_to_ids(s) for s in special}
+
+
+def test_hpsv3_is_the_published_head_on_qwen2_vl_at_its_token(qwen_files, tmp_path):
+    """Weights under the names of HPSv3.safetensors (older than today's transformers), the wording out of a Python file that is not run."""
+    from safetensors.torch import save_file
+    folder, special = qwen_files
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = transformers.Qwen2VLConfig(
+        text_config=dict(vocab_size=256 + 7, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                         rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=1e4)),
+        vision_config=dict(depth=1, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2), image_token_id=special["<|image_pad|>"],
+        vision_start_token_id=special["<|vision_start|>"], vision_end_token_id=special["<|vision_end|>"])
+    torch.manual_seed(0)
+    model = shake(transformers.Qwen2VLModel(config))
+    head = shake(torch.nn.Sequential(torch.nn.Linear(32, 1024), torch.nn.ReLU(), torch.nn.Dropout(.05), torch.nn.Linear(1024, 16), torch.nn.ReLU(),
+                                     torch.nn.Linear(16, 2)))
+    state = {k.replace("language_model.", "model."): v for k, v in model.state_dict().items()}
+    save_file({**state, **{"rm_head." + k: v for k, v in head.state_dict().items()}, "lm_head.weight": torch.zeros(3, 3)}, tmp_path / "HPSv3.safetensors")
+    config.text_config.vocab_size = 9999  # of the config that is published: the checkpoint has one token more than the tokenizer
+    config.save_pretrained(tmp_path)
+    transformers.Qwen2VLImageProcessorPil().save_pretrained(tmp_path)
+    (tmp_path / "data_collator_qwen.py").write_text(f'import nothing_of_that_name\nopen({str(tmp_path / "proof")!r}, "w")\nINSTRUCTION = """\nRate it.\n'
+                                                    'Textual prompt - {text_prompt}\n"""\nprompt_with_special_token = """\nRating: <|Reward|>\n\nEND\n"""\n')
+    images, prompts = rand(2, 3, 448, 448), ["a cat", "a longer prompt about dogs"]
+    scores, seen = one_reward("hpsv3", f"hpsv3={tmp_path}")(images, prompts, [{}, {}]), 256
+    assert not (tmp_path / "proof").exists()
+    for image, prompt, score in zip(images, prompts, scores):  # one at a time, so without padding
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        tokenizer.add_tokens(["<|Reward|>"], special_tokens=True)
+        text = ("<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * seen + f"<|vision_end|>\nRate it.\nTextual prompt - {prompt}\n\nRating: <|Reward|>\n\nEND\n"
+                "<|im_end|>\n<|im_start|>assistant\n")
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        pixels = transformers.Qwen2VLImageProcessorPil(size={"shortest_edge": 256 * 784, "longest_edge": 256 * 784})(tensor_to_pil(image), return_tensors="pt")
+        hidden = model(input_ids=ids, mm_token_type_ids=(ids == special["<|image_pad|>"]).int(), **pixels).last_hidden_state
+        close(score, head(hidden[ids == 256 + 6])[0, 0], 1e-4)
+    assert abs(scores[0] - scores[1]) > 1e-3
+
+
+def tensor_to_pil(image):
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def test_geneval2_is_the_geometric_mean_of_the_probabilities_of_the_right_answers(qwen_files, tmp_path):
+    folder, special = qwen_files
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = transformers.Qwen3VLConfig(
+        text_config=dict(vocab_size=256 + 6, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                         rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=1e4)),
+        vision_config=dict(depth=1, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32, deepstack_visual_indexes=[0], num_position_embeddings=16),
+        image_token_id=special["<|image_pad|>"], vision_start_token_id=special["<|vision_start|>"], vision_end_token_id=special["<|vision_end|>"])
+    torch.manual_seed(0)
+    model = shake(transformers.Qwen3VLForConditionalGeneration(config))
+    model.save_pretrained(tmp_path)
+    eyes = transformers.Qwen2VLImageProcessorPil(patch_size=16, size={"shortest_edge": 1024, "longest_edge": 64 * 1024})
+    eyes.save_pretrained(tmp_path)
+    reward, image = one_reward("geneval2", f"geneval2={tmp_path}"), rand(1, 3, 64, 64)
+    questions = [["How many cats are in the image?", "two"], ["Are the cats green?", "Yes"], ["Is a dog there?", "No"]]
+    score, p = reward(image, ["two green cats"], [{"vqa_list": questions}]), []
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for (question, _), firsts in zip(questions, ("2tT ", "yY ", "nN ")):  # this tokenizer's tokens are single bytes
+        text = "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 4 + f"<|vision_end|>{question} Answer in one word.<|im_end|>\n<|im_start|>assistant\n"
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        logits = model(input_ids=ids, mm_token_type_ids=(ids == special["<|image_pad|>"]).int(), **eyes(tensor_to_pil(image[0]), return_tensors="pt")).logits
+        p.append(logits[0, -1].softmax(-1)[[tokenizer(c).input_ids[0] for c in firsts]].sum().item())
+    assert score.item() == pytest.approx(math.prod(p) ** (1 / 3), rel=1e-4) and 0 < score < 1
+    for wrong in ({}, {"vqa_list": []}, {"vqa_list": [["Is it?"]]}, {"vqa_list": [["Is it?", 2]]}, {"vqa_list": "Is it?"}):
+        with pytest.raises(ValueError, match=r"^line 3 .*vqa_list"):
+            reward.check(["a"], [{**wrong, "line": 3}])
+
+
+# -------------------------------------------------------------------------------- evaluation with sample.py, and while training
+def test_standard_errors_are_those_of_the_prompts_means():
+    assert sample.mean_and_error([1., 2, 3, 6], ["a", "a", "b", "b"]) == pytest.approx((3, 1.5))  # prompts 1.5 and 4.5: std 2.12 / sqrt 2
+    assert sample.mean_and_error([1., 3], ["a", "a"]) == pytest.approx((2, 1)) and math.isnan(sample.mean_and_error([1.], ["a"])[1])
+
+
+def test_sample_evaluates_teacher_and_student_side_by_side_on_the_same_prompts_and_seeds(run, tmp_path, monkeypatch):
+    """All rewards see the same pictures; geneval's verdict is replaced by one that can be foretold, its metadata is looked up."""
+    rows = [{"prompt": f"a {c} {s}", "tag": tag, "include": [want("car", color=c)]} for c, s, tag in (
+        ("red", "circle", "colors"), ("blue", "square", "colors"), ("green", "circle", "counting"))]
+    (tmp_path / "prompts.txt").write_text("".join(row["prompt"] + "\n" for row in rows[::-1]))
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = []
+
+    def verdict(images, prompts, metadata):
+        seen.append(images)
+        return torch.tensor([float(m["tag"] == "colors" and "red" in p) for p, m in zip(prompts, metadata)])
+    monkeypatch.setitem(rewards.REWARDS, "geneval", (lambda *_: verdict, False, ""))
+    flags = [*BASE[:4], "--cold_start", run.cold, "--rtdmd", run.rl, "--prompts", tmp_path / "prompts.txt", "--metadata", tmp_path / "metadata.jsonl",
+             "--num_images", 2, "--batch_size", 4, "--rewards", "clipscore,geneval", "--reward_path", f"clipscore={TINY}/clip"]
+    status, out, err = here(sample, *flags, "--compare", "--out_dir", tmp_path / "out")
+    assert status == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "out/scores.jsonl").read_text().splitlines()]
+    assert [(line["prompt"], line["tag"], line["seed"], line["geneval"]) for line in lines] == [
+        (row["prompt"], row["tag"], 2 * i + j, float("red" in row["prompt"])) for i, row in enumerate(rows[::-1]) for j in (0, 1)]
+    clipscore = one_reward("clipscore", f"clipscore={TINY}/clip")
+    for images, scores in zip(torch.cat(seen).split(6), (lines, [line["teacher"] for line in lines]), strict=True):
+        close(clipscore(images, [line["prompt"] for line in lines], [{}] * 6), torch.tensor([s["clipscore"] for s in scores]), 1e-5)
+    differences = [line["clipscore"] - line["teacher"]["clipscore"] for line in lines]
+    assert "student - teacher" in out and f"{sum(differences) / 6:.4f} +- " in out and max(map(abs, differences)) > .01
+    assert re.search(r"geneval colors +0\.5000 \+- 0\.5000", out) and re.search(r"geneval counting +0\.0000", out)
+    assert re.search(r"geneval, categories +0\.2500 +0\.2500 +0\.0000", out) and re.search(r"geneval +0\.3333 \+- 0\.3333", out)
+    good(here(sample, *flags, "--teacher", "--out_dir", tmp_path / "alone"))  # the teacher's half is what --teacher draws
+    assert same_files(tmp_path / "alone", tmp_path / "out/teacher", [line["image"] for line in lines])
+    (tmp_path / "prompts.txt").write_text("a red circle\na yellow moon\n")
+    status, _, err = here(sample, *flags, "--out_dir", tmp_path / "none")
+    assert status == 2 and err.count("\n") == 1 and "line 2 ('a yellow moon'): not in --metadata" in err
+
+
+def test_held_out_rewards_are_logged_and_do_not_touch_the_run(run, tmp_path):
+    flags = [*RL, "--cold_start", run.cold, "--eval_rewards", "judge,checker", "--reward_path", f"clipscore={TINY}/clip", "--reward_path", f"judge={TINY}/judge"]
+    good(here(rtdmd_rl, *flags, "--eval_images", 7, "--eval_every", 2, "--offload_rewards", "--out_dir", tmp_path))
+    assert same_files(tmp_path, run.rl)
+    for line in log_of(tmp_path):  # after the first epoch and after every second
+        assert -1 <= line["eval_judge"] <= 1 and line["eval_checker"] * 7 == pytest.approx(round(line["eval_checker"] * 7), abs=1e-5)
+    assert {p.name for p in (tmp_path / "samples").iterdir()} == {"eval_1.png", "eval_2.png"}
+
+
+def test_held_out_pictures_are_always_the_same_whatever_the_micro_batch_and_the_ranks(tmp_path, monkeypatch):
+    pipe, rows, judge = tiny_pipe(), tiny.captions()[:7], rewards.build("judge", CPU, [f"judge={TINY}/judge"])
+    (tmp_path / "samples").mkdir()
+
+    def evaluate(micro_batch=3, rank=None):
+        args = tiny_args(micro_batch=micro_batch, num_steps=4, shift=3., eta=.9, offload_rewards=False, out_dir=str(tmp_path))
+        monkeypatch.setattr(rtdmd_rl, "dist", SimpleNamespace(is_initialized=lambda: rank is not None, get_rank=lambda: rank, get_world_size=lambda: 2))
+        rows_with = [{"prompt": row["prompt"], "metadata": row} for row in rows]
+        return rtdmd_rl.evaluate(pipe, [], cold_start.text_encoder(pipe, args), rows_with, judge, args, "eval")["eval_judge"]
+    monkeypatch.setattr(rtdmd_rl, "all_reduce", lambda tensor: tensor)
+    whole = evaluate()
+    assert whole == evaluate() and abs(whole) > .01
+    assert evaluate(rank=0) + evaluate(rank=1) == pytest.approx(whole, abs=1e-5) and evaluate(2) == pytest.approx(whole, abs=1e-5)
+
+
+def test_rewards_for_evaluation_refuse_bad_input_before_anything_is_drawn(run, tmp_path):
+    (tmp_path / "plain.txt").write_text("a red circle\n\na cat\n")
+    for program, flags, message in (
+            (rtdmd_rl, ["--eval_rewards", "beauty"], "unknown reward 'beauty'"), (rtdmd_rl, ["--eval_rewards", "judge"], "judge"),
+            (rtdmd_rl, ["--eval_rewards", "checker", "--eval_prompts", tmp_path / "plain.txt"], "'a cat'"), (rtdmd_rl, ["--eval_every", 0], "--eval_every"),
+            (rtdmd_rl, ["--reward_dtype", "int8"], "int8"), (sample, ["a cat", "--compare", "--teacher"], "--compare"),
+            (sample, ["--prompts", tmp_path / "plain.txt", "--metadata", tmp_path / "none.jsonl"], "none.jsonl"), (sample, ["cat", "--reward_batch", -1], "--reward_batch")):
+        status, _, err = here(program, *BASE[:4], *(["--cold_start", run.cold] if program is rtdmd_rl else []), *flags, "--out_dir", tmp_path / "out")
+        assert status == 2 and err.count("\n") == 1 and message in err, err
