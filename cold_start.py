@@ -303,7 +303,7 @@ RANGES = {"eta": (0, 1), "ema": (0, 1), "shift": (.01, 100), "seed": (0, 2 ** 63
     "ema_every", "max_sequence_length", "max_skipped", "num_images", "eval_every", "eval_images"), (1, 10 ** 9))}
 FREE = {"out_dir", "resume", "device", "micro_batch", "steps", "epochs", "start", "cache_text", "preset", "gradient_checkpointing", "sample_every",
         "save_every", "save_minutes", "saved_at", "max_skipped", "made_with", "reward_batch", "offload_rewards", "eval_rewards", "eval_every",
-        "eval_prompts", "eval_images"}  # may change on --resume: the result is the same, but for its length
+        "eval_prompts", "eval_images", "compile", "low_memory", "bench"}  # may change on --resume: the result is the same, but for its length
 stop = {"asked": False, "agreed": False}  # a signal has come to this process; all processes know of one (see `update`)
 
 def parse(parser):
