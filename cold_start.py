@@ -60,7 +60,7 @@ def arguments():
     add("--steps", type=int, default=15000, help="optimiser steps of the fake score")
     add("--generator_every", type=int, default=10, help="update the generator every so many steps")
     add("--batch_size", type=int, default=72, help="pictures a step over all GPUs together; does not depend on the number of GPUs")
-    add("--micro_batch", type=int, default=9, help="pictures a GPU handles at once; gradients are accumulated over them")
+    add("--micro_batch", type=int, default=3, help="pictures a GPU handles at once; gradients are accumulated over them")
     add("--lr", type=float, default=3e-5, help="learning rate of the generator")
     add("--fake_lr", type=float, default=3e-5, help="learning rate of the fake score")
     add("--ema", type=float, default=.99, help="decay of the generator's average, applied after every step")
@@ -289,8 +289,8 @@ def make_parser(description, presets, out_dir, paper):
     add("--max_skipped", type=int, default=20, help="stop after so many updates in a row with a loss or gradient that is not finite")
     add("--gradient_checkpointing", action="store_true", help="trade a third of the speed for most of the activations' memory")
     add("--cache_text", action="store_true", help="encode all prompts once, before training, into a file in out_dir, and free the text encoders")
-    add("--low_memory", action="store_true", help="for a 24 GB card: --gradient_checkpointing, --cache_text, decoding picture by picture, "
-        "--micro_batch 4 at most")
+    add("--low_memory", action="store_true", help="for a 24 GB card: --gradient_checkpointing, --cache_text, --offload_rewards, decoding "
+        "picture by picture, --micro_batch 4 at most")
     add("--compile", type=int, choices=(0, 1), help="compile each transformer block and the decoder; 1 on a GPU unless said, else 0")
     add("--bench", type=int, default=0, help="measure so many steps after a warm-up, print one JSON line, and stop; nothing is saved")
     add("--sample_every", type=int, default=500, help="save a picture grid every so many steps; 0: never")
@@ -317,7 +317,7 @@ def parse(parser):
     if not args.out_dir:
         die("--out_dir must not be empty")
     if getattr(args, "low_memory", False):
-        args.gradient_checkpointing = args.cache_text = True
+        args.gradient_checkpointing = args.cache_text = args.offload_rewards = True
         args.micro_batch = min(args.micro_batch, 4)
     if getattr(args, "bench", 0) and hasattr(args, "save_every"):  # the stages: an endless run that `stopwatch` ends
         args.out_dir, args.resume, args.steps, args.epochs = f"{args.out_dir}/bench_{os.getppid()}", False, 10 ** 9, 10 ** 9

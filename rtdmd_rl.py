@@ -44,7 +44,7 @@ def arguments():
     add("--epochs", type=int, default=1000, help="epochs; one update of G and of F each")
     add("--prompts_per_epoch", type=int, default=48, help="prompts an epoch over all GPUs together")
     add("--group_size", type=int, default=24, help="pictures of each prompt; they may lie on any GPUs")
-    add("--micro_batch", type=int, default=9, help="pictures a GPU handles at once")
+    add("--micro_batch", type=int, default=4, help="pictures a GPU handles at once")
     add("--lr", type=float, default=3e-6, help="learning rate of the generator")
     add("--weight_decay", type=float, default=1e-4, help="AdamW's weight decay of the generator's adapter")
     add("--fake_lr", type=float, default=3e-5, help="learning rate of the fake score")
