@@ -135,14 +135,14 @@ def clip(path, device, dtype, file=None):
         return features
 
     @torch.no_grad()
-    def text_features(prompts):  # once for each prompt
+    def text_features(prompts):  # each once, and alone: beside others its last bits would depend on them, and so would a resumed run
         if len(known) > 10000:
             known.clear()
-        new, length = [p for p in dict.fromkeys(prompts) if p not in known], model.config.text_config.max_position_embeddings
-        for some in (new[i:i + 256] for i in range(0, len(new), 256)):
-            ids = tokenizer(some, padding="max_length", truncation=True, max_length=length, return_tensors="pt").to(model.device)
+        for prompt in (p for p in dict.fromkeys(prompts) if p not in known):
+            ids = tokenizer(prompt, padding="max_length", truncation=True, max_length=model.config.text_config.max_position_embeddings,
+                            return_tensors="pt").to(model.device)
             features = model.text_projection(model.text_model(**ids).pooler_output).to(torch.promote_types(dtype, torch.float32))
-            known.update(zip(some, F.normalize(features, dim=-1)))
+            known[prompt] = F.normalize(features, dim=-1)[0]
         return torch.stack([known[p] for p in prompts])
     return model, image_features, text_features
 
