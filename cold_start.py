@@ -180,7 +180,7 @@ def main():
         loss = generator_loss(x_s, s, t, noise, back_noise, teacher, F, args.eta, args.renoise_std, args.dm_gradient).sum()
         (loss / N).backward()
         return loss.detach()
-    velocity, fake_pass, generator_pass = (graphed(function, device) for function in (velocity, fake_pass, generator_pass))
+    velocity, fake_pass, generator_pass = graphed(device, velocity, fake_pass, generator_pass)
 
     bar, log = tqdm(range(args.start, args.steps), initial=args.start, total=args.steps, disable=None if rank == 0 else True), make_log(args)
     part = lambda name: None
@@ -442,39 +442,37 @@ def play(transformer, adapters, text, negative=None, cfg=1.0):
         return v
     return velocity
 
-def graphed(function, device):
-    """On a GPU, function(*tensors) -> tensor or tuple of tensors as a CUDA graph: one launch in place of thousands, so that the GPU does not
-    wait for Python. Elsewhere the function itself.
+def graphed(device, *functions):
+    """On a GPU, functions of tensors -> the same as CUDA graphs: one launch in place of thousands, so that the GPU does not wait for Python.
+    Elsewhere the functions themselves. They give back a tensor or a tuple of tensors.
 
     For each set of shapes the first call is a plain one (it compiles), the second is recorded, all others are replayed. So whatever the
     function reads besides its inputs, weights and .grad, must stay where it is, and its Python is not run again.
     """
     if device.type != "cuda":
-        return function
-    graphs = {}
+        return functions
+    pool = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time, and results are copied before the next one runs
 
-    def call(*inputs):
-        key = tuple(x.shape for x in inputs)
-        if key not in graphs:
-            graphs[key] = None
-            return function(*inputs)
-        if graphs[key] is None:
-            static, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-            before = evaluated[0]
-            with torch.cuda.graph(graph, pool=memory_pool(), capture_error_mode="thread_local"):  # NCCL's thread may go on
-                output = function(*static)
-            graphs[key], evaluated[0] = (graph, static, output, evaluated[0] - before), before
-        graph, static, output, count = graphs[key]
-        torch._foreach_copy_(static, inputs)
-        graph.replay()
-        evaluated[0] += count
-        return output.clone() if torch.is_tensor(output) else tuple(o.clone() for o in output)
-    return call
+    def graph_of(function):
+        graphs = {}
 
-@functools.cache
-def memory_pool():
-    """One pool for all graphs: they never run at the same time, and their results are copied before the next one runs."""
-    return torch.cuda.graph_pool_handle()
+        def call(*inputs):
+            key = tuple(x.shape for x in inputs)
+            if key not in graphs:
+                graphs[key] = None
+                return function(*inputs)
+            if graphs[key] is None:
+                static, graph, before = [x.clone() for x in inputs], torch.cuda.CUDAGraph(), evaluated[0]
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL's thread may go on
+                    output = function(*static)
+                graphs[key], evaluated[0] = (graph, static, output, evaluated[0] - before), before
+            graph, static, output, count = graphs[key]
+            torch._foreach_copy_(static, inputs)
+            graph.replay()
+            evaluated[0] += count
+            return output.clone() if torch.is_tensor(output) else tuple(o.clone() for o in output)
+        return call
+    return [graph_of(function) for function in functions]
 
 def text_encoder(pipe, args, prompts=()):
     """-> encode(prompts) -> (prompt_embeds [B,L,D], pooled [B,P]), each prompt encoded once; of the last 256 the result is kept.

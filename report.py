@@ -269,7 +269,7 @@ def fake_quality(args, run, seed, device, out):
         loss = fake_score_loss(play(transformer, ["fake"], text), x_s, s, t, noise, back, noise1, noise2, gamma, .9)[0].mean()
         loss.backward()
         return loss.detach()
-    fake_pass = graphed(fake_pass, device)
+    fake_pass, = graphed(device, fake_pass)
     for step in range(steps):
         text, path, k, u, back, normal = samples("train", run if run[0] == "r" else "", seed, step)
         fake_pass(path[k], torch.full_like(u, levels[k]), renoise_time(levels[k], u), normal(), back, normal(), normal(), *text)

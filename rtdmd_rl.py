@@ -13,6 +13,7 @@ Read in this order: `advantages`, `policy_loss`, `shared_noise`, then `main` (Al
     torchrun --nproc_per_node=8 rtdmd_rl.py                       # SD3.5-M on stage 1's result in out/cold_start
     python rtdmd_rl.py --preset tiny                              # the laptop model
 """
+import math
 import os
 import random
 
@@ -206,7 +207,7 @@ def main():
         loss = policy_loss(log_p, old, advantage, args.clip).sum() / kept / M
         (args.policy_weight * ((K - 1) / M if args.subset_factor else 1) * loss).backward()
         return loss.detach(), (drift > args.clip).sum(), drift.max()
-    velocity, fake_pass, anchor, follow, policy_pass = (graphed(f, device) for f in (velocity, fake_pass, anchor, follow, policy_pass))
+    velocity, fake_pass, anchor, follow, policy_pass = graphed(device, velocity, fake_pass, anchor, follow, policy_pass)
 
     bar, log = tqdm(range(args.start, args.epochs), initial=args.start, total=args.epochs, disable=None if rank == 0 else True), make_log(args)
     part = lambda name: None
@@ -264,7 +265,8 @@ def main():
                 x_0 = path[K][b].detach().requires_grad_(bool(args.det_weight))
                 pictures = decode(pipe, x_0)
                 part("decode")
-                each = [r(pictures if r.differentiable else pictures.detach(), prompts[b], metadata[b]).float() for r in rewards]
+                fine, pictures = pictures.isfinite().flatten(1).all(1), pictures.nan_to_num(0)  # else: scores nan, and `update` skips this epoch
+                each = [r(pictures if r.differentiable else pictures.detach(), prompts[b], metadata[b]).float().where(fine, math.nan) for r in rewards]
                 part("reward")
                 scores[:, mine][:, b] = torch.stack(each).detach()
                 if args.det_weight:  # Eq. 15

@@ -200,7 +200,7 @@ def draw_all(args, pipe, encode, adapters, rows, rewards, device):
         v = play(pipe.transformer, adapters, (embeds, pooled), negative, args.cfg)
         return decode(pipe, integrate(v, noise, levels, args.eta))
     fixed = args.compile and device.type == "cuda"  # a compiled graph knows one batch size: the last batch is filled up
-    render = graphed(render, device) if fixed else render
+    render, = graphed(device, render) if fixed else (render,)
     scores, pictures, i, start = {r.name: [] for r in rewards}, [], 0, time.time()
     for batch in batches(args, rows):
         prompts, inputs_of = [row["prompt"] for row in batch], lambda prompts: (noise_of(

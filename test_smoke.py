@@ -1573,6 +1573,7 @@ def test_a_rank_without_pictures_has_no_noise_and_no_gradient_but_takes_part():
     """More processes than pictures."""
     assert shared_noise((4, 2, 2), [], torch.device("cpu"), 0).shape == (0, 4, 2, 2) and shard(2, 0, 3) == slice(0, 0)
     parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.zeros(2)
     args = SimpleNamespace(max_grad_norm=1, max_skipped=3, out_dir="")
     assert cold_start.update([parameter], torch.optim.SGD([parameter], .1), args, {"x": 0}, "x", torch.tensor(0.)) == 0 and (parameter == 1).all()
 
@@ -1649,7 +1650,7 @@ def test_a_nan_in_a_gradient_alone_skips_that_update(tmp_path):
 
 def bad_reward(images, prompts, metadata):
     raise RuntimeError("out\nof ideas")
-bad_reward.__dict__.update(name="beauty", weight=1.0, differentiable=False, check=lambda prompts, metadata: None)
+bad_reward.__dict__.update(name="beauty", weight=1.0, differentiable=False, models=[], check=lambda prompts, metadata: None)
 
 
 def test_a_reward_that_raises_is_named_with_the_prompts(run, tmp_path, capsys):
