@@ -264,7 +264,9 @@ def main():
                 x_0 = path[K][b].detach().requires_grad_(bool(args.det_weight))
                 pictures = decode(pipe, x_0)
                 part("decode")
-                each = [r(pictures if r.differentiable else pictures.detach(), prompts[b], metadata[b]).float() for r in rewards]
+                spoilt = pictures.sum((1, 2, 3)) * float("nan") if pictures.isnan().any() else None  # no scores for no pictures: this update is skipped
+                each = [r(pictures if r.differentiable else pictures.detach(), prompts[b], metadata[b]).float() if spoilt is None else spoilt
+                        for r in rewards]
                 part("reward")
                 scores[:, mine][:, b] = torch.stack(each).detach()
                 if args.det_weight:  # Eq. 15
