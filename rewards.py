@@ -481,7 +481,7 @@ def ready(score, name, weight, differentiable, batch):
 
 def move(rewards, device):
     """All models of these rewards to a device: to the CPU between scoring and update (--offload_rewards), and back; None: nowhere."""
-    for model in {id(m): m for r in rewards for m in r.models if device}.values():
+    for model in {id(m): m for r in rewards if device for m in r.models}.values():
         model.to(device)
 
 
