@@ -20,12 +20,12 @@ tiny: .venv/done
 ablations: .venv/done
 	.venv/bin/python report.py --ablations
 
-# the package in whose format HPS v2 is published, to test the conversion against; it needs torchvision for nothing that is tested
-.venv/open_clip: .venv/done
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps open_clip_torch==3.3.0 ftfy==6.3.1 wcwidth==0.9.4
+.venv/optional: .venv/done  # the lines of requirements.txt that begin with "#   " and "#-  "
+	sed -n 's/^#   //p' requirements.txt > $@.txt && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r $@.txt
+	sed -n 's/^#-  //p' requirements.txt > $@.txt && .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $@.txt
 	touch $@
 
-test: .venv/open_clip
+test: .venv/optional
 	.venv/bin/python -m pytest -q test_smoke.py
 
 clean:
