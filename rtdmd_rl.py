@@ -246,7 +246,7 @@ def main():
         part("rollout")
 
         # ---- one step of the fake score, on the finished pictures (s = 0) unless --dm_steps drawn
-        sums, most = torch.zeros(5, device=device), torch.zeros((), device=device)
+        sums, most = torch.zeros(7, device=device), torch.zeros((), device=device)
         u, n, back, n1, n2 = uniform(), normal(), uniform(), normal(), normal()
         for b, text in zip(batches, texts):
             steps_back = (1 + (200 * back[b]).floor()) / 1000
@@ -274,11 +274,13 @@ def main():
                     det = torch.relu(args.margin - total).sum() / I
                     slopes[K], = torch.autograd.grad(args.det_weight * det, x_0)
                     sums[2] += det.detach()
+                    sums[5] += slopes[K].square().sum()
                     part("decode, reward: backward")
             if args.dm_weight:  # Eq. 9, with the teacher's guidance
                 slope, dm = anchor(path[last][b], level(last, b), renoise_time(s, u[b]), n[b], back_noise[b], *text)
                 slopes[last] = slopes.get(last, 0) + args.dm_weight * slope
                 sums[3] += dm
+                sums[6] += (args.dm_weight * slope).square().sum()
                 part("teacher and fake")
             for k, slope in slopes.items():
                 follow(path[k - 1][b], level(k - 1, b), level(k, b), noise[k - 1][b], slope, *text)
@@ -303,13 +305,15 @@ def main():
 
         seen = evaluate(pipe, roles["generator"], encode, eval_rows, held_out, args, f"eval_{epoch + 1}") if held_out and (
             epoch == 0 or (epoch + 1) % args.eval_every == 0) else {}
-        names = ("loss_fake", "loss_policy", "loss_det", "loss_dm", "drift_clipped")
+        # slope_*: norms of the weighted terms' gradients with respect to the pictures' latents, to see which of the two leads
+        names = ("loss_fake", "loss_policy", "loss_det", "loss_dm", "drift_clipped", "slope_det", "slope_dm")
+        totals = [*(totals := all_reduce(sums))[:5].tolist(), *totals[5:].sqrt().tolist()]
         # signs of a collapse: how much the pictures of a prompt differ (latent_std), prompts whose pictures all score the same (flat_groups)
         group = torch.arange(I, device=device)[mine] // args.group_size
         moments = torch.zeros(2, args.prompts_per_epoch, *shape, device=device).index_add_(1, group, torch.stack([path[K], path[K].square()]))
         mean, square = all_reduce(moments) / args.group_size
         log(bar, I, step=epoch, S=S, **{f"reward_{r.name}": scores[i].mean().item() for i, r in enumerate(rewards)},
-            **dict(zip(names, all_reduce(sums).tolist())), drift_max=all_reduce(most, dist.ReduceOp.MAX).item(), **seen,
+            **dict(zip(names, totals)), drift_max=all_reduce(most, dist.ReduceOp.MAX).item(), **seen,
             latent_std=(square - mean ** 2).clamp(min=0).sqrt().mean().item(),
             flat_groups=(advantage_all.view(-1, args.group_size) == 0).all(1).float().mean().item(),
             ema_drift=distance(G_params, ema), grad_fake=F_norm, grad_generator=G_norm)
