@@ -8,7 +8,7 @@ Three roles are played by ONE frozen transformer with two LoRA adapters (the rol
 Read in this order: `rollout`, `fake_score_loss`, `generator_loss` (the mathematics: tensors and velocity functions only), then
 `main` (Algorithm 1, first half), then the plumbing, which stage 2 (rtdmd_rl.py) imports. The sampler is in cps.py.
 
-    torchrun --nproc_per_node=8 cold_start.py           # SD3.5-M, 512 px, the paper's recipe
+    torchrun --nproc_per_node=8 cold_start.py           # SD3.5-M, 512 px, the recipe of the authors' release
     python cold_start.py --preset tiny                  # the laptop model in assets/tiny, minutes on a CPU
 """
 import argparse
@@ -180,7 +180,7 @@ def main():
         loss = generator_loss(x_s, s, t, noise, back_noise, teacher, F, args.eta, args.renoise_std, args.dm_gradient).sum()
         (loss / N).backward()
         return loss.detach()
-    velocity, fake_pass, generator_pass = graphed(device, velocity, fake_pass, generator_pass)
+    velocity, fake_pass, generator_pass = graphed(args.graphs, device, velocity, fake_pass, generator_pass)
 
     bar, log = tqdm(range(args.start, args.steps), initial=args.start, total=args.steps, disable=None if rank == 0 else True), make_log(args)
     part = lambda name: None
@@ -292,6 +292,7 @@ def make_parser(description, presets, out_dir, paper):
     add("--low_memory", action="store_true", help="for a 24 GB card: --gradient_checkpointing, --cache_text, --offload_rewards, decoding "
         "picture by picture, --micro_batch 4 at most")
     add("--compile", type=int, choices=(0, 1), help="compile each transformer block and the decoder; 1 on a GPU unless said, else 0")
+    add("--graphs", type=int, choices=(0, 1), default=1, help="on a GPU: record each pass as a CUDA graph and replay it")
     add("--bench", type=int, default=0, help="measure so many steps after a warm-up, print one JSON line, and stop; nothing is saved")
     add("--sample_every", type=int, default=500, help="save a picture grid every so many steps; 0: never")
     add("--save_every", type=int, default=500, help="save a checkpoint every so many steps")
@@ -303,7 +304,7 @@ RANGES = {"eta": (0, 1), "ema": (0, 1), "shift": (.01, 100), "seed": (0, 2 ** 63
     "ema_every", "max_sequence_length", "max_skipped", "num_images", "eval_every", "eval_images"), (1, 10 ** 9))}
 FREE = {"out_dir", "resume", "device", "micro_batch", "steps", "epochs", "start", "cache_text", "preset", "gradient_checkpointing", "sample_every",
         "save_every", "save_minutes", "saved_at", "max_skipped", "made_with", "reward_batch", "offload_rewards", "eval_rewards", "eval_every",
-        "eval_prompts", "eval_images", "compile", "low_memory", "bench"}  # may change on --resume: the result is the same, but for its length
+        "eval_prompts", "eval_images", "compile", "graphs", "low_memory", "bench"}  # may change on --resume: the result is the same, but for its length
 stop = {"asked": False, "agreed": False}  # a signal has come to this process; all processes know of one (see `update`)
 
 def parse(parser):
@@ -348,6 +349,8 @@ def setup(args, training=True):
     except OSError as e:
         die(f"cannot write to --out_dir {args.out_dir}: {e.strerror}")
     if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            die(f"a process for GPU {device.index}, but this machine has {torch.cuda.device_count()}: give torchrun a smaller --nproc_per_node", local=True)
         torch.cuda.set_device(device)
     diffusers_logging.set_verbosity_error()  # it would print what the tokenizers cut off, prompt by prompt
     if training:  # the step under way is finished, then save_or_stop. A second signal changes nothing: torchrun passes on what the terminal sent too
@@ -367,7 +370,8 @@ def load_pipeline(args, device):
         for module in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
             module.requires_grad_(False).eval().to(device)
     except Exception as e:  # a directory can be wrong in a dozen ways
-        die(f"--pretrained {args.pretrained} cannot be loaded; it must be a pipeline directory or a hub id ({str(e).splitlines()[0][:200]})")
+        die(f"--pretrained {args.pretrained} cannot be loaded; it must be a pipeline directory or a hub id ({str(e).splitlines()[0][:200]})",
+            local=isinstance(e, torch.cuda.OutOfMemoryError))
     unit, most = pipe.vae_scale_factor * pipe.transformer.config.patch_size, pipe.transformer.config.pos_embed_max_size
     if args.resolution % unit or args.resolution > unit * most:
         die(f"--resolution {args.resolution} must be divisible by {unit} and at most {unit * most} for this model's VAE and patches")
@@ -442,14 +446,14 @@ def play(transformer, adapters, text, negative=None, cfg=1.0):
         return v
     return velocity
 
-def graphed(device, *functions):
+def graphed(on, device, *functions):
     """On a GPU, functions of tensors -> the same as CUDA graphs: one launch in place of thousands, so that the GPU does not wait for Python.
     Elsewhere the functions themselves. They give back a tensor or a tuple of tensors.
 
     For each set of shapes the first call is a plain one (it compiles), the second is recorded, all others are replayed. So whatever the
     function reads besides its inputs, weights and .grad, must stay where it is, and its Python is not run again.
     """
-    if device.type != "cuda":
+    if not on or device.type != "cuda":
         return functions
     pool = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time, and results are copied before the next one runs
 
@@ -457,7 +461,7 @@ def graphed(device, *functions):
         graphs = {}
 
         def call(*inputs):
-            key = tuple(x.shape for x in inputs)
+            key = tuple((x.shape, x.dtype) for x in inputs)
             if key not in graphs:
                 graphs[key] = None
                 return function(*inputs)
@@ -490,8 +494,9 @@ def text_encoder(pipe, args, prompts=()):
 
     def encode(prompts):
         new = [p for p in dict.fromkeys(prompts) if p not in cache]
-        for i in range(0, len(new), 32):
-            cache.update(zip(new[i:i + 32], zip(*fresh(new[i:i + 32]))))
+        n = 32 if device.type == "cuda" else 1  # one by one, a prompt's embedding does not depend on its company: a resumed run is exact
+        for i in range(0, len(new), n):
+            cache.update(zip(new[i:i + n], zip(*fresh(new[i:i + n]))))
         embeds, pooled = (torch.stack(e) for e in zip(*(cache[p] for p in prompts)))
         for p in list(cache)[:max(0, len(cache) - 256)]:
             del cache[p]
@@ -502,7 +507,7 @@ def text_encoder(pipe, args, prompts=()):
     rows, (embeds, pooled) = {p: i for i, p in enumerate(dict.fromkeys([*prompts, ""]))}, fresh([""])
     size, path = embeds.numel() + pooled.numel(), f"{args.out_dir}/text.bin"
     try:
-        with open(path, "ab") as f:  # all of it now: a memory map over a full disk ends in a bus error
+        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "rb") as f:  # all of it now: a memory map over a full disk ends in a bus error
             os.posix_fallocate(f.fileno(), 0, len(rows) * size * embeds.element_size())
     except OSError as e:
         die(f"--cache_text needs {len(rows) * size * embeds.element_size() / 1e9:.1f} GB in {args.out_dir} ({e.strerror})")
@@ -512,7 +517,7 @@ def text_encoder(pipe, args, prompts=()):
     for i in tqdm(range(0, len(todo), 32), desc="text", disable=None if local == 0 else True):
         embeds, pooled = fresh(todo[i:i + 32])
         table[[rows[p] for p in todo[i:i + 32]]] = torch.cat([embeds.flatten(1), pooled], 1).cpu()
-    all_reduce(torch.zeros(1, device=device))  # wait for the others' shares
+    all_reduce(torch.zeros(1, device=device)).item()  # wait, on the host too, for the others' shares
     shape, split = embeds.shape[1:], embeds[0].numel()
     pipe.text_encoder = pipe.text_encoder_2 = pipe.text_encoder_3 = None
     gc.collect(), torch.cuda.empty_cache()
@@ -700,6 +705,9 @@ def load_checkpoint(args, state, rows, transformer):
     args.made_with = {**{name: version(name) for name in ("torch", "diffusers", "peft", "transformers")}, "device": args.device,
                       "processes": int(os.environ.get("WORLD_SIZE", 1))}
     args.saved_at = time.time()
+    found = [all_reduce(torch.tensor(float(bool(paths)), device=transformer.device), op).item() for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX)]
+    if found[0] != found[1]:
+        die(f"some processes see a checkpoint in --out_dir {args.out_dir} and some do not: it must lie on a file system that all machines share")
     if not args.resume or not paths:
         return 0
     hint = f"; delete {paths[0]} to go on from the one before it" if paths[1:] else ""
@@ -717,7 +725,8 @@ def load_checkpoint(args, state, rows, transformer):
             torch._foreach_copy_([p.data for p in state[name]], saved[name])
     if os.environ.get("RANK", "0") == "0":
         changed = ", ".join(f"{k} {flags['made_with'].get(k)} -> {v}" for k, v in args.made_with.items() if flags["made_with"].get(k) != v)
-        print(f"going on from {paths[0]}, step {saved['step']}{changed and f'; changed since ({changed}): the same results up to rounding'}", flush=True)
+        print(f"going on from {paths[0]}, step {saved['step']}{changed and f'; changed since ({changed}): the same results up to rounding'}"
+              + ", but for the random numbers, which are each device's own" * ("device" in changed), flush=True)
     return saved["step"]
 
 def find_weights(where, subfolder, name, must=True):
@@ -732,7 +741,7 @@ def find_weights(where, subfolder, name, must=True):
         except Exception as e:  # offline, no such repository, no such file, no permission
             reason = f"neither that file nor {subfolder}/{name} in a hub repository: {str(e).splitlines()[0][:120]}"
     if must and not os.path.exists(path):
-        die(f"{path}: {reason}; run stage 1 first, or name the directory of a run")
+        die(f"{path}: {reason}; run {'stage 2' if subfolder == 'rtdmd' else 'stage 1'} first, or name the directory of a run (sample.py: '' leaves it out)")
     return path if os.path.exists(path) else None
 
 def load_adapter(transformer, name, path):

@@ -138,7 +138,6 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
         if self.step_index is None:
             self._init_step_index(timestep)
         here, there = self.sigmas[self.step_index].item(), self.sigmas[self.step_index + 1].item()
-        noise = None
         if there > 0 and self.config.eta > 0:
             noise = randn_tensor(sample.shape, generator=generator or self.generator, device=sample.device, dtype=torch.float32)
         else:

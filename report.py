@@ -4,7 +4,7 @@
                                                         # teacher-4, AC-DMD and RTDMD -> report.json, report.png and a table
     python report.py --curves out/cold_start out/rtdmd  # every number of their log.jsonl, a colour a run -> out/cold_start/curves.png
     python report.py --ablations                        # make ablations: Tables 3 and 4 and the fake score's quality -> out/ablations
-    python report.py --ablations --jobs 7 --cpu_jobs 9 --minutes 8.8     # the same on one GPU and 16 cores, and an end to it
+    python report.py --ablations --jobs 7 --cpu_jobs 9 --minutes 20     # the same on one GPU and 16 cores, and an end to it
 
 The numbers (for all of these): checker, the share of pictures that satisfy their caption exactly; CLIPScore, which is a reward; the
 judge, a CLIP that nothing is trained on; and `diversity`, since a reward can be hacked by drawing one good picture for ever.
@@ -269,7 +269,7 @@ def fake_quality(args, run, seed, device, out):
         loss = fake_score_loss(play(transformer, ["fake"], text), x_s, s, t, noise, back, noise1, noise2, gamma, .9)[0].mean()
         loss.backward()
         return loss.detach()
-    fake_pass, = graphed(device, fake_pass)
+    fake_pass, = graphed(True, device, fake_pass)
     for step in range(steps):
         text, path, k, u, back, normal = samples("train", run if run[0] == "r" else "", seed, step)
         fake_pass(path[k], torch.full_like(u, levels[k]), renoise_time(levels[k], u), normal(), back, normal(), normal(), *text)
@@ -394,7 +394,7 @@ def stopwatch(args, transformer, images, warm_up, evaluated):
     base is frozen), nothing for recomputed activations, the decoder or the rewards.
     """
     from torch.utils.flop_counter import FlopCounterMode
-    cuda, marks, state, begin = torch.cuda.is_available(), [], {}, time.time()
+    cuda, marks, state, begin = transformer.device.type == "cuda", [], {}, time.time()
     between = (lambda a, b: a.elapsed_time(b) / 1000) if cuda else (lambda a, b: b - a)
 
     def remember(module, inputs, kwargs, output):

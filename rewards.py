@@ -457,7 +457,7 @@ def build(weights, device, paths=(), dtype=torch.float32, batch=0):
             score = load(place, str(device), dtype, places.get("clipscore", CLIP_L))
         except Exception as e:  # a directory can be wrong in a dozen ways
             reason = f"no {e} in it" if isinstance(e, KeyError) else " ".join(str(e).split())[:150]
-            what = "pip install " + {"rapidocr": "rapidocr onnxruntime"}.get(e.name, str(e.name)) if isinstance(e, ImportError) and e.name else (
+            what = "pip install " + {"rapidocr": "rapidocr onnxruntime"}.get(e.name, e.name or "what it names") if isinstance(e, ImportError) else (
                 f"download {REWARDS[name][2] or 'it'} and give --reward_path {name}=PATH")
             raise ValueError(f"reward {name}: cannot load {place or 'it'} ({reason}); {what}") from None
         rewards.append(ready(score, name, weight, differentiable, batch))

@@ -109,7 +109,7 @@ def shared_noise(shape, prompts, device, *key):
 
 @torch.no_grad()
 def evaluate(pipe, adapters, encode, rows, rewards, args, name):
-    """Mean held-out rewards of one picture a row, always from the same seeds -> {"eval_<reward>": mean}; the pictures to samples/<name>.png.
+    """Mean held-out rewards of one picture a row, always from the same seeds -> {"eval_<reward>": mean}; rank 0's pictures to samples/<name>.png.
     Each rank draws its share; the numbers do not depend on how many there are."""
     device, levels, sums, pictures = pipe.transformer.device, sigmas(args.num_steps, args.shift), torch.zeros(len(rewards), device=pipe.transformer.device), []
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -123,7 +123,7 @@ def evaluate(pipe, adapters, encode, rows, rewards, args, name):
         pictures.append(decode(pipe, x))
         sums += torch.stack([r(pictures[-1], prompts, metadata).sum() for r in rewards])
     move(rewards, "cpu" if args.offload_rewards else None)
-    if rank == 0:
+    if rank == 0 and pictures:
         save_grid(torch.cat(pictures)[:64], f"{args.out_dir}/samples/{name}.png")
     return {f"eval_{r.name}": mean for r, mean in zip(rewards, (all_reduce(sums) / len(rows)).tolist())}
 
@@ -140,7 +140,7 @@ def main():
     device, rank, world = setup(args)
     rows = checked(load_prompts, args.prompts)
     pipe = load_pipeline(args, device)
-    loaded = lambda what: [guarded(r) for r in checked(build, what, device, args.reward_path, getattr(torch, args.reward_dtype), args.reward_batch)]
+    loaded = lambda what: [guarded(r) for r in checked(build, what, torch.device("cpu") if args.offload_rewards else device, args.reward_path, getattr(torch, args.reward_dtype), args.reward_batch)]
     rewards, held_out, eval_rows = loaded(weights), loaded(args.eval_rewards) if args.eval_rewards else [], []
     if held_out:
         eval_rows = checked(load_prompts, args.eval_prompts) if args.eval_prompts else rows
@@ -204,10 +204,10 @@ def main():
         log_p = log_prob(x_t, mean, std_or_none(std))
         drift = (torch.exp(log_p - old_log_p) - 1).detach().abs()
         old = log_p.detach() if args.old_log_prob == "update" else old_log_p
-        loss = policy_loss(log_p, old, advantage, args.clip).sum() / kept / M
-        (args.policy_weight * ((K - 1) / M if args.subset_factor else 1) * loss).backward()
-        return loss.detach(), (drift > args.clip).sum(), drift.max()
-    velocity, fake_pass, anchor, follow, policy_pass = graphed(device, velocity, fake_pass, anchor, follow, policy_pass)
+        loss = policy_loss(log_p, old, advantage, args.clip).sum() / kept
+        (args.policy_weight * (K - 1 if args.subset_factor else 1) / M * loss).backward()  # mean over S (release), or (K-1)/M times the sum
+        return loss.detach() / M, (drift > args.clip).sum(), drift.max()
+    velocity, fake_pass, anchor, follow, policy_pass = graphed(args.graphs, device, velocity, fake_pass, anchor, follow, policy_pass)
 
     bar, log = tqdm(range(args.start, args.epochs), initial=args.start, total=args.epochs, disable=None if rank == 0 else True), make_log(args)
     part = lambda name: None
@@ -258,9 +258,9 @@ def main():
         #      step. Its input is a constant: what it owes to G is SubGRPO's part (App. G.2).
         u, n, back_noise = uniform(), normal(), normal()
         scores = torch.zeros(len(rewards), I, device=device)  # of all pictures; each rank fills in its own
+        slopes = [{} for _ in batches]  # for each micro-batch {step: gradient of the loss with respect to the state after it}
         move(rewards, device if args.offload_rewards else None)
-        for b, text in zip(batches, texts):
-            slopes = {}  # step: gradient of the loss with respect to the state after it
+        for i, b in enumerate(batches):
             with torch.set_grad_enabled(bool(args.det_weight)):
                 x_0 = path[K][b].detach().requires_grad_(bool(args.det_weight))
                 pictures = decode(pipe, x_0)
@@ -272,20 +272,21 @@ def main():
                 if args.det_weight:  # Eq. 15
                     total = sum(r.weight * score for r, score in zip(rewards, each) if r.differentiable)
                     det = torch.relu(args.margin - total).sum() / I
-                    slopes[K], = torch.autograd.grad(args.det_weight * det, x_0)
+                    slopes[i][K], = torch.autograd.grad(args.det_weight * det, x_0)
                     sums[2] += det.detach()
-                    sums[5] += slopes[K].square().sum()
+                    sums[5] += slopes[i][K].square().sum()
                     part("decode, reward: backward")
+        move(rewards, "cpu" if args.offload_rewards else None)
+        for b, text, to in zip(batches, texts, slopes):
             if args.dm_weight:  # Eq. 9, with the teacher's guidance
                 slope, dm = anchor(path[last][b], level(last, b), renoise_time(s, u[b]), n[b], back_noise[b], *text)
-                slopes[last] = slopes.get(last, 0) + args.dm_weight * slope
+                to[last] = to.get(last, 0) + args.dm_weight * slope
                 sums[3] += dm
                 sums[6] += (args.dm_weight * slope).square().sum()
                 part("teacher and fake")
-            for k, slope in slopes.items():
+            for k, slope in to.items():
                 follow(path[k - 1][b], level(k - 1, b), level(k, b), noise[k - 1][b], slope, *text)
             part("last step")
-        move(rewards, "cpu" if args.offload_rewards else None)
 
         # ---- second part: SubGRPO on the steps in S (Eq. 17); pictures with advantage 0 add nothing and are not counted
         scores = all_reduce(scores)

@@ -6,7 +6,7 @@
     python sample.py --prompts FILE --rewards clipscore,geneval --compare  # evaluate beside the teacher: scores.jsonl, means, categories
     python sample.py "..." --teacher                                       # the base, 50 steps with guidance
 
-`draw` is the whole sampler. Each picture has its own seed (seed + its index), so that it does not depend on the batch size.
+`noise_of` and `integrate` are the whole sampler. Each picture has its own seed (seed + its index), so that it does not depend on the batch size.
 """
 import argparse
 import json
@@ -200,7 +200,7 @@ def draw_all(args, pipe, encode, adapters, rows, rewards, device):
         v = play(pipe.transformer, adapters, (embeds, pooled), negative, args.cfg)
         return decode(pipe, integrate(v, noise, levels, args.eta))
     fixed = args.compile and device.type == "cuda"  # a compiled graph knows one batch size: the last batch is filled up
-    render, = graphed(device, render) if fixed else (render,)
+    render, = graphed(fixed, device, render)
     scores, pictures, i, start = {r.name: [] for r in rewards}, [], 0, time.time()
     for batch in batches(args, rows):
         prompts, inputs_of = [row["prompt"] for row in batch], lambda prompts: (noise_of(
