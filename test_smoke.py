@@ -1843,6 +1843,19 @@ def test_the_scoreboard_and_the_curves_of_a_run(run, quick, tmp_path):
     assert Image.open(tmp_path / "report.png").size == (130 + 18 * 66, 60 + 5 * 66 + 200) and set(report.PALETTE[:2]) <= used
 
 
+def test_the_figures_of_the_readme(run, quick, tmp_path, monkeypatch):
+    x, t = torch.linspace(-2, 2, 9, dtype=torch.float64).requires_grad_(), .6  # first: is the velocity of two modes what Eq. 2 says?
+    density = torch.stack([torch.distributions.Normal((1 - t) * m, ((1 - t) ** 2 * .15 ** 2 + t ** 2) ** .5).log_prob(x) for m in (-1, 1)]).logsumexp(0)
+    score, = torch.autograd.grad(density.sum(), x)
+    close(report.exact_velocity(x.detach(), t), (-x - t * score).detach() / (1 - t), 1e-6)
+    shutil.copytree(run.cold, tmp_path / "run/cold_start"), shutil.copytree(run.rl, tmp_path / "run/rtdmd")
+    monkeypatch.setattr(report, "captions", lambda *_: tiny.captions("train")[:5])
+    status, out, err = here(report, tmp_path / "run", "--device", "cpu", "--figures", tmp_path / "new/figures")
+    assert status == 0 and out.count("std within a group") == 4 and "correlation of start and end" in out, err
+    assert {p.name for p in (tmp_path / "new/figures").iterdir()} == {"sampler.png", "subgrpo.png"} and not (tmp_path / "run/report.json").exists()
+    assert here(report, "--figures", tmp_path / "none")[0] == 2 and not (tmp_path / "none").exists()
+
+
 def test_the_scoreboards_captions_are_the_same_for_any_number_of_pictures():
     rows = report.report_captions(72)
     assert [r["tag"] for r in rows[::72]] == tiny.CATEGORIES and all(n % 72 == 0 or 72 % n == 0 for n in Counter(r["prompt"] for r in rows).values())
