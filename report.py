@@ -494,7 +494,7 @@ def matmul_rate(n=8192):
     return 2e-9 * n ** 3 * 10 / events[10].elapsed_time(events[20])
 
 
-def main():
+def arguments():
     parser = argparse.ArgumentParser(description="Scoreboard, curves and ablation tables.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error, add, gpu = die, parser.add_argument, torch.cuda.is_available()
@@ -523,6 +523,12 @@ def main():
         args.ablations = args.ablations.split(",")
         if set(args.ablations) - set(TABLES):
             die(f"--ablations takes {', '.join(TABLES)}, got {','.join(args.ablations)}")
+    return args
+
+
+def main():
+    args = arguments()
+    if args.ablations is not None:
         ablations(args)
     elif args.curves:
         draw_curves(args.curves, f"{args.curves[0]}/curves.png")

@@ -13,6 +13,7 @@ command lines, and the two are compared to the byte, that the difference cannot 
 import contextlib
 import copy
 import errno
+import importlib
 import io
 import itertools
 import json
@@ -39,6 +40,7 @@ from unittest import mock
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # before torch: no network, one thread, no GPU
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "assets/tiny"
+README = (ROOT / "README.md").read_text()
 
 import numpy as np
 import pytest
@@ -50,6 +52,8 @@ from peft import LoraConfig
 from PIL import Image
 
 import cold_start
+import cps
+import export
 import report
 import rewards
 import rtdmd_rl
@@ -2592,8 +2596,9 @@ def drawn_by_diffusers(pipe, **more):
 
 
 def snippets(card, folder):
-    """The python code of a model card, made to run here."""
-    for old, new in (('.to("cuda")', ""), ("bfloat16", "float32"), ('"DIR"', repr(str(folder))), ("a photo of a cat", "a circle")):
+    """The python code of a model card or of the README, made to run here."""
+    for old, new in (("stabilityai/stable-diffusion-3.5-medium", str(TINY)), ("height=512, width=512, max_sequence_length=128", "height=32, width=32, max_sequence_length=8"),
+                     ("lora_dir", str(folder)), ('.to("cuda")', ""), ("bfloat16", "float32"), ('"DIR"', repr(str(folder))), ("a photo of a cat", "a circle")):
         card = card.replace(old, new)
     return re.findall(r"```python\n(.*?)```", card, re.S)
 
@@ -2616,6 +2621,10 @@ def test_diffusers_draws_from_every_export_what_our_own_loop_draws(tmp_path, sta
     close(drawn_by_diffusers(plain["pipe"]), ours, 1e-3)
     assert len(stacked) == (len(stages) == 2)
     if stacked:
+        for code in snippets(README, lora):  # the README's; the second, after the first, leaves its one LoRA inactive
+            exec(code, plain)
+        assert plain["pipe"].get_active_adapters() == names
+        close(drawn_by_diffusers(plain["pipe"]), ours, 1e-3)
         exec("\n".join(line for line in whole.splitlines() if "load_lora" not in line) + "\n" + stacked[0], plain)
         close(drawn_by_diffusers(plain["pipe"]), ours, 1e-3)
         plain["pipe"].set_adapters("rtdmd")  # what the published card's own code ends with: stage 1 is lost
@@ -2737,3 +2746,114 @@ def test_prompts_are_drawn_as_they_come_in_on_stdin(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("a red circle\n\ntwo squares\n"))
     status, out, err = here(sample, *BASE[:4], "--cold_start", run.cold, "--rtdmd", run.rl, "--prompts", "-", "--out_dir", tmp_path)
     assert status == 0 and "two squares" in out and {"00000.png", "00001.png", "grid.png"} <= {p.name for p in tmp_path.iterdir()}, err
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ readme
+MODULES = {module.__name__: module for module in (cold_start, cps, export, report, rewards, rtdmd_rl, sample, tiny)}
+PROGRAMS = {name: MODULES[name] for name in ("cold_start", "report", "rtdmd_rl", "sample", "tiny")}
+
+
+def commands():
+    """Every command in the README and in the programs' docstrings, in an indented block or within backticks."""
+    for text in (README, *(module.__doc__ for module in MODULES.values())):
+        found = re.findall(r"^    ((?:python3?|torchrun|make|source|git) .*)$", text, re.M) + re.findall(r"`((?:python3?|torchrun|make) [^`]*)`", text)
+        yield from (part for line in found for part in " ".join(line.split()).split(" && "))
+
+
+@pytest.mark.parametrize("command", sorted(set(commands())))
+def test_every_command_of_the_readme_parses(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command, comments=True)
+    script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+    elif script is None:
+        assert words[0] in ("source", "git", "torchrun", ".venv/bin/pip") or words[:3] == ["python3", "-m", "venv"]
+    elif words[script] == "test_smoke.py":
+        assert words[script + 1] == "--crash" and int(words[script + 2])
+    else:
+        monkeypatch.setattr(sys, "argv", words[script:])
+        PROGRAMS[words[script].removesuffix(".py")].arguments()
+
+
+def test_every_file_link_function_and_flag_of_the_readme_is_there(capsys, monkeypatch):
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert len(links) >= 3 and all((ROOT / link).is_file() for link in links)
+    assert [name for name in re.findall(r"(?<![\w/])(\w+\.(?:py|txt))\b", README) if not (ROOT / name).is_file()] == []
+    names = [(MODULES[module], name) for module, name in re.findall(r"`(\w+)\.(\w+)", README) if module in MODULES and name not in ("py", "json", "png", "safetensors")]
+    assert len(names) > 30 and [f"{module.__name__}.{name}" for module, name in names if not hasattr(module, name)] == []
+    for module in PROGRAMS.values():
+        monkeypatch.setattr(sys, "argv", [module.__name__, "--help"])
+        with pytest.raises(SystemExit):
+            module.arguments()
+    known = set(re.findall(r"--([a-z]\w*)", capsys.readouterr().out)) | {"nproc_per_node", "nnodes", "rdzv-endpoint", "shutdown_timeout", "crash"}
+    assert set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README)) - known == set()
+    for marker in ("table", "ablations", "performance", "cost"):
+        assert README.count(f"<!-- {marker} -->") == README.count(f"<!-- /{marker} -->") == 1
+    assert all((ROOT / "assets" / name).stat().st_size < 150_000 for name in ("sampler.png", "subgrpo.png"))
+
+
+# ---- the README's diffs: each is applied to a copy of the programs, which then runs
+DIFFS = dict(re.findall(r"^\*The ([\w-]+)[^\n]*\*.*?```diff\n(.*?)```", README.split("## Change it")[1].split("\n## ")[0], re.M | re.S))
+
+
+@pytest.fixture
+def changed(request, tmp_path, monkeypatch):
+    """The programs with one diff, as fresh modules -> {name: module}"""
+    (file,) = re.findall(r"^\+\+\+ b/(.*)$", DIFFS[request.param], re.M)
+    lines = DIFFS[request.param].split("@@\n", 1)[1].splitlines()
+    before, after = ("".join(line[1:] + "\n" for line in lines if line[:1] not in sign) for sign in "+-")
+    code = (ROOT / file).read_text()
+    assert len(lines) <= 10 and code.count(before) == 1
+    for module in MODULES.values():
+        shutil.copy(module.__file__, tmp_path)
+        monkeypatch.delitem(sys.modules, module.__name__)
+    (tmp_path / file).write_text(code.replace(before, after))
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = {name: importlib.import_module(name) for name in ("cps", "rewards", "cold_start", "rtdmd_rl", "sample")}
+    assert all(Path(module.__file__).parent == tmp_path for module in modules.values())
+    yield SimpleNamespace(**modules)
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+ONE_STEP, ONE_EPOCH = [*BASE, "--steps", 1, "--batch_size", 2, "--generator_every", 1], [*BASE, "--epochs", 1, "--prompts_per_epoch", 1, "--group_size", 2]
+
+
+@pytest.mark.parametrize("changed", ["sampler"], indirect=True)
+def test_the_diff_of_the_sampler_keeps_the_schedule_and_trains(changed, tmp_path):
+    x, v = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)  # at level 1 x0 is -1 and eps 0
+    _, mean, std = changed.cps.cps_step(x, v, 1.0, .5, .9)
+    assert std.item() == pytest.approx(.5 * .9 ** .5) and mean.item() == pytest.approx(-.5)
+    _, mean, _ = changed.cps.cps_step(x, -v, 0.0, .5, .9)  # at level 0 eps is -1
+    assert mean.item() ** 2 + std.item() ** 2 == pytest.approx(.25)  # the noise's total variance is on schedule
+    good(here(changed.cold_start, *ONE_STEP, "--out_dir", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("changed", ["reward"], indirect=True)
+def test_the_diff_of_the_reward_trains_with_it(changed, run, tmp_path):
+    good(here(changed.rtdmd_rl, *ONE_EPOCH, "--cold_start", run.cold, "--rewards", "colourful:1,clipscore:1", "--out_dir", tmp_path / "out"))
+    assert 0 < log_of(tmp_path / "out")[0]["reward_colourful"] < 1
+
+
+@pytest.mark.parametrize("changed", ["backbone"], indirect=True)
+def test_the_diff_of_the_backbone_trains_auraflows_transformer(changed, tmp_path):
+    from diffusers import AuraFlowTransformer2DModel
+    shutil.copytree(TINY, tmp_path / "aura")
+    shutil.rmtree(tmp_path / "aura/transformer")
+    AuraFlowTransformer2DModel(sample_size=16, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=128,
+                               caption_projection_dim=16, pos_embed_max_size=64).save_pretrained(tmp_path / "aura/transformer")
+    index = json.loads((TINY / "model_index.json").read_text())
+    (tmp_path / "aura/model_index.json").write_text(json.dumps({**index, "transformer": ["diffusers", "AuraFlowTransformer2DModel"]}))
+    good(here(changed.cold_start, *ONE_STEP, "--pretrained", tmp_path / "aura", "--out_dir", tmp_path / "out"))
+    line, = log_of(tmp_path / "out")
+    assert line["grad_fake"] > 0 and any("single_transformer_blocks" in k for k in load(tmp_path / "out/fake.pt"))
+
+
+@pytest.mark.parametrize("changed", ["distribution-matching"], indirect=True)
+def test_the_diff_of_the_distribution_matching_loss_weighs_the_steps_and_trains(changed, tmp_path):
+    x, s, t = torch.randn(2, 4, 3, 3), torch.tensor([.5, .9]), torch.tensor([.7, .95])
+    inputs = (x, s, t, torch.randn_like(x), torch.randn_like(x), lambda x, t: x, lambda x, t: 2 * x, .9)
+    close(changed.cold_start.generator_loss(*inputs), generator_loss(*inputs) * torch.tensor([4, 100]), 1e-4)
+    good(here(changed.cold_start, *ONE_STEP, "--out_dir", tmp_path / "out"))
