@@ -2637,6 +2637,25 @@ def test_diffusers_draws_from_every_export_what_our_own_loop_draws(tmp_path, sta
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_merging_into_a_bf16_base_is_done_in_float32(tmp_path):
+    """As on a GPU: a bf16 base, float32 adapters, and updates that bf16 would round away."""
+    random_adapter(tmp_path / "cold/generator_ema.pt", 0)
+    args, pipe = tiny_args(cold_start=str(tmp_path / "cold"), rtdmd="", export=None, export_merged=str(tmp_path / "merged"), steps=4, shift=3., eta=.9), tiny_pipe()
+    pipe.transformer.bfloat16()
+    names = sample.load_generator(pipe, args)
+    lora = {k: p.mul_(1e-2) for k, p in export.concatenated(pipe.transformer, names).items()}  # B A shrinks by 1e-4
+    for k, p in cold_start.adapter(pipe.transformer, names[0]).items():
+        p.data.mul_(1e-2)
+    base = {k: p.detach().float().clone() for k, p in pipe.transformer.named_parameters() if "base_layer.weight" in k}
+    export.export(pipe, names, args, [], {})
+    merged = SD3Transformer2DModel.from_pretrained(tmp_path / "merged/transformer").state_dict()
+    for k, weight in base.items():
+        name = k.removesuffix("base_layer.weight")
+        update = lora[name + "lora_B.weight"] @ lora[name + "lora_A.weight"]
+        close(merged[name + "weight"] - weight, update, 1e-6)
+        assert 0 < update.abs().max() < 1e-2 and ((weight.bfloat16() + update.bfloat16()) == weight).float().mean() > .2
+
+
 def test_a_model_card_says_how_it_was_made_and_what_it_scored(run, tmp_path):
     good(here(sample, "a red circle", *BASE[:4], "--cold_start", run.cold, "--rtdmd", run.rl, "--rewards", "checker", "--num_images", 2,
               "--out_dir", tmp_path / "pictures", "--export", tmp_path / "lora"))
@@ -2701,9 +2720,11 @@ def test_the_scheduler_shifts_once_where_the_shift_depends_on_the_pictures_size(
     close(ours.step(v, ours.timesteps[0], x)[0], theirs.step(v, theirs.timesteps[0], x)[0], 1e-5)
     ours.set_timesteps(4, mu=.8)
     close(ours.sigmas, theirs.sigmas, 1e-6)
-    ours = CPSScheduler()  # without dynamic shifting mu means nothing
+    ours, euler = CPSScheduler(), FlowMatchEulerDiscreteScheduler(shift=3.0)  # without dynamic shifting mu means nothing
     ours.set_timesteps(4, mu=.8)
+    euler.set_timesteps(sigmas=[1, .75, .5, .25])  # what the README says for users without ours
     close(ours.sigmas.tolist(), LEVELS, 1e-6)
+    close(euler.sigmas.tolist(), LEVELS, 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------- Stable Diffusion 3 Medium
