@@ -2746,8 +2746,8 @@ def test_the_adapters_fit_sd3_medium():
 
 
 def test_both_stages_run_on_sd3_mediums_kind_of_transformer(tmp_path):
-    """24 narrow blocks, its table of positions, in the tiny pipeline: training, drawing, and the largest resolution that it has positions for."""
-    small = dict(SD3M, in_channels=4, out_channels=4, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=128, caption_projection_dim=16,
+    """Four narrow blocks and its table of positions in the tiny pipeline: training, drawing, and the largest resolution that it has positions for."""
+    small = dict(SD3M, num_layers=4, in_channels=4, out_channels=4, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=128, caption_projection_dim=16,
                  pooled_projection_dim=128, sample_size=16)
     shutil.copytree(TINY, tmp_path / "sd3m")
     shutil.rmtree(tmp_path / "sd3m/transformer")
