@@ -593,7 +593,7 @@ def guarded(reward):
 def note_prompts(pipe, rows, args):
     """Say how many prompts are longer than what the text encoders read, and how many are repeated; rank 0 only."""
     prompts, most = [row["prompt"] for row in rows], (pipe.tokenizer_max_length, args.max_sequence_length)
-    tokens = zip(*(tokenizer(prompts).input_ids for tokenizer in (pipe.tokenizer, pipe.tokenizer_3)))
+    tokens = zip(*(tokenizer(prompts).input_ids for tokenizer in (pipe.tokenizer, pipe.tokenizer_3) if prompts))
     long, repeated = sum(len(clip) > most[0] or len(t5) > most[1] for clip, t5 in tokens), len(prompts) - len(set(prompts))
     for count, what in (long, f"longer than CLIP's {most[0]} or T5's {most[1]} tokens: the rest is not read"), (repeated, "repeated: each counts"):
         if count and os.environ.get("RANK", "0") == "0":

@@ -9,7 +9,7 @@ or a [B] tensor, one value a sample. Read from top to bottom: 60 lines of mathem
 import math
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin  # noqa: diffusers looks for the second here, see CPSScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -113,10 +113,12 @@ default_sigmas = sigmas  # below, the name is an argument of diffusers' interfac
 
 
 class CPSScheduler(FlowMatchEulerDiscreteScheduler):
-    """The sampler for any diffusers flow-matching pipeline: `pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, eta=0.9)`.
+    """The sampler for any diffusers flow-matching pipeline: `pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, eta=0.9)`,
+    or `DiffusionPipeline.from_pretrained(DIR, scheduler=CPSScheduler.from_pretrained(DIR, subfolder="scheduler", eta=0.9))`.
 
     Pipelines do not hand their generator to `step`; put it (one, or a list with one an image) into `scheduler.generator` to get
-    the same images as sample.py's own loop, else the noise comes from torch's global generator. `sigmas=` are taken as they are.
+    the same images as sample.py's own loop, else the noise comes from torch's global generator. `sigmas=` are taken as they are, but
+    for a pipeline that shifts by the picture's size (`use_dynamic_shifting`, `mu`). A pipeline saved with it loads where cps is imported.
     """
 
     @register_to_config
@@ -125,9 +127,10 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
         self.generator = None
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
-        """Noise levels: `sigmas` as given (ending in 0 or not), else ours for num_inference_steps. device as in diffusers."""
-        levels = [float(s) for s in sigmas] if sigmas is not None else default_sigmas(num_inference_steps, self.config.shift)
-        levels = levels if levels[-1] == 0 else levels + [0.0]
+        """Noise levels: `sigmas` as given (ending in 0 or not), else ours for num_inference_steps; shifted by mu if the config says so."""
+        dynamic = mu is not None and self.config.use_dynamic_shifting  # then that is the one shift
+        levels = [float(s) for s in (sigmas if sigmas is not None else default_sigmas(num_inference_steps, 1 if dynamic else self.config.shift))]
+        levels = [self.time_shift(mu, 1.0, s) if dynamic else s for s in levels if s > 0] + [0.0]
         self.num_inference_steps = len(levels) - 1
         self.sigmas = torch.tensor(levels)
         self.timesteps = torch.tensor([s * self.config.num_train_timesteps for s in levels[:-1]], device=device)
@@ -138,10 +141,9 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
         if self.step_index is None:
             self._init_step_index(timestep)
         here, there = self.sigmas[self.step_index].item(), self.sigmas[self.step_index + 1].item()
+        noise = torch.zeros_like(sample)
         if there > 0 and self.config.eta > 0:
             noise = randn_tensor(sample.shape, generator=generator or self.generator, device=sample.device, dtype=torch.float32)
-        else:
-            noise = torch.zeros_like(sample)
         x = cps_step(sample, model_output, here, there, self.config.eta, noise)[0].to(model_output.dtype)
         self._step_index += 1
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x) if return_dict else (x,)

@@ -3,6 +3,7 @@
     python report.py out/tiny                           # what `make tiny` ends with: the same captions and seeds through teacher-50,
                                                         # teacher-4, AC-DMD and RTDMD -> report.json, report.png and a table
     python report.py --curves out/cold_start out/rtdmd  # every number of their log.jsonl, a colour a run -> out/cold_start/curves.png
+    python report.py out/tiny --figures assets          # the pictures in the README
     python report.py --ablations                        # make ablations: Tables 3 and 4 and the fake score's quality -> out/ablations
     python report.py --ablations --jobs 7 --cpu_jobs 9 --minutes 20     # the same on one GPU and 16 cores, and an end to it
 
@@ -30,7 +31,7 @@ import cold_start
 import rtdmd_rl
 from cold_start import (HERE, PRESETS, adapter, add_adapter, as_bytes, checked, decode, die, fake_score_loss, generator, graphed, load_adapter, load_pipeline, play, read,
                         renoise_time, rollout, setup, text_encoder, train_only, write_atomically)
-from cps import renoise, sigmas
+from cps import cps_step, renoise, sigmas
 from rewards import build, load_prompts
 from sample import draw, load_generator
 from tiny import CATEGORIES, SIZE, captions, check, detect
@@ -186,7 +187,54 @@ def draw_curves(runs, path):
     print(path)
 
 
-# ------------------------------------------------------------------------------------------------------------- 3. ablations
+# ----------------------------------------------------------------------------------------------------- 3. figures of the README
+def exact_velocity(x, t, tau=.15):
+    """The velocity at level t of the data +-1 with standard deviation tau, in closed form: v = (x - E[x0 | x]) / t. x [N] -> [N]."""
+    modes, var = torch.tensor([-1., 1.]), (1 - t) ** 2 * tau ** 2 + t ** 2
+    off = x[:, None] - (1 - t) * modes
+    mean = ((-off ** 2 / (2 * var)).softmax(1) * (modes + (1 - t) * tau ** 2 / var * off)).sum(1)
+    return (x - mean) / t
+
+
+@torch.no_grad()
+def figures(run, pretrained, folder, device):
+    """Two pictures into folder, and their numbers on the screen. sampler.png: 4-step paths for four eta, with the exact velocity of a
+    world of two modes. subgrpo.png: eight pictures of a caption ("a circle") by the
+    run's generator, a row for each S; the steps outside of it share their noise."""
+    from PIL import Image, ImageDraw, ImageFont
+    font, levels, N = ImageFont.load_default(14), sigmas(), 10000
+    image = Image.new("RGB", (1000, 240), "white")
+    for i, eta in enumerate((0, .5, .9, 1)):
+        g = torch.Generator().manual_seed(0)
+        path = [torch.randn(N, generator=g)]
+        for s, t in zip(levels, levels[1:]):
+            path.append(cps_step(path[-1], exact_velocity(path[-1], s), s, t, eta, torch.randn(N, generator=g))[0])
+        path, end = torch.stack(path, 1), path[-1]
+        lost = (end.abs() < .5).float().mean().item()
+        title = f"eta {eta}: {100 * lost:.0f} % between the modes"
+        panel(ImageDraw.Draw(image), 250 * i, 8, 248, 220, title, [[(-t, x) for t, x in zip(levels, line)] for line in path[:48].tolist()])
+        correlation = torch.corrcoef(torch.stack([path[:, 0], end]))[0, 1]
+        print(f"{title}; std {end.std():.3f} (data {(1 + .15 ** 2) ** .5:.3f}); correlation of start and end {correlation:.2f}")
+    write_atomically({f"{folder}/sampler.png": as_bytes(image.save, format="png")})
+
+    args, pipe, encode, _ = load_tiny(pretrained, device, cold_start=f"{run}/cold_start", rtdmd=f"{run}/rtdmd")
+    adapters, prompts = load_generator(pipe, args), [row["prompt"] for row in captions("train")[::4] for _ in range(8)]
+    rows, v = [(0, 1), (0, 2), (1, 2), (0, 1, 2)], play(pipe.transformer, adapters, encode(prompts))
+    image = Image.new("RGB", (150 + 8 * 66, len(rows) * 66), "white")
+    normal = lambda k: torch.randn(len(prompts), *pipe.latent_shape, generator=generator("cpu", "figures", k)).to(device)
+    for i, S in enumerate(rows):
+        noise = [normal(k) if k in S else rtdmd_rl.shared_noise(pipe.latent_shape, prompts, device, 0, 0, k) for k in range(3)]
+        x0 = rollout(v, normal("start"), levels, 4, .9, [*noise, torch.zeros_like(noise[0])])[-1]
+        title = f"S = {{{', '.join(str(k + 1) for k in S)}}}" + (" (GRPO)" if len(S) == 3 else "")
+        std = x0.unflatten(0, (-1, 8)).std(1).mean()
+        print(f"{title}: std within a group {std:.3f}, mean over {len(prompts) // 8} captions")
+        ImageDraw.Draw(image).text((6, i * 66 + 14), f"{title}\nstd {std:.2f}", "black", font)
+        for j, picture in enumerate((decode(pipe, x0[:8]).permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()):
+            image.paste(Image.fromarray(picture).resize((64, 64), Image.BICUBIC), (150 + j * 66, i * 66))
+    write_atomically({f"{folder}/subgrpo.png": as_bytes(image.save, format="png")})
+
+
+# ------------------------------------------------------------------------------------------------------------- 4. ablations
 # Chosen before any result was seen. All rows of a table make the same number of updates on the same number of pictures, from the same
 # prompts in the same order, and start from the same weights (stage 2: from the same stage 1 for each seed). Stage 2's ONLY reward is
 # CLIPScore, the differentiable one, so that the checker, the judge and the diversity are all held out and hacking can show in them.
@@ -385,7 +433,7 @@ def ablations(args):
     write_tables(args)
 
 
-# ------------------------------------------------------------------------------------------------------------ 4. speed
+# ------------------------------------------------------------------------------------------------------------ 5. speed
 def stopwatch(args, transformer, images, warm_up, evaluated):
     """What --bench of the two stages does -> part(name): the time since the last call went to `name`; "step" ends a step. After warm_up
     steps, which compile and record, args.bench are measured, one line of JSON is printed, and the program ends. evaluated: the stage's count.
@@ -446,12 +494,13 @@ def matmul_rate(n=8192):
     return 2e-9 * n ** 3 * 10 / events[10].elapsed_time(events[20])
 
 
-def main():
+def arguments():
     parser = argparse.ArgumentParser(description="Scoreboard, curves and ablation tables.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error, add, gpu = die, parser.add_argument, torch.cuda.is_available()
     add("run", nargs="?", help="directory of a tiny run with cold_start/ and rtdmd/: its scoreboard")
     add("--curves", nargs="+", metavar="RUN", help="draw the curves of these runs' log.jsonl into the first one's curves.png")
+    add("--figures", metavar="DIR", help="draw the README's figures into DIR instead, with the weights of `run`")
     add("--ablations", nargs="?", const="table3,table4,fake", metavar="TABLES", help=f"make these tables, of {', '.join(TABLES)}")
     add("--out_dir", default="out/ablations", help="of the ablations; a second call goes on where the first one stopped")
     add("--pretrained", default=f"{HERE}/assets/tiny", help="the pipeline that the run was made with")
@@ -474,6 +523,12 @@ def main():
         args.ablations = args.ablations.split(",")
         if set(args.ablations) - set(TABLES):
             die(f"--ablations takes {', '.join(TABLES)}, got {','.join(args.ablations)}")
+    return args
+
+
+def main():
+    args = arguments()
+    if args.ablations is not None:
         ablations(args)
     elif args.curves:
         draw_curves(args.curves, f"{args.curves[0]}/curves.png")
@@ -481,8 +536,12 @@ def main():
         for stage in ("cold_start", "rtdmd"):
             if not os.path.exists(f"{args.run}/{stage}/generator_ema.pt") or not all("seconds" in line for line in read_log(f"{args.run}/{stage}")):
                 die(f"{args.run}: {stage}/ holds no finished run; make tiny makes one")
-        args.out_dir = args.run
-        checked(scoreboard, args.run, args.pretrained, args.pictures, setup(args, training=False)[0])
+        args.out_dir = args.figures or args.run
+        device, *_ = setup(args, training=False)
+        if args.figures:
+            figures(args.run, args.pretrained, args.figures, device)
+        else:
+            checked(scoreboard, args.run, args.pretrained, args.pictures, device)
 
 
 if __name__ == "__main__":

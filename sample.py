@@ -5,6 +5,7 @@
     python sample.py "..." --cold_start Harahan/SD35M-RTDMD --rtdmd Harahan/SD35M-RTDMD       # the published weights
     python sample.py --prompts FILE --rewards clipscore,geneval --compare  # evaluate beside the teacher: scores.jsonl, means, categories
     python sample.py "..." --teacher                                       # the base, 50 steps with guidance
+    python sample.py --export DIR --export_merged DIR2                     # for diffusers: LoRA files, a whole pipeline
 
 `noise_of` and `integrate` are the whole sampler. Each picture has its own seed (seed + its index), so that it does not depend on the batch size.
 """
@@ -21,6 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from cold_start import (add_adapter, checked, decode, die, find_weights, graphed, guarded, load_adapter, load_pipeline, note_prompts, parse, play, read,
                         save_grid, setup, text_encoder, write_atomically)
 from cps import cps_step, sigmas
+from export import check_exports, export
 from rewards import build, load_prompts
 from rtdmd_rl import PRESETS
 
@@ -139,6 +141,8 @@ def arguments():
     add("--device", default="cuda", help="cuda, cpu, mps, or auto: the best there is")
     add("--compile", type=int, choices=(0, 1), default=0, help="compile blocks and decoder, and capture sampling in one CUDA graph: minutes once, then fast")
     add("--bench", type=int, default=0, help="time so many batches of the prompt, print one JSON line, and stop")
+    add("--export", metavar="DIR", help="write both stages as LoRA files for diffusers, with a model card, into a new directory; needs no prompt")
+    add("--export_merged", metavar="DIR", help="write a whole diffusers pipeline with the LoRAs merged into its transformer (float32)")
     add("--out_dir", default="out/samples", help="where grid.png, the single pictures and scores.jsonl go")
     preset = PRESETS.get(parser.parse_known_args()[0].preset, {})
     known = {action.dest for action in parser._actions} - {"steps", "batch_size", "prompts", "cfg", "rewards", "compile"}
@@ -152,8 +156,11 @@ def arguments():
         die("--compare draws with both: it goes with neither --teacher, --bench nor --prompts -")
     if not args.prompts:
         args.prompts, args.metadata = args.metadata, ""
+    exports = check_exports(args)
     if not args.prompts and not (args.prompt or "").strip():
-        die("nothing to draw: give a prompt, or --prompts FILE")
+        if not exports:
+            die("nothing to draw: give a prompt, or --prompts FILE")
+        args.prompt, args.out_dir = None, os.path.dirname(os.path.abspath(exports[0]))
     if (args.prompt or "").encode("utf-8", "ignore").decode() != (args.prompt or ""):
         die("the prompt is not UTF-8 text")
     return args
@@ -170,7 +177,8 @@ def batches(args, rows):
 
 def main():
     args = arguments()
-    rows = [] if args.prompts == "-" else checked(load_prompts, args.prompts, args.metadata) if args.prompts else [{"prompt": args.prompt, "metadata": {}}]
+    rows = [] if args.prompts == "-" else checked(load_prompts, args.prompts, args.metadata) if args.prompts else [
+        {"prompt": args.prompt, "metadata": {}}] if args.prompt else []
     rows = [row for row in rows for _ in range(args.num_images)]
     args.batch_size = min(args.batch_size, len(rows) or args.num_images)
     device, *_ = setup(args, training=False)
@@ -184,10 +192,11 @@ def main():
     runs = {"teacher" if args.teacher else "student": args}
     if args.compare:
         runs["teacher"] = argparse.Namespace(**{**vars(args), **USUAL["teacher"], "out_dir": f"{args.out_dir}/teacher"})
-    for who, its in runs.items():
+    for who, its in runs.items() if args.prompts or args.prompt else ():
         results[who] = draw_all(its, pipe, encode, [] if who == "teacher" else adapters, rows, rewards, device)
-    if rewards and not args.bench:
+    if rewards and results and not args.bench:
         report(rows, args.seed, results, f"{args.out_dir}/scores.jsonl")
+    export(pipe, adapters, args, rows, results)
 
 
 def draw_all(args, pipe, encode, adapters, rows, rewards, device):

@@ -12,6 +12,7 @@ command lines, and the two are compared to the byte, that the difference cannot 
 """
 import contextlib
 import copy
+import importlib
 import io
 import itertools
 import json
@@ -38,16 +39,20 @@ from unittest import mock
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # before torch: no network, one thread, no GPU
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "assets/tiny"
+README = (ROOT / "README.md").read_text()
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from diffusers import SD3Transformer2DModel
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Img2ImgPipeline
+from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
 from PIL import Image
 
 import cold_start
+import cps
+import export
 import report
 import rewards
 import rtdmd_rl
@@ -1843,6 +1848,19 @@ def test_the_scoreboard_and_the_curves_of_a_run(run, quick, tmp_path):
     assert Image.open(tmp_path / "report.png").size == (130 + 18 * 66, 60 + 5 * 66 + 200) and set(report.PALETTE[:2]) <= used
 
 
+def test_the_figures_of_the_readme(run, quick, tmp_path, monkeypatch):
+    x, t = torch.linspace(-2, 2, 9, dtype=torch.float64).requires_grad_(), .6  # first: is the velocity of two modes what Eq. 2 says?
+    density = torch.stack([torch.distributions.Normal((1 - t) * m, ((1 - t) ** 2 * .15 ** 2 + t ** 2) ** .5).log_prob(x) for m in (-1, 1)]).logsumexp(0)
+    score, = torch.autograd.grad(density.sum(), x)
+    close(report.exact_velocity(x.detach(), t), (-x - t * score).detach() / (1 - t), 1e-6)
+    shutil.copytree(run.cold, tmp_path / "run/cold_start"), shutil.copytree(run.rl, tmp_path / "run/rtdmd")
+    monkeypatch.setattr(report, "captions", lambda *_: tiny.captions("train")[:5])
+    status, out, err = here(report, tmp_path / "run", "--device", "cpu", "--figures", tmp_path / "new/figures")
+    assert status == 0 and out.count("std within a group") == 4 and "correlation of start and end" in out, err
+    assert {p.name for p in (tmp_path / "new/figures").iterdir()} == {"sampler.png", "subgrpo.png"} and not (tmp_path / "run/report.json").exists()
+    assert here(report, "--figures", tmp_path / "none")[0] == 2 and not (tmp_path / "none").exists()
+
+
 def test_the_scoreboards_captions_are_the_same_for_any_number_of_pictures():
     rows = report.report_captions(72)
     assert [r["tag"] for r in rows[::72]] == tiny.CATEGORIES and all(n % 72 == 0 or 72 % n == 0 for n in Counter(r["prompt"] for r in rows).values())
@@ -2565,3 +2583,300 @@ def test_rewards_for_evaluation_refuse_bad_input_before_anything_is_drawn(run, t
             (sample, ["--prompts", tmp_path / "plain.txt", "--metadata", tmp_path / "none.jsonl"], "none.jsonl"), (sample, ["cat", "--reward_batch", -1], "--reward_batch")):
         status, _, err = here(program, *BASE[:4], *(["--cold_start", run.cold] if program is rtdmd_rl else []), *flags, "--out_dir", tmp_path / "out")
         assert status == 2 and err.count("\n") == 1 and message in err, err
+
+
+# ------------------------------------------------------------------------------------- for diffusers: --export, --export_merged, CPSScheduler
+TEXTS, SEEDS = ["a red circle", "two red squares"], (3, 4)
+
+
+def drawn_by_diffusers(pipe, **more):
+    """Pictures [2,3,32,32] of TEXTS from SEEDS by any diffusers pipeline whose scheduler is ours."""
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler.generator = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    return pipe(TEXTS, num_inference_steps=4, guidance_scale=1.0, height=32, width=32, max_sequence_length=8, generator=pipe.scheduler.generator,
+                output_type="pt", **more).images
+
+
+def snippets(card, folder):
+    """The python code of a model card or of the README, made to run here."""
+    for old, new in (("stabilityai/stable-diffusion-3.5-medium", str(TINY)), ("height=512, width=512, max_sequence_length=128", "height=32, width=32, max_sequence_length=8"),
+                     ("lora_dir", str(folder)), ('.to("cuda")', ""), ("bfloat16", "float32"), ('"DIR"', repr(str(folder))), ("a photo of a cat", "a circle")):
+        card = card.replace(old, new)
+    return re.findall(r"```python\n(.*?)```", card, re.S)
+
+
+@pytest.mark.parametrize("stages", [("cold", "rl"), ("cold",), ("rl",)], ids="+".join)
+def test_diffusers_draws_from_every_export_what_our_own_loop_draws(tmp_path, stages):
+    """Two files of different ranks and an alpha that is neither: LoRA in one file, as two adapters, merged; the card's code as printed."""
+    for seed, (stage, rank) in enumerate({"cold": 32, "rl": 16}.items()):
+        random_adapter(tmp_path / stage / "generator_ema.pt", seed, rank)
+    where = {name: str(tmp_path / stage) if stage in stages else "" for name, stage in (("cold_start", "cold"), ("rtdmd", "rl"))}
+    lora, merged = tmp_path / "lora", tmp_path / "merged"
+    good(here(sample, *BASE[:4], "--lora_alpha", 24, *(x for k, v in where.items() for x in (f"--{k}", v)), "--export", lora, "--export_merged", merged))
+    args, pipe = tiny_args(lora_alpha=24, **where), tiny_pipe()
+    v = cold_start.play(pipe.transformer, sample.load_generator(pipe, args), cold_start.text_encoder(pipe, args)(TEXTS))
+    ours = cold_start.decode(pipe, sample.draw(v, SEEDS, pipe.latent_shape, LEVELS, .9, CPU))
+    plain, names = {"torch": torch}, [name for name in where if where[name]]
+    whole, *stacked = snippets((lora / "README.md").read_text(), lora)
+    exec(whole, plain)
+    assert (lora / "cps.py").read_bytes() == (ROOT / "cps.py").read_bytes() and plain["pipe"].scheduler.config.eta == .9
+    close(drawn_by_diffusers(plain["pipe"]), ours, 1e-3)
+    assert len(stacked) == (len(stages) == 2)
+    if stacked:
+        for code in snippets(README, lora):  # the README's; the second, after the first, leaves its one LoRA inactive
+            exec(code, plain)
+        assert plain["pipe"].get_active_adapters() == names
+        close(drawn_by_diffusers(plain["pipe"]), ours, 1e-3)
+        exec("\n".join(line for line in whole.splitlines() if "load_lora" not in line) + "\n" + stacked[0], plain)
+        close(drawn_by_diffusers(plain["pipe"]), ours, 1e-3)
+        plain["pipe"].set_adapters("rtdmd")  # what the published card's own code ends with: stage 1 is lost
+        assert (drawn_by_diffusers(plain["pipe"]) - ours).abs().max() > .05
+    exec(*snippets((merged / "README.md").read_text(), merged), plain)
+    assert not hasattr(plain["pipe"].transformer, "peft_config") and plain["pipe"].transformer.dtype == torch.float32
+    close(drawn_by_diffusers(plain["pipe"]), ours, 1e-3)
+    for name in names:  # the published layout once more
+        assert (lora / name / "generator_ema.pt").read_bytes() == (Path(where[name]) / "generator_ema.pt").read_bytes()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_merging_into_a_bf16_base_is_done_in_float32(tmp_path):
+    """As on a GPU: a bf16 base, float32 adapters, and updates that bf16 would round away."""
+    random_adapter(tmp_path / "cold/generator_ema.pt", 0)
+    args, pipe = tiny_args(cold_start=str(tmp_path / "cold"), rtdmd="", export=None, export_merged=str(tmp_path / "merged"), steps=4, shift=3., eta=.9), tiny_pipe()
+    pipe.transformer.bfloat16()
+    names = sample.load_generator(pipe, args)
+    lora = {k: p.mul_(1e-2) for k, p in export.concatenated(pipe.transformer, names).items()}  # B A shrinks by 1e-4
+    for k, p in cold_start.adapter(pipe.transformer, names[0]).items():
+        p.data.mul_(1e-2)
+    base = {k: p.detach().float().clone() for k, p in pipe.transformer.named_parameters() if "base_layer.weight" in k}
+    export.export(pipe, names, args, [], {})
+    merged = SD3Transformer2DModel.from_pretrained(tmp_path / "merged/transformer").state_dict()
+    for k, weight in base.items():
+        name = k.removesuffix("base_layer.weight")
+        update = lora[name + "lora_B.weight"] @ lora[name + "lora_A.weight"]
+        close(merged[name + "weight"] - weight, update, 1e-6)
+        assert 0 < update.abs().max() < 1e-2 and ((weight.bfloat16() + update.bfloat16()) == weight).float().mean() > .2
+
+
+def test_a_model_card_says_how_it_was_made_and_what_it_scored(run, tmp_path):
+    good(here(sample, "a red circle", *BASE[:4], "--cold_start", run.cold, "--rtdmd", run.rl, "--rewards", "checker", "--num_images", 2,
+              "--out_dir", tmp_path / "pictures", "--export", tmp_path / "lora"))
+    card, scores = (tmp_path / "lora/README.md").read_text(), [json.loads(line)["checker"] for line in (tmp_path / "pictures/scores.jsonl").open()]
+    assert f"| student | checker | {sum(scores) / 2:.4f} |" in card and "prompts_train.jsonl" in card and "base_model: " in card and "licence" in card
+    for program, flags in ((cold_start, "--steps 4"), (rtdmd_rl, "--epochs 2"), (rtdmd_rl, "--rewards clipscore:1,checker:1")):
+        assert flags in card
+    for line in re.findall(r"- (?:cold_start|rtdmd): .*`(.*)`", card):  # its flags are flags
+        flags_of(rtdmd_rl if "--epochs" in line else cold_start, *shlex.split(line))
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--export {there}", "there already"), ("--export_merged {there}/file", "there already"), ("--export {new} --export_merged {new}/", "two directories"),
+    ("--export ''", "no name"), ("--export {new} --teacher", "--teacher"), ("--export {new} --cold_start '' --rtdmd ''", "one must be there"),
+    ("--export {there}/file/new", "cannot write"), ("--export {new} --cold_start {new}", "no such file")])
+def test_an_export_that_cannot_be_is_refused_in_one_line_and_writes_nothing(run, tmp_path, flags, message):
+    (tmp_path / "there").mkdir(), (tmp_path / "there/file").write_text("mine")
+    before, flags = listing(tmp_path), shlex.split(flags.format(there=tmp_path / "there", new=tmp_path / "new"))
+    status, _, err = here(sample, *BASE[:4], "--cold_start", run.cold, "--rtdmd", run.rl, *flags)
+    assert status == 2 and err.count("\n") == 1 and message in err and listing(tmp_path) == before and not (tmp_path / "new").exists(), err
+
+
+def test_an_export_that_fails_half_way_leaves_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "copy", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    status, _, err = here(sample, *BASE[:4], "--cold_start", run.cold, "--rtdmd", run.rl, "--export", tmp_path / "lora")
+    assert status == 1 and err.count("\n") == 1 and "No space left" in err and not list(tmp_path.iterdir())
+
+
+def test_the_scheduler_is_loaded_with_a_pipeline_saved_with_it_and_drives_img2img(tmp_path):
+    load = lambda pipeline, where, **more: pipeline.from_pretrained(where, dtype=torch.float32, **more)
+    ours = CPSScheduler.from_pretrained(TINY, subfolder="scheduler", eta=.8)
+    pipe = load(DiffusionPipeline, TINY, scheduler=ours)
+    pipe.save_pretrained(tmp_path)
+    again, other = load(DiffusionPipeline, tmp_path), load(DiffusionPipeline, tmp_path, scheduler=CPSScheduler(eta=.3))
+    assert [p.scheduler.config.eta for p in (pipe, again, other)] == [.8, .8, .3]
+    close(drawn_by_diffusers(again), drawn_by_diffusers(pipe), 1e-6)
+    # image to image with strength .75 is the last three of the four steps, from the picture re-noised to .9
+    image = StableDiffusion3Img2ImgPipeline(**pipe.components)
+    steps, step = [], ours.step
+    ours.step = lambda v, t, x, **more: steps.append((t.item(), x)) or step(v, t, x, **more)
+    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    result = drawn_by_diffusers(image, image=pictures, strength=.75)
+    assert result.shape == pictures.shape and [t for t, _ in steps] == pytest.approx([900, 750, 500])
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    normal = lambda: randn_tensor((2, 4, 16, 16), generator=generators)
+    x0 = pipe.vae.encode(image.image_processor.preprocess(pictures)).latent_dist.sample(generators).sub(pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    own, start = tiny_pipe(), .1 * x0 + .9 * normal()
+    v = cold_start.play(own.transformer, [], cold_start.text_encoder(own, tiny_args())(TEXTS))
+    close(steps[0][1], start, 1e-4)
+    close(result, cold_start.decode(own, sample.integrate(v, torch.stack([start, normal(), normal()]), LEVELS[1:], .8)).detach(), 1e-3)
+
+
+def test_the_scheduler_shifts_once_where_the_shift_depends_on_the_pictures_size():
+    """As Flux and its like call it: sigmas= not yet shifted, and mu; on packed latents [B,L,C]."""
+    theirs = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    ours, x, v = CPSScheduler.from_config(theirs.config, eta=0.), torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(sigmas=np.linspace(1, .25, 4), mu=.8)
+        scheduler.set_begin_index(0)
+    close(ours.sigmas, theirs.sigmas, 1e-6)
+    close(ours.timesteps, theirs.timesteps, 1e-4)
+    close(ours.step(v, ours.timesteps[0], x)[0], theirs.step(v, theirs.timesteps[0], x)[0], 1e-5)
+    ours.set_timesteps(4, mu=.8)
+    close(ours.sigmas, theirs.sigmas, 1e-6)
+    ours, euler = CPSScheduler(), FlowMatchEulerDiscreteScheduler(shift=3.0)  # without dynamic shifting mu means nothing
+    ours.set_timesteps(4, mu=.8)
+    euler.set_timesteps(sigmas=[1, .75, .5, .25])  # what the README says for users without ours
+    close(ours.sigmas.tolist(), LEVELS, 1e-6)
+    close(euler.sigmas.tolist(), LEVELS, 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------- Stable Diffusion 3 Medium
+SD3M = dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24,
+            joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=192)
+
+
+def test_the_adapters_fit_sd3_medium():
+    """Its true architecture, without weights: no second attention and no norm of queries and keys."""
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(**SD3M)
+        assert round(sum(p.numel() for p in transformer.parameters()) / 1e6) == 2028
+        cold_start.add_adapter(transformer, "generator", tiny_args())
+    found = cold_start.adapter(transformer, "generator")
+    last = {"transformer_blocks.23.attn.to_add_out"}  # the last block drops its text stream
+    modules = {f"transformer_blocks.{i}.{target}" for i in range(24) for target in cold_start.TARGETS} - last
+    assert set(found) == {f"{module}.lora_{x}.default.weight" for module in modules for x in "AB"} and len(found) == 382
+    assert {tuple(p.shape) for k, p in found.items()} == {(32, 1536), (1536, 32)} and not any("attn2" in k for k in found)
+
+
+def test_both_stages_run_on_sd3_mediums_kind_of_transformer(tmp_path):
+    """Four narrow blocks and its table of positions in the tiny pipeline: training, drawing, and the largest resolution that it has positions for."""
+    small = dict(SD3M, num_layers=4, in_channels=4, out_channels=4, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=128, caption_projection_dim=16,
+                 pooled_projection_dim=128, sample_size=16)
+    shutil.copytree(TINY, tmp_path / "sd3m")
+    shutil.rmtree(tmp_path / "sd3m/transformer")
+    torch.manual_seed(0)
+    SD3Transformer2DModel(**small).save_pretrained(tmp_path / "sd3m/transformer")
+    base = [*BASE, "--pretrained", tmp_path / "sd3m"]
+    good(here(cold_start, *base, "--steps", 1, "--batch_size", 2, "--generator_every", 1, "--out_dir", tmp_path / "cold"))
+    good(here(rtdmd_rl, *base, "--epochs", 1, "--prompts_per_epoch", 1, "--group_size", 2, "--cold_start", tmp_path / "cold", "--out_dir", tmp_path / "rl"))
+    good(here(sample, "a circle", *base[:4], *base[6:], "--cold_start", tmp_path / "cold", "--rtdmd", tmp_path / "rl", "--out_dir", tmp_path / "pictures"))
+    assert cold_start.load_pipeline(tiny_args(pretrained=tmp_path / "sd3m", resolution=4 * 192), CPU).latent_shape == (4, 384, 384)
+    status, _, err = here(cold_start, *base, "--resolution", 4 * 193, "--out_dir", tmp_path / "no")
+    assert status == 2 and "at most 768" in err
+    assert all(flags_of(program, "--preset", "sd3m")["pretrained"] == "stabilityai/stable-diffusion-3-medium-diffusers" for program in (cold_start, rtdmd_rl))
+
+
+def test_prompts_are_drawn_as_they_come_in_on_stdin(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a red circle\n\ntwo squares\n"))
+    status, out, err = here(sample, *BASE[:4], "--cold_start", run.cold, "--rtdmd", run.rl, "--prompts", "-", "--out_dir", tmp_path)
+    assert status == 0 and "two squares" in out and {"00000.png", "00001.png", "grid.png"} <= {p.name for p in tmp_path.iterdir()}, err
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ readme
+MODULES = {module.__name__: module for module in (cold_start, cps, export, report, rewards, rtdmd_rl, sample, tiny)}
+PROGRAMS = {name: MODULES[name] for name in ("cold_start", "report", "rtdmd_rl", "sample", "tiny")}
+
+
+def commands():
+    """Every command in the README and in the programs' docstrings, in an indented block or within backticks."""
+    for text in (README, *(module.__doc__ for module in MODULES.values())):
+        found = re.findall(r"^    ((?:python3?|torchrun|make|source|git) .*)$", text, re.M) + re.findall(r"`((?:python3?|torchrun|make) [^`]*)`", text)
+        yield from (part for line in found for part in " ".join(line.split()).split(" && "))
+
+
+@pytest.mark.parametrize("command", sorted(set(commands())))
+def test_every_command_of_the_readme_parses(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command, comments=True)
+    script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+    elif script is None:
+        assert words[0] in ("source", "git", "torchrun", ".venv/bin/pip") or words[:3] == ["python3", "-m", "venv"]
+    elif words[script] == "test_smoke.py":
+        assert words[script + 1] == "--crash" and int(words[script + 2])
+    else:
+        monkeypatch.setattr(sys, "argv", words[script:])
+        PROGRAMS[words[script].removesuffix(".py")].arguments()
+
+
+def test_every_file_link_function_and_flag_of_the_readme_is_there(capsys, monkeypatch):
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert len(links) >= 3 and all((ROOT / link).is_file() for link in links)
+    assert [name for name in re.findall(r"(?<![\w/])(\w+\.(?:py|txt))\b", README) if not (ROOT / name).is_file()] == []
+    names = [(MODULES[module], name) for module, name in re.findall(r"`(\w+)\.(\w+)", README) if module in MODULES and name not in ("py", "json", "png", "safetensors")]
+    assert len(names) > 30 and [f"{module.__name__}.{name}" for module, name in names if not hasattr(module, name)] == []
+    for module in PROGRAMS.values():
+        monkeypatch.setattr(sys, "argv", [module.__name__, "--help"])
+        with pytest.raises(SystemExit):
+            module.arguments()
+    known = set(re.findall(r"--([a-z]\w*)", capsys.readouterr().out)) | {"nproc_per_node", "nnodes", "rdzv-endpoint", "shutdown_timeout", "crash"}
+    assert set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README)) - known == set()
+    for marker in ("table", "ablations", "performance", "cost"):
+        assert README.count(f"<!-- {marker} -->") == README.count(f"<!-- /{marker} -->") == 1
+    assert all((ROOT / "assets" / name).stat().st_size < 150_000 for name in ("sampler.png", "subgrpo.png"))
+
+
+# ---- the README's diffs: each is applied to a copy of the programs, which then runs
+DIFFS = dict(re.findall(r"^\*The ([\w-]+)[^\n]*\*.*?```diff\n(.*?)```", README.split("## Change it")[1].split("\n## ")[0], re.M | re.S))
+
+
+@pytest.fixture
+def changed(request, tmp_path, monkeypatch):
+    """The programs with one diff, as fresh modules -> {name: module}"""
+    (file,) = re.findall(r"^\+\+\+ b/(.*)$", DIFFS[request.param], re.M)
+    lines = DIFFS[request.param].split("@@\n", 1)[1].splitlines()
+    before, after = ("".join(line[1:] + "\n" for line in lines if line[:1] not in sign) for sign in "+-")
+    code = (ROOT / file).read_text()
+    assert len(lines) <= 10 and code.count(before) == 1
+    for module in MODULES.values():
+        shutil.copy(module.__file__, tmp_path)
+        monkeypatch.delitem(sys.modules, module.__name__)
+    (tmp_path / file).write_text(code.replace(before, after))
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = {name: importlib.import_module(name) for name in ("cps", "rewards", "cold_start", "rtdmd_rl", "sample")}
+    assert all(Path(module.__file__).parent == tmp_path for module in modules.values())
+    yield SimpleNamespace(**modules)
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+ONE_STEP, ONE_EPOCH = [*BASE, "--steps", 1, "--batch_size", 2, "--generator_every", 1], [*BASE, "--epochs", 1, "--prompts_per_epoch", 1, "--group_size", 2]
+
+
+@pytest.mark.parametrize("changed", ["sampler"], indirect=True)
+def test_the_diff_of_the_sampler_keeps_the_schedule_and_trains(changed, tmp_path):
+    x, v = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)  # at level 1 x0 is -1 and eps 0
+    _, mean, std = changed.cps.cps_step(x, v, 1.0, .5, .9)
+    assert std.item() == pytest.approx(.5 * .9 ** .5) and mean.item() == pytest.approx(-.5)
+    _, mean, _ = changed.cps.cps_step(x, -v, 0.0, .5, .9)  # at level 0 eps is -1
+    assert mean.item() ** 2 + std.item() ** 2 == pytest.approx(.25)  # the noise's total variance is on schedule
+    good(here(changed.cold_start, *ONE_STEP, "--out_dir", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("changed", ["reward"], indirect=True)
+def test_the_diff_of_the_reward_trains_with_it(changed, run, tmp_path):
+    good(here(changed.rtdmd_rl, *ONE_EPOCH, "--cold_start", run.cold, "--rewards", "colourful:1,clipscore:1", "--out_dir", tmp_path / "out"))
+    assert 0 < log_of(tmp_path / "out")[0]["reward_colourful"] < 1
+
+
+@pytest.mark.parametrize("changed", ["backbone"], indirect=True)
+def test_the_diff_of_the_backbone_trains_auraflows_transformer(changed, tmp_path):
+    from diffusers import AuraFlowTransformer2DModel
+    shutil.copytree(TINY, tmp_path / "aura")
+    shutil.rmtree(tmp_path / "aura/transformer")
+    AuraFlowTransformer2DModel(sample_size=16, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=128,
+                               caption_projection_dim=16, pos_embed_max_size=64).save_pretrained(tmp_path / "aura/transformer")
+    index = json.loads((TINY / "model_index.json").read_text())
+    (tmp_path / "aura/model_index.json").write_text(json.dumps({**index, "transformer": ["diffusers", "AuraFlowTransformer2DModel"]}))
+    good(here(changed.cold_start, *ONE_STEP, "--pretrained", tmp_path / "aura", "--out_dir", tmp_path / "out"))
+    line, = log_of(tmp_path / "out")
+    assert line["grad_fake"] > 0 and any("single_transformer_blocks" in k for k in load(tmp_path / "out/fake.pt"))
+
+
+@pytest.mark.parametrize("changed", ["distribution-matching"], indirect=True)
+def test_the_diff_of_the_distribution_matching_loss_weighs_the_steps_and_trains(changed, tmp_path):
+    x, s, t = torch.randn(2, 4, 3, 3), torch.tensor([.5, .9]), torch.tensor([.7, .95])
+    inputs = (x, s, t, torch.randn_like(x), torch.randn_like(x), lambda x, t: x, lambda x, t: 2 * x, .9)
+    close(changed.cold_start.generator_loss(*inputs), generator_loss(*inputs) * torch.tensor([4, 100]), 1e-4)
+    good(here(changed.cold_start, *ONE_STEP, "--out_dir", tmp_path / "out"))

@@ -396,8 +396,8 @@ def random_sd35m(out_dir, device):
                              tokenizer_3=t5_tokenizer).save_pretrained(out_dir)
 
 
-def main():
-    from cold_start import die, parse, setup
+def arguments():
+    from cold_start import die, parse
     parser = argparse.ArgumentParser(description="Stage 0: make the tiny SD3 pipeline.", allow_abbrev=False)
     add, parser.error, parser.preset = parser.add_argument, die, {}
     add("--out_dir", default="out/tiny_pipeline", help="where the trained pipeline directory goes")
@@ -406,6 +406,12 @@ def main():
     add("--random_sd35m", metavar="DIR", help="write a random-weight pipeline of SD3.5-M's true architecture")
     args = parse(parser)
     args.out_dir = args.out_dir if args.random_sd35m is None else args.random_sd35m
+    return args
+
+
+def main():
+    from cold_start import setup
+    args = arguments()
     device, *_ = setup(args, training=False)
     if args.random_sd35m:
         random_sd35m(args.random_sd35m, device)
