@@ -5,7 +5,7 @@
     python report.py --curves out/cold_start out/rtdmd  # every number of their log.jsonl, a colour a run -> out/cold_start/curves.png
     python report.py out/tiny --figures assets          # the pictures in the README
     python report.py --ablations                        # make ablations: Tables 3 and 4 and the fake score's quality -> out/ablations
-    python report.py --ablations --jobs 7 --cpu_jobs 9 --minutes 20     # the same on one GPU and 16 cores, and an end to it
+    python report.py --ablations --jobs 7 --minutes 20     # the same on one GPU and 16 cores, and an end to it
 
 The numbers (for all of these): checker, the share of pictures that satisfy their caption exactly; CLIPScore, which is a reward; the
 judge, a CLIP that nothing is trained on; and `diversity`, since a reward can be hacked by drawing one good picture for ever.

@@ -12,6 +12,7 @@ command lines, and the two are compared to the byte, that the difference cannot 
 """
 import contextlib
 import copy
+import errno
 import importlib
 import io
 import itertools
