@@ -293,6 +293,7 @@ def make_parser(description, presets, out_dir, paper):
         "picture by picture, --micro_batch 4 at most")
     add("--compile", type=int, choices=(0, 1), help="compile each transformer block and the decoder; 1 on a GPU unless said, else 0")
     add("--graphs", type=int, choices=(0, 1), default=1, help="on a GPU: record each pass as a CUDA graph and replay it")
+    add("--wandb", default="", metavar="PROJECT", help="send the numbers of log.jsonl to Weights & Biases, too (pip install wandb)")
     add("--bench", type=int, default=0, help="measure so many steps after a warm-up, print one JSON line, and stop; nothing is saved")
     add("--sample_every", type=int, default=500, help="save a picture grid every so many steps; 0: never")
     add("--save_every", type=int, default=500, help="save a checkpoint every so many steps")
@@ -304,7 +305,7 @@ RANGES = {"eta": (0, 1), "ema": (0, 1), "shift": (.01, 100), "seed": (0, 2 ** 63
     "ema_every", "max_sequence_length", "max_skipped", "num_images", "eval_every", "eval_images"), (1, 10 ** 9))}
 FREE = {"out_dir", "resume", "device", "micro_batch", "steps", "epochs", "start", "cache_text", "preset", "gradient_checkpointing", "sample_every",
         "save_every", "save_minutes", "saved_at", "max_skipped", "made_with", "reward_batch", "offload_rewards", "eval_rewards", "eval_every",
-        "eval_prompts", "eval_images", "compile", "graphs", "low_memory", "bench"}  # may change on --resume: the result is the same, but for its length
+        "eval_prompts", "eval_images", "compile", "graphs", "wandb", "low_memory", "bench"}  # may change on --resume: the result is the same, but for its length
 stop = {"asked": False, "agreed": False}  # a signal has come to this process; all processes know of one (see `update`)
 
 def parse(parser):
@@ -610,7 +611,13 @@ def make_log(args):
                 write_atomically({path: "".join(line for line in f if line.endswith("\n") and json.loads(line)["step"] < args.start).encode()})
         except (ValueError, KeyError, TypeError):
             die(f"{path} is damaged; move it away to go on")
-    file = open(path, "ab" if args.resume else "wb", buffering=0)
+    file, board = open(path, "ab" if args.resume else "wb", buffering=0), None
+    if args.wandb:
+        try:
+            import wandb
+            board = wandb.init(project=args.wandb, name=os.path.basename(args.out_dir), dir=args.out_dir, config=vars(args))
+        except Exception as e:  # not installed, not logged in, no network
+            die(f"--wandb {args.wandb}: {str(e).splitlines()[0][:200]}; pip install wandb, wandb login, or leave it out: log.jsonl has the same numbers")
 
     def log(bar, images, **numbers):
         now, peak = time.time(), torch.cuda.max_memory_allocated() / 2 ** 30 if torch.cuda.is_available() else 0
@@ -624,6 +631,8 @@ def make_log(args):
             file.write((json.dumps({**numbers, **speed}) + "\n").encode())
         except OSError as e:
             die(f"cannot write {path} ({e.strerror}); make room, and go on from the last checkpoint with --resume", status=1)
+        if board:
+            board.log({**numbers, **speed}, step=numbers["step"])
         bar.set_postfix({k: f"{v:.3g}" for k, v in {**numbers, **speed}.items() if k != "step" and isinstance(v, (int, float))}, refresh=False)
     return log
 

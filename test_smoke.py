@@ -1350,6 +1350,18 @@ def test_a_nan_in_stage_1_skips_that_update_alone(tmp_path):
     assert log_of(tmp_path / "out")[1]["grad_fake"] is None
 
 
+def test_wandb_gets_the_numbers_of_the_log_and_is_asked_for_in_one_line_where_it_is_missing(tmp_path, monkeypatch):
+    sent, flags = [], [*COLD, *ONE_BATCH, "--steps", 2, "--wandb", "project", "--out_dir"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    status, _, err = here(cold_start, *flags, tmp_path / "none")
+    assert status == 2 and err.count("\n") == 1 and "pip install wandb" in err
+    init = lambda project, **_: SimpleNamespace(log=lambda numbers, step: sent.append((project, step, numbers)))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    good(here(cold_start, *flags, tmp_path / "there"))
+    lines = [json.loads(line) for line in (tmp_path / "there/log.jsonl").read_text().splitlines()]
+    assert sent == [("project", line["step"], line) for line in lines] and len(lines) == 2
+
+
 def test_skipped_updates_are_counted_in_the_log(tmp_path):
     good(here(cold_start, *COLD, *ONE_BATCH, "--out_dir", tmp_path, fake_score_loss=nan_at(cold_start.fake_score_loss, {1, 3})))
     assert [line["skipped"] for line in log_of(tmp_path)] == [0, 1, 0, 1]
