@@ -356,7 +356,7 @@ def setup(args, training=True):
     diffusers_logging.set_verbosity_error()  # it would print what the tokenizers cut off, prompt by prompt
     if training:  # the step under way is finished, then save_or_stop. A second signal changes nothing: torchrun passes on what the terminal sent too
         stop.update(asked=False, agreed=False)
-        for name in (signal.SIGTERM, signal.SIGINT):
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(name, lambda *_: stop.update(asked=True))
     if training and world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
@@ -369,7 +369,7 @@ def load_pipeline(args, device):
     try:
         pipe = StableDiffusion3Pipeline.from_pretrained(args.pretrained, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
         for module in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
-            module.requires_grad_(False).eval().to(device)
+            module is None or module.requires_grad_(False).eval().to(device)  # some come without T5
     except Exception as e:  # a directory can be wrong in a dozen ways
         die(f"--pretrained {args.pretrained} cannot be loaded; it must be a pipeline directory or a hub id ({str(e).splitlines()[0][:200]})",
             local=isinstance(e, torch.cuda.OutOfMemoryError))
@@ -594,8 +594,9 @@ def guarded(reward):
 def note_prompts(pipe, rows, args):
     """Say how many prompts are longer than what the text encoders read, and how many are repeated; rank 0 only."""
     prompts, most = [row["prompt"] for row in rows], (pipe.tokenizer_max_length, args.max_sequence_length)
-    tokens = zip(*(tokenizer(prompts).input_ids for tokenizer in (pipe.tokenizer, pipe.tokenizer_3) if prompts))
-    long, repeated = sum(len(clip) > most[0] or len(t5) > most[1] for clip, t5 in tokens), len(prompts) - len(set(prompts))
+    over = [[len(ids) > limit for ids in tokenizer(prompts).input_ids] for tokenizer, limit in zip((pipe.tokenizer, pipe.tokenizer_3), most)
+            if tokenizer and prompts]
+    long, repeated = sum(map(any, zip(*over))), len(prompts) - len(set(prompts))
     for count, what in (long, f"longer than CLIP's {most[0]} or T5's {most[1]} tokens: the rest is not read"), (repeated, "repeated: each counts"):
         if count and os.environ.get("RANK", "0") == "0":
             print(f"note: {count} of {len(prompts)} prompts are {what}", file=sys.stderr, flush=True)
@@ -665,7 +666,7 @@ def write_atomically(files):
         sync(os.path.dirname(path) or ".")
 
 def save_or_stop(args, state, step, last):
-    """Save if it is time to. After SIGTERM or SIGINT also say how to go on, and exit with status 0: all ranks, at the same step."""
+    """Save if it is time to. After SIGTERM, SIGINT or SIGHUP also say how to go on, and exit with status 0: all ranks, at the same step."""
     stopping = stop["agreed"] and step < last
     if step % args.save_every == 0 or step == last or stopping or 0 < 60 * args.save_minutes < time.time() - args.saved_at:
         save_checkpoint(args, state, step)
@@ -765,6 +766,10 @@ def load_adapter(transformer, name, path):
             f"difference: {next(iter(wrong or set(saved) - set(mine)))}. Is it of another model, or made with another --lora_rank?")
     for key in mine:
         mine[key].data.copy_(saved[key])
+    with contextlib.suppress(Exception):  # the file does not say its alpha; the checkpoint of the run that made it does, if it is there and whole
+        flags = torch.load(os.path.join(os.path.dirname(path), "ckpt.pt"), map_location="cpu", weights_only=True, mmap=True)["flags"]
+        if flags["lora_alpha"] != transformer.peft_config[name].lora_alpha:
+            die(f"{path}: trained with --lora_alpha {flags['lora_alpha']:g}, not {transformer.peft_config[name].lora_alpha:g}; give that")
 
 def decode(pipe, latents):
     """Latents [B,C,h,w] -> pictures [B,3,H,W] in [0,1], float32, differentiable."""

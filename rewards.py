@@ -7,7 +7,7 @@ step (Eq. 15); the others through SubGRPO alone (App. L).
 
 To add a tenth: copy `aesthetic`, a function (path, device, dtype, clip_l) -> score(images, prompts, metadata) with score.models, and name
 it in REWARDS. path is what --reward_path gives, clip_l where CLIP ViT-L/14 is, which several share. Not differentiable: score under
-torch.no_grad, and say False in REWARDS. Picky about prompts: score.check, as `ocr` has it.
+torch.no_grad, and say False in REWARDS. A gradient sees the raw score: see --margin. Picky about prompts: score.check, as `ocr` has it.
 """
 import ast
 import functools

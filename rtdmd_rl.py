@@ -29,8 +29,8 @@ from cps import cps_step, log_prob, sigmas
 from rewards import build, load_prompts, move, parse_weights
 
 PRESETS = {
-    "sd35m": dict(pretrained="stabilityai/stable-diffusion-3.5-medium"),
-    "sd3m": dict(pretrained="stabilityai/stable-diffusion-3-medium-diffusers"),
+    "sd35m": dict(pretrained="stabilityai/stable-diffusion-3.5-medium", sample_every=25),
+    "sd3m": dict(pretrained="stabilityai/stable-diffusion-3-medium-diffusers", sample_every=25),
     "tiny": dict(pretrained=os.path.join(HERE, "assets/tiny"), prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"), device="auto",
                  resolution=32, max_sequence_length=8, cfg=2.0, epochs=340, prompts_per_epoch=8, group_size=8, micro_batch=64, lr=5e-4,
                  fake_lr=1e-3, ema=.97, ema_every=1, rewards="clipscore:1,checker:1", reward_path=[f"clipscore={HERE}/assets/tiny/clip"],
@@ -62,7 +62,8 @@ def arguments():
     add("--eval_images", type=int, default=64, help="how many of those prompts, a picture each")
     add("--subset", type=int, default=2, help="M: how many of the K-1 stochastic steps are reinforced an epoch (Eq. 16); K-1 is GRPO")
     add("--shared_noise", type=int, choices=(0, 1), default=1, help="1: steps outside the subset share their noise within a prompt's group")
-    add("--subset_factor", type=int, choices=(0, 1), default=0, help="1: multiply SubGRPO by (K-1)/M as Eq. 17 has it (the release does not)")
+    add("--subset_factor", type=int, choices=(0, 1), default=0, help="0: mean over the M steps of S (release), 1/(K-1) of the "
+        "sum over all steps in expectation; 1: (K-1)/M times the sum over S (Eq. 17), that expectation itself")
     add("--policy_weight", type=float, default=1.0, help="weight of SubGRPO; 0 leaves it out")
     add("--det_weight", type=float, default=1e-4, help="weight of back-propagation through the last step; 0 leaves it out")
     add("--dm_weight", type=float, default=1e-3, help="weight of AC-DMD; 0 leaves it out (watch the reward being hacked)")
@@ -200,7 +201,7 @@ def main():
         return x_t.detach()
 
     def policy_pass(x, s, t, x_t, old_log_p, advantage, kept, *text):  # SubGRPO of one step (Eq. 17)
-        _, mean, std = cps_step(x, play(transformer, roles["generator"], text)(x, s), s, t, args.eta, x_t)
+        _, mean, std = cps_step(x, play(transformer, roles["generator"], text)(x, s), s, t, args.eta, x_t)  # x_t in place of a noise: not used
         log_p = log_prob(x_t, mean, std_or_none(std))
         drift = (torch.exp(log_p - old_log_p) - 1).detach().abs()
         old = log_p.detach() if args.old_log_prob == "update" else old_log_p

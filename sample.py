@@ -131,7 +131,7 @@ def arguments():
     add("--eta", type=float, help="stochasticity of the CPS steps in [0, 1] (default: 0.9, teacher 0: Euler)")
     add("--shift", type=float, default=3.0, help="SD3 time shift of the sampling grid")
     add("--cfg", type=float, help="guidance scale (default: 1, none; teacher: the preset's)")
-    add("--lora_alpha", type=float, default=64, help="alpha of the adapters")
+    add("--lora_alpha", type=float, default=64, help="alpha that the adapters were trained with; the files do not say it")
     add("--resolution", type=int, default=512, help="height and width in pixels")
     add("--max_sequence_length", type=int, default=128, help="T5 tokens of a prompt")
     add("--rewards", default="", help="name,name,...: score the pictures, print means, write scores.jsonl")

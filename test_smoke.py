@@ -1297,6 +1297,7 @@ INPUTS = [  # program, flags, what the one line says
     (T, "--stepz 4", "--stepz"), (T, "stray", "stray"), (T, "--seed four", "'four'"), (T, "--seed -1", "--seed"), (T, "--seed 99999999999999999999", "--seed"),
     (T, "--device toaster", "toaster"), (T, "--device cuda", "CUDA"), (T, "--device mps", "mps"), (T, "--device meta", "meta"), (T, "--out_dir ''", "--out_dir"),
     (T, "--out_dir {file}/out", "--out_dir"), (T, "--random_sd35m {file}/out", "file/out"), (T, "--random_sd35m ''", "--out_dir"),
+    (S, "cat --cold_start {cold} --lora_alpha 32", "trained with --lora_alpha 64, not 32"),
     (P, "", "give one of"), (P, "--ablations table5", "table5"), (P, "--curves {t}/none", "log.jsonl"), (P, "--ablations --seeds 0", "positive"),
     (P, "{t} --curves {t}", "give one of"), (P, "{t}/none", "cold_start/ holds no finished run"), (P, "{good}", "no finished run"),
     (P, "{report_log}", "no readable log.jsonl"), (P, "{report_code}", "not a file of tensors"), (P, "{report_code} --pretrained {t}/none/dir", "none/dir"),
