@@ -367,9 +367,11 @@ def load_pipeline(args, device):
     transformers_logging.set_verbosity_error(), transformers_logging.disable_progress_bar(), diffusers_logging.disable_progress_bar()
     from diffusers import StableDiffusion3Pipeline
     try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(args.pretrained, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        index = StableDiffusion3Pipeline.load_config(args.pretrained)  # some come without T5, which has to be said
+        none = {name: None for name in ("text_encoder_3", "tokenizer_3") if not (index.get(name) or [None])[0]}
+        pipe = StableDiffusion3Pipeline.from_pretrained(args.pretrained, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, **none)
         for module in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
-            module is None or module.requires_grad_(False).eval().to(device)  # some come without T5
+            module is None or module.requires_grad_(False).eval().to(device)
     except Exception as e:  # a directory can be wrong in a dozen ways
         die(f"--pretrained {args.pretrained} cannot be loaded; it must be a pipeline directory or a hub id ({str(e).splitlines()[0][:200]})",
             local=isinstance(e, torch.cuda.OutOfMemoryError))

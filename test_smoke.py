@@ -1083,6 +1083,17 @@ def test_the_usual_way_to_switch_or_to_checkpoint_loses_the_gradient_without_an_
     assert wrong.norm() == 0 if switch == "peft" else (wrong - truth).norm() > .5 * truth.norm()
 
 
+def test_a_finetune_that_comes_without_t5_is_taken(run, tmp_path, capsys):
+    shutil.copytree(TINY, tmp_path / "tiny", copy_function=os.symlink)
+    index = json.loads((TINY / "model_index.json").read_text())
+    (tmp_path / "tiny/model_index.json").unlink()
+    (tmp_path / "tiny/model_index.json").write_text(json.dumps({**index, "text_encoder_3": [None, None], "tokenizer_3": [None, None]}))
+    pipe = tiny_pipe(pretrained=str(tmp_path / "tiny"))
+    cold_start.note_prompts(pipe, [{"prompt": "a circle " * 50}, {"prompt": "a circle"}], tiny_args())
+    embeds, pooled = cold_start.text_encoder(pipe, tiny_args())(["a circle"])
+    assert pipe.text_encoder_3 is None and torch.isfinite(embeds).all() and "1 of 2 prompts are longer" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------ stage 2 stacked on stage 1
 def test_both_adapters_are_stacked_and_neither_replaces_the_other(tmp_path):
     """What sample.py draws = stage 1 merged into the base, then stage 2 added (1e-4, float32), whatever their ranks."""
