@@ -1701,7 +1701,7 @@ def test_a_reward_that_never_varies_is_warned_of_once(run, tmp_path, capsys):
     good(here(rtdmd_rl, *BASE, "--epochs", 1, "--prompts_per_epoch", 2, "--group_size", 3, "--cold_start", run.cold, "--out_dir", tmp_path,
               build=lambda *_: [half]))
     assert log_of(tmp_path)[0]["flat_groups"] == .5
-    log = cold_start.make_log(SimpleNamespace(out_dir=str(tmp_path), resume=False))
+    log = cold_start.make_log(SimpleNamespace(out_dir=str(tmp_path), resume=False, wandb=""))
     for flat in (19 * [1.0] + [.5] + 60 * [1.0]):
         log(SimpleNamespace(set_postfix=lambda *_, **__: None), 1, flat_groups=flat)
         assert not flat == .5 or not capsys.readouterr().err
