@@ -353,7 +353,6 @@ def setup(args, training=True):
         if (device.index or 0) >= torch.cuda.device_count():
             die(f"a process for GPU {device.index}, but this machine has {torch.cuda.device_count()}: give torchrun a smaller --nproc_per_node", local=True)
         torch.cuda.set_device(device)
-    diffusers_logging.set_verbosity_error()  # it would print what the tokenizers cut off, prompt by prompt
     if training:  # the step under way is finished, then save_or_stop. A second signal changes nothing: torchrun passes on what the terminal sent too
         stop.update(asked=False, agreed=False)
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -364,7 +363,8 @@ def setup(args, training=True):
 
 def load_pipeline(args, device):
     """The diffusers pipeline, frozen; bf16 on a GPU, float32 elsewhere."""
-    transformers_logging.set_verbosity_error(), transformers_logging.disable_progress_bar(), diffusers_logging.disable_progress_bar()
+    for logging in (transformers_logging, diffusers_logging):  # diffusers would print what the tokenizers cut off, prompt by prompt
+        logging.set_verbosity_error(), logging.disable_progress_bar()
     from diffusers import StableDiffusion3Pipeline
     try:
         index = StableDiffusion3Pipeline.load_config(args.pretrained)  # some come without T5, which has to be said
@@ -595,12 +595,14 @@ def guarded(reward):
 
 def note_prompts(pipe, rows, args):
     """Say how many prompts are longer than what the text encoders read, and how many are repeated; rank 0 only."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     prompts, most = [row["prompt"] for row in rows], (pipe.tokenizer_max_length, args.max_sequence_length)
     over = [[len(ids) > limit for ids in tokenizer(prompts).input_ids] for tokenizer, limit in zip((pipe.tokenizer, pipe.tokenizer_3), most)
             if tokenizer and prompts]
     long, repeated = sum(map(any, zip(*over))), len(prompts) - len(set(prompts))
     for count, what in (long, f"longer than CLIP's {most[0]} or T5's {most[1]} tokens: the rest is not read"), (repeated, "repeated: each counts"):
-        if count and os.environ.get("RANK", "0") == "0":
+        if count:
             print(f"note: {count} of {len(prompts)} prompts are {what}", file=sys.stderr, flush=True)
 
 def make_log(args):
@@ -756,9 +758,10 @@ def find_weights(where, subfolder, name, must=True):
         die(f"{path}: {reason}; run {'stage 2' if subfolder == 'rtdmd' else 'stage 1'} first, or name the directory of a run (sample.py: '' leaves it out)")
     return path if os.path.exists(path) else None
 
-def load_adapter(transformer, name, path):
-    """Fill one adapter from a file in the published format; dies unless every key and shape matches."""
-    saved, mine = read(path, "adapter"), adapter(transformer, name)
+def load_adapter(transformer, name, path, saved=None):
+    """Fill one adapter from a file in the published format (saved: what `read` gave for it, if it has been read already); dies unless every
+    key and shape matches."""
+    saved, mine = read(path, "adapter") if saved is None else saved, adapter(transformer, name)
     saved = saved if isinstance(saved, dict) else {}
     wrong = [k for k in mine if not torch.is_tensor(saved.get(k)) or saved[k].shape != mine[k].shape]
     if not wrong and not all(saved[k].isfinite().all() for k in mine):
@@ -777,7 +780,7 @@ def decode(pipe, latents):
     """Latents [B,C,h,w] -> pictures [B,3,H,W] in [0,1], float32, differentiable."""
     config = pipe.vae.config
     latents = (latents / config.scaling_factor + config.shift_factor).to(pipe.vae.dtype)
-    if pipe.low_memory:  # one by one, and again in the backward pass: the activations of one picture are 2 GB
+    if pipe.low_memory:  # one by one, and again in the backward pass: the activations of one picture at a time
         run = lambda z: pipe.vae.decode(z).sample
         pictures = torch.cat([torch.utils.checkpoint.checkpoint(run, z, use_reentrant=False, preserve_rng_state=False) for z in latents.split(1)])
     else:

@@ -31,7 +31,7 @@ import cold_start
 import rtdmd_rl
 from cold_start import (HERE, PRESETS, adapter, add_adapter, as_bytes, checked, decode, die, fake_score_loss, generator, graphed, load_adapter, load_pipeline, play, read,
                         renoise_time, rollout, setup, text_encoder, train_only, write_atomically)
-from cps import cps_step, renoise, sigmas
+from cps import renoise, sigmas
 from rewards import build, load_prompts
 from sample import draw, load_generator
 from tiny import CATEGORIES, SIZE, captions, check, detect
@@ -206,9 +206,7 @@ def figures(run, pretrained, folder, device):
     image = Image.new("RGB", (1000, 240), "white")
     for i, eta in enumerate((0, .5, .9, 1)):
         g = torch.Generator().manual_seed(0)
-        path = [torch.randn(N, generator=g)]
-        for s, t in zip(levels, levels[1:]):
-            path.append(cps_step(path[-1], exact_velocity(path[-1], s), s, t, eta, torch.randn(N, generator=g))[0])
+        path = rollout(exact_velocity, torch.randn(N, generator=g), levels, 4, eta, (torch.randn(N, generator=g) for _ in range(4)))
         path, end = torch.stack(path, 1), path[-1]
         lost = (end.abs() < .5).float().mean().item()
         title = f"eta {eta}: {100 * lost:.0f} % between the modes"
@@ -455,11 +453,13 @@ def stopwatch(args, transformer, images, warm_up, evaluated):
         if cuda:
             event.record()
         marks.append((name, event))
+        if name != "step":
+            return
         ends = [event for name, event in marks if name == "step"]
-        if name == "step" and len(ends) == warm_up and "warm" not in state:
+        if "warm" not in state and len(ends) == warm_up:
             del marks[:-1]
             state.update(warm=time.time() - begin, evaluated=evaluated[0])
-        elif name == "step" and "warm" in state and len(ends) == args.bench + 1:
+        elif "warm" in state and len(ends) == args.bench + 1:
             if cuda:
                 torch.cuda.synchronize()
             seconds, parts, forwards = [between(a, b) for a, b in zip(ends, ends[1:])], {}, (evaluated[0] - state["evaluated"]) / args.bench
@@ -482,6 +482,23 @@ def stopwatch(args, transformer, images, warm_up, evaluated):
                 print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}), flush=True)
             sys.exit(0)
     return part
+
+
+def bench(args, inputs_of, render, prompts, device):
+    """What --bench of sample.py does: time args.bench batches after two to warm up; every prompt is new, so that its encoding is measured too. One line of JSON."""
+    cuda = device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    times, clock = [], lambda: (wait(), time.time())[1]
+    for n in range(-2, args.bench):
+        t0, _ = clock(), inputs_of([f"{prompt} {n}" for prompt in prompts])
+        t1, inputs = clock(), inputs_of([f"{prompt} {n}" for prompt in prompts])  # known by now: noise and a look-up
+        t2, _ = clock(), render(*inputs)
+        times.append((t1 - t0, t2 - t1, clock() - t2))
+    text, noise, rest = (sorted(t)[args.bench // 2] for t in zip(*times[2:]))
+    peak = torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None
+    print(json.dumps({"program": "sample.py", "device": torch.cuda.get_device_name() if cuda else "cpu", "batch": len(prompts), "steps": args.steps,
+                      "text_and_noise_s": text, "noise_s": noise, "draw_and_decode_s": rest, "images_per_s": len(prompts) / (noise + rest),
+                      "peak_gib": peak}), flush=True)
 
 
 def matmul_rate(n=8192):

@@ -239,7 +239,7 @@ def geneval_wrong(prompt, row):
     """What is wrong with GenEval metadata, or None."""
     if not isinstance(row.get("include"), list) or not row["include"]:
         return 'no GenEval metadata: it needs a list under "include", as in GenEval\'s evaluation_metadata.jsonl (or leave geneval out)'
-    for key, i, want in [(key, i, want) for key in ("include", "exclude") 
+    for key, i, want in [(key, i, want) for key in ("include", "exclude")
                          for i, want in enumerate(row[key] if isinstance(row.get(key), list) else [row.get(key)] * (key in row))]:
         want = want if isinstance(want, dict) else {}
         count, place = want.get("count"), want.get("position", ["above", 0])

@@ -108,27 +108,6 @@ def shared_noise(shape, prompts, device, *key):
     return torch.stack([each[p] for p in prompts]) if prompts else torch.empty(0, *shape, device=device)  # a rank without pictures
 
 
-@torch.no_grad()
-def evaluate(pipe, adapters, encode, rows, rewards, args, name):
-    """Mean held-out rewards of one picture a row, always from the same seeds -> {"eval_<reward>": mean}; rank 0's pictures to samples/<name>.png.
-    Each rank draws its share; the numbers do not depend on how many there are."""
-    device, levels, sums, pictures = pipe.transformer.device, sigmas(args.num_steps, args.shift), torch.zeros(len(rewards), device=pipe.transformer.device), []
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    move(rewards, device if args.offload_rewards else None)
-    for first in range(0, len(rows))[shard(len(rows), rank, world)][::args.micro_batch]:
-        batch = rows[first:min(first + args.micro_batch, shard(len(rows), rank, world).stop)]
-        prompts, metadata = [row["prompt"] for row in batch], [row["metadata"] for row in batch]
-        noise = [torch.stack([torch.randn(pipe.latent_shape, generator=generator(device, "eval", args.seed, first + i, k), device=device)
-                              for i in range(len(batch))]) for k in range(args.num_steps + 1)]
-        x = rollout(play(pipe.transformer, adapters, encode(prompts)), noise[0], levels, args.num_steps, args.eta, noise[1:])[-1]
-        pictures.append(decode(pipe, x))
-        sums += torch.stack([r(pictures[-1], prompts, metadata).sum() for r in rewards])
-    move(rewards, "cpu" if args.offload_rewards else None)
-    if rank == 0 and pictures:
-        save_grid(torch.cat(pictures)[:64], f"{args.out_dir}/samples/{name}.png")
-    return {f"eval_{r.name}": mean for r, mean in zip(rewards, (all_reduce(sums) / len(rows)).tolist())}
-
-
 # ------------------------------------------------------------------------------------------ 2. Algorithm 1, lines of stage 2
 def main():
     args = arguments()
@@ -327,6 +306,28 @@ def main():
         print(f"done: {args.out_dir}/generator_ema.pt, to be stacked on {args.cold_start}/generator_ema.pt (sample.py does)", flush=True)
     if world > 1:
         dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------- 3. held-out rewards, to see the trained ones being hacked
+@torch.no_grad()
+def evaluate(pipe, adapters, encode, rows, rewards, args, name):
+    """Mean held-out rewards of one picture a row, always from the same seeds -> {"eval_<reward>": mean}; rank 0's pictures to samples/<name>.png.
+    Each rank draws its share; the numbers do not depend on how many there are."""
+    device, levels, sums, pictures = pipe.transformer.device, sigmas(args.num_steps, args.shift), torch.zeros(len(rewards), device=pipe.transformer.device), []
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    move(rewards, device if args.offload_rewards else None)
+    mine = range(len(rows))[shard(len(rows), rank, world)]
+    for places in (mine[i:i + args.micro_batch] for i in range(0, len(mine), args.micro_batch)):
+        prompts, metadata = [rows[i]["prompt"] for i in places], [rows[i]["metadata"] for i in places]
+        noise = [torch.stack([torch.randn(pipe.latent_shape, generator=generator(device, "eval", args.seed, i, k), device=device)
+                              for i in places]) for k in range(args.num_steps + 1)]
+        x = rollout(play(pipe.transformer, adapters, encode(prompts)), noise[0], levels, args.num_steps, args.eta, noise[1:])[-1]
+        pictures.append(decode(pipe, x))
+        sums += torch.stack([r(pictures[-1], prompts, metadata).sum() for r in rewards])
+    move(rewards, "cpu" if args.offload_rewards else None)
+    if rank == 0 and pictures:
+        save_grid(torch.cat(pictures)[:64], f"{args.out_dir}/samples/{name}.png")
+    return {f"eval_{r.name}": mean for r, mean in zip(rewards, (all_reduce(sums) / len(rows)).tolist())}
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from cold_start import (add_adapter, checked, decode, die, find_weights, graphed, guarded, load_adapter, load_pipeline, note_prompts, parse, play, read,
-                        save_grid, setup, text_encoder, write_atomically)
-from cps import cps_step, sigmas
+                        rollout, save_grid, setup, text_encoder, write_atomically)
+from cps import sigmas
 from export import check_exports, export
 from rewards import build, load_prompts
 from rtdmd_rl import PRESETS
@@ -41,27 +41,9 @@ def noise_of(seeds, shape, levels, eta, device):
 
 
 def integrate(v, noise, levels, eta):
-    """From noise[0] along the CPS steps (Eq. 19-21) to the latents."""
-    x, zero = noise[0], torch.zeros_like(noise[0])
-    for k, (s, t) in enumerate(zip(levels, levels[1:])):
-        x = cps_step(x, v(x, s), s, t, eta, noise[k + 1] if t > 0 and eta > 0 else zero)[0]
-    return x
-
-
-def bench(args, inputs_of, render, prompts):
-    """Time args.bench batches after two to warm up; every prompt is new, so that its encoding is measured too. One line of JSON."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    times, clock = [], lambda: (wait(), time.time())[1]
-    for n in range(-2, args.bench):
-        t0, _ = clock(), inputs_of([f"{prompt} {n}" for prompt in prompts])
-        t1, inputs = clock(), inputs_of([f"{prompt} {n}" for prompt in prompts])  # known by now: noise and a look-up
-        t2, _ = clock(), render(*inputs)
-        times.append((t1 - t0, t2 - t1, clock() - t2))
-    text, noise, draw = (sorted(t)[args.bench // 2] for t in zip(*times[2:]))
-    peak = torch.cuda.max_memory_allocated() / 2 ** 30 if torch.cuda.is_available() else None
-    print(json.dumps({"program": "sample.py", "device": torch.cuda.get_device_name() if peak else "cpu", "batch": len(prompts), "steps": args.steps,
-                      "text_and_noise_s": text, "noise_s": noise, "draw_and_decode_s": draw, "images_per_s": len(prompts) / (noise + draw),
-                      "peak_gib": peak}), flush=True)
+    """From noise[0] along all steps of `rollout` (Eq. 8, 19-21) to the latents; steps that noise has nothing for add none."""
+    steps = len(levels) - 1
+    return rollout(v, noise[0], levels, steps, eta, [*noise[1:], *[torch.zeros_like(noise[0])] * steps])[-1]
 
 
 def load_generator(pipe, args):
@@ -73,7 +55,7 @@ def load_generator(pipe, args):
             saved = read(path, "adapter")
             args.lora_rank = next((v.shape[0] for k, v in saved.items() if "lora_A" in k), 1) if isinstance(saved, dict) else 1
             add_adapter(pipe.transformer, name, args)
-            load_adapter(pipe.transformer, name, path)
+            load_adapter(pipe.transformer, name, path, saved)
             names.append(name)
     pipe.transformer.requires_grad_(False)
     return names
@@ -215,7 +197,8 @@ def draw_all(args, pipe, encode, adapters, rows, rewards, device):
         prompts, inputs_of = [row["prompt"] for row in batch], lambda prompts: (noise_of(
             range(args.seed + i, args.seed + i + len(prompts)), pipe.latent_shape, levels, args.eta, device), *encode(prompts))
         if args.bench:
-            return bench(args, inputs_of, render, prompts)
+            from report import bench
+            return bench(args, inputs_of, render, prompts, device)
         images = render(*inputs_of(prompts + prompts[-1:] * (fixed and args.batch_size - len(prompts))))[:len(batch)]
         for reward in rewards:
             with torch.no_grad():
