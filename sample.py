@@ -170,7 +170,7 @@ def main():
     for reward in rewards:
         checked(reward.check, [row["prompt"] for row in rows], [row["metadata"] for row in rows])
     adapters, encode, results = [] if args.teacher else load_generator(pipe, args), text_encoder(pipe, args), {}
-    note_prompts(pipe, rows, args)
+    note_prompts(pipe, rows[::args.num_images], args)  # each once, however many pictures it gets
     runs = {"teacher" if args.teacher else "student": args}
     if args.compare:
         runs["teacher"] = argparse.Namespace(**{**vars(args), **USUAL["teacher"], "out_dir": f"{args.out_dir}/teacher"})
