@@ -49,6 +49,7 @@ import transformers
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Img2ImgPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
+from peft.tuners.lora import Linear as PeftLinear
 from PIL import Image
 
 import cold_start
@@ -1057,6 +1058,31 @@ def test_role_switching_and_checkpointing_leave_the_generators_gradient_as_it_is
         assert (generator_gradient("ours", checkpointing) - truth).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("active", [[], ["one"], ["one", "two"]])
+def test_our_forward_of_an_adapted_matrix_is_pefts_own(active):
+    """`lora_linear` adds up all active adapters in one pair of products; values and gradients are those of peft's forward, to rounding."""
+    pipe, g, found = tiny_pipe(), torch.Generator().manual_seed(0), []
+    transformer, text = pipe.transformer, cold_start.text_encoder(pipe, tiny_args())(["a red circle", "two squares"])
+    for name, rank in (("one", 8), ("two", 32)):
+        cold_start.add_adapter(transformer, name, tiny_args(lora_rank=rank))
+        for p in cold_start.adapter(transformer, name).values():
+            p.data = torch.randn(p.shape, generator=g) * .05
+    parameters, = cold_start.train_only(transformer, "two")
+    x = torch.randn(2, 4, 16, 16, generator=g)
+    for forward in ("ours", "peft's"):
+        v = cold_start.play(transformer, active, text)(x, .75)
+        if "two" in active:
+            v.square().sum().backward()
+        found.append((v.detach(), flat([p.grad for p in parameters])))
+        for layer, p in [(layer, None) for layer in transformer.lora_layers] + [(None, p) for p in parameters]:
+            if layer:
+                layer.__class__ = PeftLinear
+            p is None or p.grad.zero_()
+    (v, gradient), (v_peft, gradient_peft) = found
+    assert (v - v_peft).abs().max() < 1e-5 * v_peft.abs().max()
+    assert (gradient - gradient_peft).norm() <= 1e-5 * gradient_peft.norm() and (gradient.norm() > 1) == ("two" in active)
+
+
 def test_compiled_blocks_play_every_role_and_give_the_eager_gradient(monkeypatch):
     """--compile, with the compiler's front half (tracing, guards, the joint graph; the back half needs a GPU or minutes): a graph compiled
     for one role must not be used for another, nor one for the batch without guidance for the double one."""
@@ -1072,6 +1098,25 @@ def test_compiled_blocks_play_every_role_and_give_the_eager_gradient(monkeypatch
     assert (compiled - eager).abs().max() < 1e-6 < 1e-2 < eager.norm()
     # G, F and teacher, three kinds of block at most (first, middle, last), and a graph with gradient where G has one
     assert 6 <= len(graphs) <= 12, len(graphs)
+
+
+def test_one_compiled_graph_serves_all_blocks_of_a_kind():
+    """Else SD3.5-M's 24 blocks compile one by one, for a quarter of an hour."""
+    from torch._dynamo.backends.debugging import aot_eager
+    transformer, graphs = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=6, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+        caption_projection_dim=32, pooled_projection_dim=32, pos_embed_max_size=16, dual_attention_layers=(0, 1, 2), qk_norm="rms_norm"), []
+    for name in ("one", "two"):
+        cold_start.add_adapter(transformer, name, tiny_args(lora_rank=4))
+    torch._dynamo.reset()
+    backend = lambda graph, inputs: graphs.append(graph) or aot_eager(graph, inputs)
+    for block in transformer.transformer_blocks:
+        block.compile(dynamic=False, backend=backend)
+    text = torch.randn(2, 7, 32), torch.randn(2, 32)
+    for i, adapters in enumerate(([], ["one"], ["one", "two"]), 1):  # with a second attention, without, and the last, which drops its text
+        with torch.no_grad():
+            cold_start.play(transformer, adapters, text)(torch.randn(2, 4, 16, 16), .5)
+        assert len(graphs) == 3 * i
 
 
 @pytest.mark.parametrize("switch, checkpointing", [("peft", None), ("peft", "diffusers"), ("ours", "diffusers")])
