@@ -3,7 +3,8 @@
     python report.py out/tiny                           # what `make tiny` ends with: the same captions and seeds through teacher-50,
                                                         # teacher-4, AC-DMD and RTDMD -> report.json, report.png and a table
     python report.py --curves out/cold_start out/rtdmd  # every number of their log.jsonl, a colour a run -> out/cold_start/curves.png
-    python report.py out/tiny --figures assets          # the pictures in the README
+    python report.py out/tiny --figures assets          # the pictures in the README, but for the one of hacking:
+    python report.py out/tiny --figures assets --runs out/tiny/rtdmd out/tiny/hacked      # several stage 2 on one stage 1, side by side
     python report.py --ablations                        # make ablations: Tables 3 and 4 and the fake score's quality -> out/ablations
     python report.py --ablations --jobs 7 --minutes 20     # the same on one GPU and 16 cores, and an end to it
 
@@ -148,6 +149,13 @@ def panel(pen, x, y, width, height, title, curves):
         pen.line([place(*point) for point in points], fill=color, width=2)
 
 
+def paste(image, pictures, x, y, cell=66):
+    """Pictures [N,3,h,w] side by side into image, the first at x, y and one every `cell` pixels."""
+    from PIL import Image
+    for j, picture in enumerate((pictures.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()):
+        image.paste(Image.fromarray(picture).resize((cell - 2, cell - 2), Image.BICUBIC), (x + j * cell, y))
+
+
 def draw_report(sheet, prompts, logs, path):
     """The same captions and seeds down the rows, and below them the curves of both stages."""
     from PIL import Image, ImageDraw, ImageFont
@@ -159,8 +167,7 @@ def draw_report(sheet, prompts, logs, path):
         pen.text((left + j * cell, 4), "\n".join(" ".join(words[i:i + 2]) for i in range(0, len(words), 2)), "black", small)
     for i, (title, pictures) in enumerate(sheet):
         pen.text((4, top + i * cell + 14), title, "black", font)
-        for j, picture in enumerate((pictures.permute(0, 2, 3, 1) * 255).round().byte().numpy()):
-            image.paste(Image.fromarray(picture).resize((64, 64), Image.BICUBIC), (left + j * cell, top + i * cell))
+        paste(image, pictures, left, top + i * cell, cell)
     curves = [("cold_start", "loss_generator")] + [("rtdmd", k) for k in logs["rtdmd"][0] if k.startswith("reward_") or k == "latent_std"]
     for c, (stage, key) in enumerate(curves):
         points = [(line["step"], line[key]) for line in logs[stage] if line.get(key)] or [(0, 0)]
@@ -198,9 +205,9 @@ def exact_velocity(x, t, tau=.15):
 
 @torch.no_grad()
 def figures(run, pretrained, folder, device):
-    """Two pictures into folder, and their numbers on the screen. sampler.png: 4-step paths for four eta, with the exact velocity of a
-    world of two modes. subgrpo.png: eight pictures of a caption ("a circle") by the
-    run's generator, a row for each S; the steps outside of it share their noise."""
+    """Three pictures into folder, and their numbers on the screen. sampler.png: 4-step paths for four eta, with the exact velocity of a
+    world of two modes. subinterval.png: in that world, x_s of s = .5 re-noised to t, with both std. subgrpo.png: eight pictures of a caption
+    ("a circle") by the run's generator, a row for each S; the steps outside of it share their noise."""
     from PIL import Image, ImageDraw, ImageFont
     font, levels, N = ImageFont.load_default(14), sigmas(), 10000
     image = Image.new("RGB", (1000, 240), "white")
@@ -215,6 +222,27 @@ def figures(run, pretrained, folder, device):
         print(f"{title}; std {end.std():.3f} (data {(1 + .15 ** 2) ** .5:.3f}); correlation of start and end {correlation:.2f}")
     write_atomically({f"{folder}/sampler.png": as_bytes(image.save, format="png")})
 
+    image, small, g, N, s = Image.new("RGB", (1000, 240), "white"), ImageFont.load_default(11), torch.Generator().manual_seed(0), 200000, levels[3]
+    modes, x, edges, pen = torch.tensor([-1., 1.]), torch.linspace(-3, 3, 60), torch.linspace(-3, 3, 31), ImageDraw.Draw(image)
+    x0 = modes[torch.randint(2, (N,), generator=g)] + .15 * torch.randn(N, generator=g)
+    x_s, noise, of_noise = (1 - s) * x0 + s * torch.randn(N, generator=g), torch.randn(N, generator=g), [[], [], []]
+    for i in range(21):
+        t = s + (1 - s) * i / 20
+        x_t, var = [renoise(x_s, s, t, noise, std) for std in ("exact", "printed")], (1 - t) ** 2 * .15 ** 2 + t ** 2
+        for points, std in zip(of_noise, [*((y - (1 - t) * x0).std().item() for y in x_t), t]):
+            points.append((t, std))
+        if i in (2, 10, 18):  # near the beginning, in the middle, near the end of [s, 1]
+            bars = [(torch.histc(y, 30, -3, 3) / N / .2).repeat_interleave(2) for y in x_t]
+            density = (-(x[:, None] - (1 - t) * modes) ** 2 / (2 * var)).exp().mean(1) / (2 * math.pi * var) ** .5
+            curves = [*(zip(edges.repeat_interleave(2)[1:-1].tolist(), y.tolist()) for y in bars), zip(x.tolist(), density.tolist())]
+            panel(pen, 250 + i // 8 * 250, 8, 248, 220, f"t = {t:g}, standard deviation", [list(curve) for curve in curves])
+            found = [f"{name} {std:.3f}" for name, std in zip(("exact", "printed", "true"), [*(y.std().item() for y in x_t), ((1 - t) ** 2 + var) ** .5])]
+            for j, text in enumerate(found):
+                pen.text((298 + i // 8 * 250, 28 + 13 * j), text, PALETTE[j], small)
+            print(f"t = {t:g}: std {', '.join(found)}; of the noise in it {', '.join(f'{points[-1][1]:.3f}' for points in of_noise)}")
+    panel(pen, 0, 8, 248, 220, f"noise in x_t, t = {s:g} to 1", of_noise)
+    write_atomically({f"{folder}/subinterval.png": as_bytes(image.save, format="png")})
+
     args, pipe, encode, _ = load_tiny(pretrained, device, cold_start=f"{run}/cold_start", rtdmd=f"{run}/rtdmd")
     adapters, prompts = load_generator(pipe, args), [row["prompt"] for row in captions("train")[::4] for _ in range(8)]
     rows, v = [(0, 1), (0, 2), (1, 2), (0, 1, 2)], play(pipe.transformer, adapters, encode(prompts))
@@ -227,9 +255,34 @@ def figures(run, pretrained, folder, device):
         std = x0.unflatten(0, (-1, 8)).std(1).mean()
         print(f"{title}: std within a group {std:.3f}, mean over {len(prompts) // 8} captions")
         ImageDraw.Draw(image).text((6, i * 66 + 14), f"{title}\nstd {std:.2f}", "black", font)
-        for j, picture in enumerate((decode(pipe, x0[:8]).permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()):
-            image.paste(Image.fromarray(picture).resize((64, 64), Image.BICUBIC), (150 + j * 66, i * 66))
+        paste(image, decode(pipe, x0[:8]), 150, i * 66)
     write_atomically({f"{folder}/subgrpo.png": as_bytes(image.save, format="png")})
+
+
+@torch.no_grad()
+def hacking(run, runs, pretrained, n, folder, device):
+    """The scoreboard's pictures of three captions that leave the colour open, by run's cold start and by the stages 2 that were trained on
+    it, with the numbers of each over all captions, n pictures a category -> folder/hacking.png"""
+    from PIL import Image, ImageDraw, ImageFont
+    starts = {read(f"{stage}/ckpt.pt", "checkpoint")["flags"]["pretrained or cold_start content"] for stage in runs}
+    if len(starts) > 1:
+        die(f"--runs {' '.join(runs)}: were not trained on one and the same stage 1")
+    rows, font, cell, height = report_captions(n), ImageFont.load_default(14), 40, 64
+    image = Image.new("RGB", (24 * cell + 28, 28 + height * (1 + len(runs))), "white")
+    pen, shown = ImageDraw.Draw(image), {}
+    for j, prompt in enumerate(("a circle", "a square and a triangle", "three triangles")):
+        shown[j * (8 * cell + 14)] = [k for k, row in enumerate(rows) if row["prompt"] == prompt][:8]
+        pen.text((j * (8 * cell + 14), 2), f'"{prompt}"', "black", font)
+    for i, stage in enumerate(["", *runs]):
+        args, pipe, encode, clips = load_tiny(pretrained, device, cold_start=f"{run}/cold_start", rtdmd=stage)
+        numbers, pictures = evaluate(pipe, encode, clips, rows, load_generator(pipe, args), sigmas(), .9)
+        title = (f"{os.path.basename(os.path.abspath(stage)) if stage else 'cold start'}: CLIPScore {numbers['clipscore']:.3f}, checker "
+                 f"{100 * numbers['checker']:.1f} %, judge {numbers['judge']:.3f}, colour bits {numbers['color_bits']:.2f}")
+        print(title)
+        pen.text((0, 28 + i * height), title, PALETTE[0], font)
+        for x, index in shown.items():
+            paste(image, pictures[index], x, 47 + i * height, cell)
+    write_atomically({f"{folder}/hacking.png": as_bytes(image.save, format="png")})
 
 
 # ------------------------------------------------------------------------------------------------------------- 4. ablations
@@ -518,6 +571,7 @@ def arguments():
     add("run", nargs="?", help="directory of a tiny run with cold_start/ and rtdmd/: its scoreboard")
     add("--curves", nargs="+", metavar="RUN", help="draw the curves of these runs' log.jsonl into the first one's curves.png")
     add("--figures", metavar="DIR", help="draw the README's figures into DIR instead, with the weights of `run`")
+    add("--runs", nargs="+", default=[], metavar="RUN", help="and only hacking.png: the cold start of `run` and these stages 2 on it")
     add("--ablations", nargs="?", const="table3,table4,fake", metavar="TABLES", help=f"make these tables, of {', '.join(TABLES)}")
     add("--out_dir", default="out/ablations", help="of the ablations; a second call goes on where the first one stopped")
     add("--pretrained", default=f"{HERE}/assets/tiny", help="the pipeline that the run was made with")
@@ -534,6 +588,8 @@ def arguments():
     args.pictures = args.pictures or (216 if args.ablations else 72)
     if (args.run is not None) + (args.curves is not None) + (args.ablations is not None) != 1:
         die("give one of: the directory of a tiny run, --curves RUN..., --ablations")
+    if args.runs and not (args.run and args.figures):
+        die("--runs draws a figure: give the directory of their stage 1's run and --figures DIR, too")
     if not min(args.pictures, args.seeds, args.steps, args.epochs, args.batch, args.jobs, args.cpu_jobs + 1, args.minutes) > 0:
         die("--pictures, --seeds, --steps, --epochs, --batch, --jobs and --minutes must be positive")
     if args.ablations is not None:
@@ -550,12 +606,14 @@ def main():
     elif args.curves:
         draw_curves(args.curves, f"{args.curves[0]}/curves.png")
     else:
-        for stage in ("cold_start", "rtdmd"):
-            if not os.path.exists(f"{args.run}/{stage}/generator_ema.pt") or not all("seconds" in line for line in read_log(f"{args.run}/{stage}")):
-                die(f"{args.run}: {stage}/ holds no finished run; make tiny makes one")
+        for stage in (f"{args.run}/cold_start", *(args.runs or [f"{args.run}/rtdmd"])):
+            if not os.path.exists(f"{stage}/generator_ema.pt") or not all("seconds" in line for line in read_log(stage)):
+                die(f"{stage}/ holds no finished run; make tiny makes one")
         args.out_dir = args.figures or args.run
         device, *_ = setup(args, training=False)
-        if args.figures:
+        if args.runs:
+            hacking(args.run, args.runs, args.pretrained, args.pictures, args.figures, device)
+        elif args.figures:
             figures(args.run, args.pretrained, args.figures, device)
         else:
             checked(scoreboard, args.run, args.pretrained, args.pictures, device)

@@ -1354,7 +1354,7 @@ INPUTS = [  # program, flags, what the one line says
     (T, "--out_dir {file}/out", "--out_dir"), (T, "--random_sd35m {file}/out", "file/out"), (T, "--random_sd35m ''", "--out_dir"),
     (S, "cat --cold_start {cold} --lora_alpha 32", "trained with --lora_alpha 64, not 32"),
     (P, "", "give one of"), (P, "--ablations table5", "table5"), (P, "--curves {t}/none", "log.jsonl"), (P, "--ablations --seeds 0", "positive"),
-    (P, "{t} --curves {t}", "give one of"), (P, "{t}/none", "cold_start/ holds no finished run"), (P, "{good}", "no finished run"),
+    (P, "{t} --curves {t}", "give one of"), (P, "{t} --runs {t}", "--figures DIR"), (P, "{t}/none", "cold_start/ holds no finished run"), (P, "{good}", "no finished run"),
     (P, "{report_log}", "no readable log.jsonl"), (P, "{report_code}", "not a file of tensors"), (P, "{report_code} --pretrained {t}/none/dir", "none/dir"),
     (P, "{report_code} --pretrained {code_dit}", "code_dit"), (P, "--ablations --out_dir {file}/out", "file/out"),
 ]
@@ -1926,8 +1926,42 @@ def test_the_figures_of_the_readme(run, quick, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "captions", lambda *_: tiny.captions("train")[:5])
     status, out, err = here(report, tmp_path / "run", "--device", "cpu", "--figures", tmp_path / "new/figures")
     assert status == 0 and out.count("std within a group") == 4 and "correlation of start and end" in out, err
-    assert {p.name for p in (tmp_path / "new/figures").iterdir()} == {"sampler.png", "subgrpo.png"} and not (tmp_path / "run/report.json").exists()
+    assert {p.name for p in (tmp_path / "new/figures").iterdir()} == {"sampler.png", "subgrpo.png", "subinterval.png"} and not (tmp_path / "run/report.json").exists()
+    measured = re.findall(r"t = ([\d.]+): std exact ([\d.]+), printed ([\d.]+), true ([\d.]+); of the noise in it ([\d.]+), ([\d.]+), ([\d.]+)", out)
+    assert [float(line[0]) for line in measured] == [.55, .75, .95]
+    for t, exact, printed, true, *noise in [map(float, line) for line in measured]:  # the true marginal, and App. B's, worked out by hand
+        a, b, data = (1 - t) / .5, (t - .5) / .5, 1 + .15 ** 2
+        assert (exact, true, noise[0], noise[2]) == pytest.approx((((1 - t) ** 2 * data + t ** 2) ** .5,) * 2 + (t, t), abs=.003)
+        assert (printed, noise[1]) == pytest.approx((((1 - t) ** 2 * data + a ** 2 * .25 + b ** 2) ** .5, (a ** 2 * .25 + b ** 2) ** .5), abs=.003)
+        assert all(f".{1000 * x:.0f}" in README.split("### App. B, D")[1].split("###")[0] for x in (exact, printed, true))
+    picture = Image.open(tmp_path / "new/figures/subinterval.png").convert("RGB")
+    for i in range(4):  # every panel has its curves, of which the true one may hide the exact one
+        used = {color for _, color in picture.crop((250 * i + 46, 70, 250 * i + 248, 240)).getcolors(10 ** 6)}
+        assert used >= set(report.PALETTE[1:3]) and (i == 0 or report.PALETTE[0] in used)
     assert here(report, "--figures", tmp_path / "none")[0] == 2 and not (tmp_path / "none").exists()
+
+
+def test_the_figure_of_hacking(run, quick, tmp_path):
+    """A row for the cold start and one for each run: one whose adapter is 0 gives the cold start's pictures and numbers, a trained one others."""
+    shutil.copytree(run.cold, tmp_path / "run/cold_start")
+    for name, scale in (("nothing", 0), ("much", 300)):
+        shutil.copytree(run.rl, tmp_path / name)
+        torch.save({k: v * scale if "lora_B" in k else v for k, v in load(run.rl / "generator_ema.pt").items()}, tmp_path / name / "generator_ema.pt")
+    flags = [tmp_path / "run", "--device", "cpu", "--pictures", 9, "--figures", tmp_path, "--runs", tmp_path / "nothing", tmp_path / "much"]
+    status, out, err = here(report, *flags)
+    assert status == 0 and not (tmp_path / "sampler.png").exists(), err
+    rows = dict(line.split(": ") for line in out.splitlines())
+    assert list(rows) == ["cold start", "nothing", "much"] and rows["nothing"] == rows["cold start"] != rows["much"]
+    assert all(re.fullmatch(r"CLIPScore -?\d\.\d{3}, checker [\d.]+ %, judge -?\d\.\d{3}, colour bits [\d.]+", row) for row in rows.values())
+    picture = Image.open(tmp_path / "hacking.png").convert("RGB")
+    first, nothing, much = (picture.crop((0, y + 19, picture.width, y + 59)).tobytes() for y in (28, 92, 156))
+    assert picture.size == (988, 28 + 3 * 64) and first == nothing != much
+    assert all(len(set(picture.crop((x, 47, x + 38, 85)).tobytes())) > 20 for x in (0, 334, 668))  # pictures of each caption
+    ckpt = load(tmp_path / "much/ckpt.pt")
+    ckpt["flags"]["pretrained or cold_start content"] = "another"
+    torch.save(ckpt, tmp_path / "much/ckpt.pt")
+    status, _, err = here(report, *flags)
+    assert status == 2 and "one and the same stage 1" in err and err.count("\n") == 1
 
 
 def test_the_scoreboards_captions_are_the_same_for_any_number_of_pictures():
@@ -2882,7 +2916,7 @@ def test_every_file_link_function_and_flag_of_the_readme_is_there(capsys, monkey
     assert set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README)) - known == set()
     for marker in ("table", "ablations", "performance", "cost"):
         assert README.count(f"<!-- {marker} -->") == README.count(f"<!-- /{marker} -->") == 1
-    assert all((ROOT / "assets" / name).stat().st_size < 150_000 for name in ("sampler.png", "subgrpo.png"))
+    assert all((ROOT / "assets" / name).stat().st_size < 150_000 for name in ("sampler.png", "subgrpo.png", "subinterval.png"))
 
 
 # ---- the README's diffs: each is applied to a copy of the programs, which then runs
