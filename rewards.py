@@ -5,8 +5,8 @@ A reward is a callable (images [B,3,H,W] float in [0,1], prompts [B], metadata [
 for prompts that it cannot score.
 
 To add a tenth: copy `aesthetic`, a function (path, device, dtype, clip_l) -> score(images, prompts, metadata) with score.models, and name
-it in REWARDS. path is what --reward_path gives, clip_l where CLIP ViT-L/14 is, which several share. Not differentiable: score under
-torch.no_grad, and say False in REWARDS. A gradient sees the raw score: see --margin. Picky about prompts: score.wrong, as `ocr` has it.
+it in REWARDS. path is what --reward_path gives, clip_l where CLIP ViT-L/14 is, which several share. A gradient sees the raw score: see
+--margin. Picky about prompts: score.wrong, as `ocr` has it.
 """
 import ast
 import functools
@@ -65,8 +65,7 @@ def to_pil(images):
 # --------------------------------------------------------------------------------------------- published checkpoints
 def published(path, file):
     """The tensors of a checkpoint. path: the file itself, the directory it is in, or owner/repository on the hub. No code in it is run."""
-    if not os.path.exists(path):
-        path = hf_hub_download(path, file)
+    path = path if os.path.exists(path) else hf_hub_download(path, file)
     path = os.path.join(path, file) if os.path.isdir(path) else path
     state = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
     return state.get("state_dict", state)
@@ -142,7 +141,7 @@ def clip(path, device, dtype, file=None):
 
 # ------------------------------------------------------------------------------------------------------- differentiable
 def similarity(parts, scale, pixels=clip_pixels):
-    """scale(model) * cosine of picture and prompt under a CLIP."""
+    """scale * cosine of picture and prompt under a CLIP. parts: as `clip` gives them."""
     model, image_features, text_features = parts
     score = lambda images, prompts, metadata: scale * (image_features(images, pixels) * text_features(prompts).to(images)).sum(-1)
     score.models = [model]
@@ -207,7 +206,7 @@ def geneval_verdict(found, metadata, colours):
     for o in sorted(found, key=lambda o: -o[1]):  # at most 16 of a class; overlapping ones all count (an NMS threshold of 1)
         if o[1] > least and len(objects.setdefault(o[0], [])) < 16:
             objects[o[0]].append(o)
-    matched, correct = [], True
+    matched = []  # the objects of each "include", none where it does not hold
     for want in metadata["include"]:
         these = objects.get(want["class"], [])[:want["count"]]
         good = len(these) == want["count"]
@@ -215,16 +214,15 @@ def geneval_verdict(found, metadata, colours):
             good = colours(want["class"], these).count(want["color"]) == want["count"]
         if good and "position" in want:
             relation, others = want["position"][0], matched[want["position"][1]]
-            good = others is not None and all(relation in geneval_relations(a[2], b[2]) for a in these for b in others)
-        matched.append(these if good else None)
-        correct &= good
-    return correct and all(len(objects.get(out["class"], [])) < out["count"] for out in metadata.get("exclude", []))
+            good = bool(others) and all(relation in geneval_relations(a[2], b[2]) for a in these for b in others)
+        matched.append(these if good else [])
+    return all(matched) and all(len(objects.get(out["class"], [])) < out["count"] for out in metadata.get("exclude", []))
 
 def geneval_wrong(prompt, row):
     """What is wrong with GenEval metadata, or None."""
     include, exclude = row.get("include"), row.get("exclude", [])
     if not include or not isinstance(include, list) or not isinstance(exclude, list):
-        return 'no GenEval metadata: it needs a list under "include", as in GenEval\'s evaluation_metadata.jsonl, and under "exclude" (or leave geneval out)'
+        return 'no GenEval metadata: it needs lists, "include" and maybe "exclude", as in GenEval\'s evaluation_metadata.jsonl (or leave geneval out)'
     for i, want in enumerate(include + exclude):
         want = want if isinstance(want, dict) else {}
         place = want.get("position")
@@ -269,7 +267,6 @@ def geneval(path, device, dtype, clip_l):
         cut = [torch.where(mask, image, .6)[None, :, y0:y1, x0:x1] for _, _, (x0, y0, x1, y1), mask in objects]
         return [COLORS[i] for i in (torch.cat([image_features(c) for c in cut]) @ classifier.T).argmax(1).tolist()]
 
-    @torch.no_grad()
     def score(images, prompts, metadata):
         right = [geneval_verdict(found, row, functools.partial(colours, x)) for x, row, found in zip(images, metadata, detect(detector, images))]
         return torch.tensor(right, dtype=images.dtype, device=images.device)
@@ -327,7 +324,6 @@ def hpsv3(path, device, dtype, clip_l):
     config.text_config.vocab_size = len(state["language_model.embed_tokens.weight"])
     model = load(transformers.Qwen2VLModel, None, dtype, config=config, state_dict=state).to(device)
 
-    @torch.no_grad()
     def score(images, prompts, metadata):
         ask = [words["INSTRUCTION"].format(text_prompt=p) + words["prompt_with_special_token"] for p in prompts]
         inputs = asked(tokenizer, eyes, ask, images)
@@ -346,7 +342,6 @@ def geneval2(path, device, dtype, clip_l):
         ways = {answer, answer.lower(), answer.capitalize(), *([str(NUMBERS.index(answer.lower()))] if answer.lower() in NUMBERS else [])}
         return sorted({tokenizer.encode(space + way, add_special_tokens=False)[0] for way in ways for space in ("", " ")})
 
-    @torch.no_grad()
     def score(images, prompts, metadata):
         scores = []
         for image, row in zip(images, metadata):
@@ -441,6 +436,8 @@ def build(weights, device, paths=(), dtype=torch.float32, batch=0):
 
 def ready(score, name, weight, differentiable, batch):
     """A loaded score as the training loop wants it: pictures checked, `batch` of them at a time, with its attributes."""
+    score, wrong = score if differentiable else torch.no_grad()(score), getattr(score, "wrong", lambda prompt, row: None)
+
     def reward(images, prompts, metadata):
         reward.check(prompts, metadata)
         if images.dim() != 4 or images.shape[1] != 3 or not ((images.detach() >= 0) & (images.detach() <= 1)).all():  # nan is neither
@@ -453,7 +450,7 @@ def ready(score, name, weight, differentiable, batch):
             return torch.cat([torch.utils.checkpoint.checkpoint(score, *part, use_reentrant=False) for part in parts])
         return torch.cat([score(*part) for part in parts])
     reward.name, reward.weight, reward.differentiable, reward.models = name, weight, differentiable, getattr(score, "models", [])
-    reward.check = lambda prompts, metadata: each(prompts, metadata, getattr(score, "wrong", lambda prompt, row: None))
+    reward.check = lambda prompts, metadata: each(prompts, metadata, wrong)
     return reward
 
 def each(prompts, metadata, wrong):
@@ -510,13 +507,14 @@ def load_prompts(path, metadata=""):
     "" gives geneval_prompts(). metadata: a second such .jsonl, in which to look the prompts up. ValueError, one line, names file and line."""
     if metadata:
         rows, known = load_prompts(path), {row["prompt"]: row for row in load_prompts(metadata)}
-        each([row["prompt"] for row in rows], [row["metadata"] for row in rows], lambda p, _: None if p in known else f"not in --metadata {metadata}")
-        return [known[row["prompt"]] for row in rows]
+        prompts = [row["prompt"] for row in rows]
+        each(prompts, [row["metadata"] for row in rows], lambda prompt, _: None if prompt in known else f"not in --metadata {metadata}")
+        return [known[prompt] for prompt in prompts]
     if not path:
         return geneval_prompts()
     try:
         with open(path, encoding="utf-8-sig") as f:
-            lines = [(i, line.strip()) for i, line in enumerate(f.read().split("\n"), 1) if line.strip()]
+            lines = [(i, line.strip()) for i, line in enumerate(f, 1) if line.strip()]
     except (OSError, ValueError) as e:
         raise ValueError(f"cannot read --prompts {path}: {getattr(e, 'strerror', None) or 'it is not UTF-8 text'}") from None
     if not lines:
