@@ -413,13 +413,10 @@ def build(weights, device, paths=(), dtype=torch.float32, batch=0):
     weights: {"clipscore": 1.0, ...} or "clipscore:1,..."; paths: "name=PATH" strings that replace the hub names; dtype: of the models, scores
     are float32; batch: pictures a model looks at at once, 0: all.
     """
-    weights, places = parse_weights(weights) if isinstance(weights, str) else weights, {}
-    for item in paths:
-        name, _, place = item.partition("=")
-        if name not in REWARDS or not place:
-            raise ValueError(f"a reward path must read name=DIRECTORY (or FILE) with a name of {', '.join(REWARDS)}; got {item!r}")
-        places[name] = place
-    rewards = []
+    weights = parse_weights(weights) if isinstance(weights, str) else weights
+    places, rewards = dict(item.partition("=")[::2] for item in paths), []
+    if not all(name in REWARDS and place for name, place in places.items()):
+        raise ValueError(f"a reward path must read name=DIRECTORY (or FILE) with a name of {', '.join(REWARDS)}; got {', '.join(paths)}")
     for name, weight in weights.items():
         load, differentiable, hub = REWARDS[name]
         place = places.get(name, hub)
@@ -476,14 +473,13 @@ vase, scissors, teddy bear, hair drier, toothbrush""".replace("\n", " ").split("
 COLORS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
 RELATIONS = ["left of", "right of", "above", "below"]
-PLURALS = {"person": "people", "bus": "buses", "sheep": "sheep", "skis": "skis", "knife": "knives", "sandwich": "sandwiches",
-           "wine glass": "wine glasses", "couch": "couches", "scissors": "scissors", "toothbrush": "toothbrushes", "bench": "benches",
-           "computer mouse": "computer mice"}
+PLURALS = {"person": "people", "sheep": "sheep", "skis": "skis", "knife": "knives", "scissors": "scissors", "computer mouse": "computer mice"}
 
 def geneval_prompts(count=20000, seed=0):
     """`count` prompts in GenEval's six categories over the 80 COCO classes -> [{"prompt", "metadata"}], metadata as GenEval writes it."""
     rng, rows = random.Random(f"geneval/{seed}"), []
     a = lambda words: f"a{'n' if words[0] in 'aeiou' else ''} {words}"
+    plural = lambda words: PLURALS.get(words, words + ("es" if words[-1] in "sh" else "s"))
     one = lambda name, **more: {"class": name, "count": 1, **more}
     for i in range(count):
         tag = ("single_object", "two_object", "counting", "colors", "position", "color_attr")[i % 6]
@@ -493,7 +489,7 @@ def geneval_prompts(count=20000, seed=0):
         text, include = {
             "single_object": (a(x), [one(x)]),
             "two_object": (f"{a(x)} and {a(y)}", [one(x), one(y)]),
-            "counting": (f"{NUMBERS[n]} {PLURALS.get(x, x + 's')}", [one(x, count=n)]),
+            "counting": (f"{NUMBERS[n]} {plural(x)}", [one(x, count=n)]),
             "colors": (f"{a(c)} {x}", [one(x, color=c)]),
             "position": (f"{a(x)} {relation} {a(y)}", [one(y), one(x, position=[relation, 0])]),
             "color_attr": (f"{a(c)} {x} and {a(d)} {y}", [one(x, color=c), one(y, color=d)])}[tag]
