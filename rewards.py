@@ -433,7 +433,7 @@ def build(weights, device, paths=(), dtype=torch.float32, batch=0):
 
 def ready(score, name, weight, differentiable, batch):
     """A loaded score as the training loop wants it: pictures checked, `batch` of them at a time, with its attributes."""
-    score, wrong = score if differentiable else torch.no_grad()(score), getattr(score, "wrong", lambda prompt, row: None)
+    score, wrong = score if differentiable else torch.no_grad()(score), getattr(score, "wrong", None)
 
     def reward(images, prompts, metadata):
         reward.check(prompts, metadata)
@@ -447,7 +447,7 @@ def ready(score, name, weight, differentiable, batch):
             return torch.cat([torch.utils.checkpoint.checkpoint(score, *part, use_reentrant=False) for part in parts])
         return torch.cat([score(*part) for part in parts])
     reward.name, reward.weight, reward.differentiable, reward.models = name, weight, differentiable, getattr(score, "models", [])
-    reward.check = lambda prompts, metadata: each(prompts, metadata, wrong)
+    reward.check = lambda prompts, metadata: each(prompts, metadata, wrong) if wrong else None
     return reward
 
 def each(prompts, metadata, wrong):
