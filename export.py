@@ -29,6 +29,8 @@ def check_exports(args):
             die(f"cannot export to {path!r}: {'it, or its .tmp, is there already' if path else 'no name'}; name a new directory")
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         die("--export and --export_merged need two directories")
+    if paths and not (args.prompts or args.prompt):  # no pictures: what must be there and writable is the place of the first
+        args.out_dir = os.path.dirname(os.path.abspath(paths[0]))
     return paths
 
 

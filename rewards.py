@@ -2,12 +2,11 @@
 
 A reward is a callable (images [B,3,H,W] float in [0,1], prompts [B], metadata [B]) -> scores [B] float32, with the attributes
 `name`, `weight`, `differentiable`, `models` (what to move when memory is short) and `check(prompts, metadata)`, which raises ValueError
-for prompts that it cannot score. The differentiable ones enter stage 2 twice, through SubGRPO and by back-propagation through the last
-step (Eq. 15); the others through SubGRPO alone (App. L).
+for prompts that it cannot score.
 
 To add a tenth: copy `aesthetic`, a function (path, device, dtype, clip_l) -> score(images, prompts, metadata) with score.models, and name
-it in REWARDS. path is what --reward_path gives, clip_l where CLIP ViT-L/14 is, which several share. Not differentiable: score under
-torch.no_grad, and say False in REWARDS. A gradient sees the raw score: see --margin. Picky about prompts: score.check, as `ocr` has it.
+it in REWARDS. path is what --reward_path gives, clip_l where CLIP ViT-L/14 is, which several share. A gradient sees the raw score: see
+--margin. Picky about prompts: score.wrong, as `ocr` has it.
 """
 import ast
 import functools
@@ -21,6 +20,8 @@ import weakref
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers  # loads its classes where they are first named
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -40,9 +41,8 @@ def resize(images, new):
     """Bicubic and anti-aliased, as PIL does it. [B,3,H,W] in [0,1] -> [B,3,*new] in [0,1]"""
     return images if images.shape[-2:] == new else F.interpolate(images, new, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
-def normalise(images, *mean_std):
-    mean, std = (torch.tensor(v, dtype=images.dtype, device=images.device).view(3, 1, 1) for v in mean_std or (CLIP_MEAN, CLIP_STD))
-    return (images - mean) / std
+def normalise(images, mean=CLIP_MEAN, std=CLIP_STD):
+    return (images - images.new_tensor(mean).view(3, 1, 1)) / images.new_tensor(std).view(3, 1, 1)
 
 def clip_pixels(images, size):
     """CLIP's own pre-processing, differentiable: shorter side to `size`, centre crop, normalise. [B,3,H,W] in [0,1] -> [B,3,size,size]"""
@@ -65,9 +65,7 @@ def to_pil(images):
 # --------------------------------------------------------------------------------------------- published checkpoints
 def published(path, file):
     """The tensors of a checkpoint. path: the file itself, the directory it is in, or owner/repository on the hub. No code in it is run."""
-    if not os.path.exists(path):
-        from huggingface_hub import hf_hub_download
-        path = hf_hub_download(path, file)
+    path = path if os.path.exists(path) else hf_hub_download(path, file)
     path = os.path.join(path, file) if os.path.isdir(path) else path
     state = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
     return state.get("state_dict", state)
@@ -94,17 +92,15 @@ def linear_head(state, key, dtype, layers=(0, 2, 4, 6, 7)):
 
 def tokenizer_of(*places):
     """The tokenizer in the first of these directories (a file counts as its directory) or hub names that has one. ValueError."""
-    from transformers import AutoTokenizer
     for place in places:
         try:
-            return AutoTokenizer.from_pretrained(os.path.dirname(place) or "." if os.path.isfile(place) else place)
+            return transformers.AutoTokenizer.from_pretrained(os.path.dirname(place) or "." if os.path.isfile(place) else place)
         except Exception:  # none there, in one of a dozen ways
             pass
     raise ValueError(f"no tokenizer: put that of {places[-1]} (vocab*, merges*, tokenizer*) beside the weights")
 
 def clip_from_open_clip(state, config, dtype):
     """open_clip's state dict of a CLIP -> transformers' CLIPModel with the same features. config: keywords of CLIPConfig."""
-    from transformers import CLIPConfig, CLIPModel
     state = renamed(state, "", ("^(?!visual|logit)", "text_model."), ("^visual.", "vision_model."), ("transformer.resblocks", "encoder.layers"),
                     (".ln_([12])", r".layer_norm\1"), ("c_fc", "fc1"), ("c_proj", "fc2"), (r"\.attn\.", ".self_attn."), ("ln_pre", "pre_layrnorm"),
                     ("ln_post", "post_layernorm"), ("ln_final", "final_layer_norm"), (r"(class_emb|token_emb)", r"embeddings.\1"),
@@ -115,15 +111,14 @@ def clip_from_open_clip(state, config, dtype):
             state[key.replace("in_proj_", f"{letter}_proj.")] = part.clone()
     state.pop("text_model.attn_mask", None)
     state.update({k: v.T.contiguous() for k, v in state.items() if k in ("text_projection.weight", "visual_projection.weight")})
-    return load(CLIPModel, None, dtype, config=CLIPConfig(**config), state_dict=state)
+    return load(transformers.CLIPModel, None, dtype, config=transformers.CLIPConfig(**config), state_dict=state)
 
 @functools.cache  # clipscore, aesthetic and geneval share one CLIP-L; so do rewards trained on and held-out ones
 def clip(path, device, dtype, file=None):
     """-> (model, image_features(images, pixels=clip_pixels) [B,D], text_features(prompts) [B,D]); features have length 1. path: a CLIP's
     directory or hub name; with `file`, what `published` takes: a ViT-H/14 in open_clip's format."""
-    from transformers import CLIPModel
-    model = clip_from_open_clip(published(path, file), VIT_H14, dtype) if file else load(CLIPModel, path, dtype)
-    model, tokenizer, known, last = model.to(device), tokenizer_of(path, CLIP_L), {}, []
+    model = clip_from_open_clip(published(path, file), VIT_H14, dtype) if file else load(transformers.CLIPModel, path, dtype)
+    model, tokenizer, last = model.to(device), tokenizer_of(path, CLIP_L), []
 
     def image_features(images, pixels=clip_pixels):
         graph = torch.is_grad_enabled() and images.requires_grad
@@ -134,22 +129,19 @@ def clip(path, device, dtype, file=None):
         last[:] = [] if graph else [weakref.ref(images), images._version, pixels, features]
         return features
 
+    @functools.lru_cache(10000)
     @torch.no_grad()
-    def text_features(prompts):  # each once, and alone: beside others its last bits would depend on them, and so would a resumed run
-        if len(known) > 10000:
-            known.clear()
-        for prompt in (p for p in dict.fromkeys(prompts) if p not in known):
-            ids = tokenizer(prompt, padding="max_length", truncation=True, max_length=model.config.text_config.max_position_embeddings,
-                            return_tensors="pt").to(model.device)
-            features = model.text_projection(model.text_model(**ids).pooler_output).to(torch.promote_types(dtype, torch.float32))
-            known[prompt] = F.normalize(features, dim=-1)[0]
-        return torch.stack([known[p] for p in prompts])
-    return model, image_features, text_features
+    def text_feature(prompt):  # each once, and alone: beside others its last bits would depend on them, and so would a resumed run
+        ids = tokenizer(prompt, padding="max_length", truncation=True, max_length=model.config.text_config.max_position_embeddings,
+                        return_tensors="pt").to(model.device)
+        features = model.text_projection(model.text_model(**ids).pooler_output).to(torch.promote_types(dtype, torch.float32))
+        return F.normalize(features, dim=-1)[0]
+    return model, image_features, lambda prompts: torch.stack([text_feature(prompt) for prompt in prompts])
 
 
 # ------------------------------------------------------------------------------------------------------- differentiable
 def similarity(parts, scale, pixels=clip_pixels):
-    """scale(model) * cosine of picture and prompt under a CLIP."""
+    """scale * cosine of picture and prompt under a CLIP. parts: as `clip` gives them."""
     model, image_features, text_features = parts
     score = lambda images, prompts, metadata: scale * (image_features(images, pixels) * text_features(prompts).to(images)).sum(-1)
     score.models = [model]
@@ -179,18 +171,18 @@ def aesthetic(path, device, dtype, clip_l):
 
 def imagereward(path, device, dtype, clip_l):
     """ImageReward v1.0: BLIP's text encoder looks at the picture by cross attention; a head on its first token; standardised."""
-    from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-    state, size = published(path, "ImageReward.pt"), BLIP_L[0]["image_size"]
+    state = published(path, "ImageReward.pt")
     vision = renamed(state, "blip.visual_encoder.", ("cls_token", "embeddings.class_embedding"), ("pos_embed", "embeddings.position_embedding"),
                      ("patch_embed.proj", "embeddings.patch_embedding"), ("blocks", "encoder.layers"), (r"\.norm([12])", r".layer_norm\1"),
                      ("^norm", "post_layernorm"), ("attn.proj", "attn.projection"), (r"\.attn", ".self_attn"))
     text = {k: v for k, v in renamed(state, "blip.text_encoder.").items() if not k.endswith("position_ids")}
-    vision = load(BlipVisionModel, None, dtype, config=BlipVisionConfig(**BLIP_L[0]), state_dict=vision).to(device)
-    text = load(BlipTextModel, None, dtype, config=BlipTextConfig(**BLIP_L[1]), state_dict=text, add_pooling_layer=False).to(device)
+    see, read = transformers.BlipVisionConfig(**BLIP_L[0]), transformers.BlipTextConfig(**BLIP_L[1])
+    vision = load(transformers.BlipVisionModel, None, dtype, config=see, state_dict=vision).to(device)
+    text = load(transformers.BlipTextModel, None, dtype, config=read, state_dict=text, add_pooling_layer=False).to(device)
     head, tokenizer = linear_head(state, "mlp.layers", dtype).to(device), tokenizer_of(path, "google-bert/bert-base-uncased")
 
     def score(images, prompts, metadata):
-        seen = vision(pixel_values=clip_pixels(images, size).to(vision.dtype)).last_hidden_state
+        seen = vision(pixel_values=clip_pixels(images, see.image_size).to(vision.dtype)).last_hidden_state
         ids = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=35, return_tensors="pt").to(images.device)
         first = text(input_ids=ids.input_ids, attention_mask=ids.attention_mask, encoder_hidden_states=seen).last_hidden_state[:, 0]
         return (head(first.to(head[0].weight.dtype)).squeeze(-1) - .16717362830052426) / 1.0333394966054072
@@ -199,21 +191,13 @@ def imagereward(path, device, dtype, clip_l):
 
 
 # --------------------------------------------------------------------------------------------------- not differentiable
-def each(prompts, metadata, wrong):
-    """ValueError for the first prompt of which wrong(prompt, metadata) has something to say; it names the line of the file."""
-    for i, (prompt, row) in enumerate(zip(prompts, metadata), 1):
-        reason = wrong(prompt, row or {})
-        if reason:
-            raise ValueError("{} {} ({!r}): {}".format(*(("line", row["line"]) if row and "line" in row else ("prompt", i)), prompt[:60], reason))
-
 def geneval_relations(a, b):
     """Where box a = (x0, y0, x1, y1) lies seen from b -> a subset of {"left of", "right of", "above", "below"}; empty when too near."""
-    offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]  # of the centres, and by how much it exceeds a tenth of the sizes
-    beyond = [math.copysign(max(abs(o) - .1 * (a[i + 2] - a[i] + b[i + 2] - b[i]), 0), o) for i, o in enumerate(offset)]
-    if max(map(abs, beyond)) < 1e-3:
-        return set()
-    x, y = (o / math.hypot(*offset) for o in beyond)
-    return {name for name, there in (("left of", x < -.5), ("right of", x > .5), ("above", y < -.5), ("below", y > .5)) if there}
+    a, b = np.reshape(a, (2, 2)), np.reshape(b, (2, 2))  # two corners each
+    offset = a.mean(0) - b.mean(0)
+    beyond = np.maximum(abs(offset) - .1 * (a[1] - a[0] + b[1] - b[0]), 0) * np.sign(offset)  # a tenth of their sizes
+    x, y = beyond / max(np.linalg.norm(offset), 1e-9)
+    return {name for name, there in zip(RELATIONS, (x < -.5, x > .5, y < -.5, y > .5)) if there}
 
 def geneval_verdict(found, metadata, colours):
     """GenEval's rules -> bool: every "include" and no "exclude" of the metadata holds. Only the most confident objects, as many as are asked
@@ -222,7 +206,7 @@ def geneval_verdict(found, metadata, colours):
     for o in sorted(found, key=lambda o: -o[1]):  # at most 16 of a class; overlapping ones all count (an NMS threshold of 1)
         if o[1] > least and len(objects.setdefault(o[0], [])) < 16:
             objects[o[0]].append(o)
-    matched, correct = [], True
+    matched = []  # the objects of each "include", none where it does not hold
     for want in metadata["include"]:
         these = objects.get(want["class"], [])[:want["count"]]
         good = len(these) == want["count"]
@@ -230,25 +214,23 @@ def geneval_verdict(found, metadata, colours):
             good = colours(want["class"], these).count(want["color"]) == want["count"]
         if good and "position" in want:
             relation, others = want["position"][0], matched[want["position"][1]]
-            good = others is not None and all(relation in geneval_relations(a[2], b[2]) for a in these for b in others)
-        matched.append(these if good else None)
-        correct &= good
-    return correct and all(len(objects.get(out["class"], [])) < out["count"] for out in metadata.get("exclude", []))
+            good = bool(others) and all(relation in geneval_relations(a[2], b[2]) for a in these for b in others)
+        matched.append(these if good else [])
+    return all(matched) and all(len(objects.get(out["class"], [])) < out["count"] for out in metadata.get("exclude", []))
 
 def geneval_wrong(prompt, row):
     """What is wrong with GenEval metadata, or None."""
-    if not isinstance(row.get("include"), list) or not row["include"]:
-        return 'no GenEval metadata: it needs a list under "include", as in GenEval\'s evaluation_metadata.jsonl (or leave geneval out)'
-    for key, i, want in [(key, i, want) for key in ("include", "exclude")
-                         for i, want in enumerate(row[key] if isinstance(row.get(key), list) else [row.get(key)] * (key in row))]:
+    include, exclude = row.get("include"), row.get("exclude", [])
+    if not include or not isinstance(include, list) or not isinstance(exclude, list):
+        return 'no GenEval metadata: it needs lists, "include" and maybe "exclude", as in GenEval\'s evaluation_metadata.jsonl (or leave geneval out)'
+    for i, want in enumerate(include + exclude):
         want = want if isinstance(want, dict) else {}
-        count, place = want.get("count"), want.get("position", ["above", 0])
-        if want.get("class") not in COCO or type(count) is not int or count < 1:
-            return f'"{key}" needs objects with a "class" of COCO\'s 80 (as GenEval writes them) and a "count" from 1, not {str(want)[:80]}'
+        place = want.get("position")
+        if want.get("class") not in COCO or type(want.get("count")) is not int or want["count"] < 1:
+            return f'"include" and "exclude" need objects with a "class" of COCO\'s 80 (as GenEval writes them) and a "count" from 1, not {str(want)[:80]}'
         if want.get("color", "red") not in COLORS:
             return f"no colour of GenEval's: {want['color']!r}"
-        if not (isinstance(place, list) and len(place) == 2 and place[0] in ("left of", "right of", "above", "below")
-                and type(place[1]) is int and ("position" not in want or 0 <= place[1] < i)):
+        if "position" in want and not (isinstance(place, list) and len(place) == 2 and place[0] in RELATIONS and place[1] in range(i)):
             return f'"position" must be [relation, number of an object before], not {place!r}'
 
 def detect(detector, images):
@@ -267,15 +249,14 @@ def detect(detector, images):
             mask = F.interpolate(mask, size, mode="bilinear")[0, 0]
             inside = mask > 0
             if inside.any():
-                rows, columns = (inside.any(d).nonzero().flatten().tolist() for d in (1, 0))
+                (y0, x0), (y1, x1) = (end.tolist() for end in inside.nonzero().aminmax(dim=0))
                 confidence = logits[query, label].item() * mask.sigmoid()[inside].mean().item()
-                all_found[-1].append((COCO[label], confidence, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1), inside))
+                all_found[-1].append((COCO[label], confidence, (x0, y0, x1 + 1, y1 + 1), inside))
     return all_found
 
 def geneval(path, device, dtype, clip_l):
     """GenEval: 1 where the objects that Mask2Former finds are those asked for, else 0. GenEval's rules; colours by zero-shot CLIP-L."""
-    from transformers import Mask2FormerForUniversalSegmentation
-    detector = load(Mask2FormerForUniversalSegmentation, path, torch.float32).to(device)
+    detector = load(transformers.Mask2FormerForUniversalSegmentation, path, torch.float32).to(device)
     model, image_features, text_features = clip(clip_l, device, dtype)
     if detector.config.num_labels != len(COCO):
         raise ValueError(f"a detector of {detector.config.num_labels} classes, not COCO's 80")
@@ -286,11 +267,10 @@ def geneval(path, device, dtype, clip_l):
         cut = [torch.where(mask, image, .6)[None, :, y0:y1, x0:x1] for _, _, (x0, y0, x1, y1), mask in objects]
         return [COLORS[i] for i in (torch.cat([image_features(c) for c in cut]) @ classifier.T).argmax(1).tolist()]
 
-    @torch.no_grad()
     def score(images, prompts, metadata):
         right = [geneval_verdict(found, row, functools.partial(colours, x)) for x, row, found in zip(images, metadata, detect(detector, images))]
         return torch.tensor(right, dtype=images.dtype, device=images.device)
-    score.models, score.check = [detector, model], lambda prompts, metadata: each(prompts, metadata, geneval_wrong)
+    score.models, score.wrong = [detector, model], geneval_wrong
     return score
 
 def quoted(prompt):
@@ -315,91 +295,84 @@ def ocr(path, device, dtype, clip_l):
     def score(images, prompts, metadata):
         read = [letters("".join(engine(np.asarray(image)[:, :, ::-1]).txts or ())) for image in to_pil(images)]
         return torch.tensor([similar(r, letters(quoted(p))) for r, p in zip(read, prompts)], device=images.device)
-    score.check = lambda prompts, metadata: each(prompts, metadata, lambda prompt, row: None if letters(quoted(prompt) or "") else
-                                                 "no text in quotes, which ocr looks for")
+    score.wrong = lambda prompt, row: None if letters(quoted(prompt) or "") else "no text in quotes, which ocr looks for"
     return score
 
-def asked(tokenizer, eyes, questions, images, device):
+def asked(tokenizer, eyes, questions, images):
     """Inputs of a Qwen-VL, one question about each picture. Not through its processor, which would need torchvision for videos."""
     seen, pad = eyes(images=to_pil(images), return_tensors="pt"), "<|image_pad|>"
     chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}] for question in questions]
     texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     tokens = (seen["image_grid_thw"].prod(1) // eyes.merge_size ** 2).tolist()  # of each picture
-    ids = tokenizer([text.replace(pad, pad * n, 1) for text, n in zip(texts, tokens)], padding=True, return_tensors="pt")
-    kinds = (ids.input_ids == tokenizer.convert_tokens_to_ids(pad)).int()
-    return {k: v.to(device) for k, v in {**seen, "input_ids": ids.input_ids, "attention_mask": ids.attention_mask, "mm_token_type_ids": kinds}.items()}
+    read = tokenizer([text.replace(pad, pad * n, 1) for text, n in zip(texts, tokens)], padding=True, return_tensors="pt")
+    read["mm_token_type_ids"] = (read.input_ids == tokenizer.convert_tokens_to_ids(pad)).int()
+    return {**seen.to(images.device), **read.to(images.device)}
 
 def hpsv3(path, device, dtype, clip_l):
     """HPSv3: the mean of a reward head on Qwen2-VL-7B at its token <|Reward|>. path: a directory with MizzenAI/HPSv3's HPSv3.safetensors, the
     files of Qwen/Qwen2-VL-7B-Instruct without its weights, and data_collator_qwen.py of their code: its wording is read, it is not run."""
-    from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen2VLModel
     with open(os.path.join(path, "data_collator_qwen.py"), encoding="utf-8") as f:
         lines = [line for line in ast.parse(f.read()).body if isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant)]
     words = {line.targets[0].id: line.value.value for line in lines}
-    state, config, pixels = published(path, "HPSv3.safetensors"), AutoConfig.from_pretrained(path), 256 * 28 * 28
-    eyes = Qwen2VLImageProcessorPil.from_pretrained(path, size={"shortest_edge": pixels, "longest_edge": pixels})
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
+    state, config, pixels = published(path, "HPSv3.safetensors"), transformers.AutoConfig.from_pretrained(path), 256 * 28 * 28
+    eyes = transformers.Qwen2VLImageProcessorPil.from_pretrained(path, size={"shortest_edge": pixels, "longest_edge": pixels})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, padding_side="right")
     tokenizer.add_tokens(["<|Reward|>"], special_tokens=True)
     token, head = tokenizer.convert_tokens_to_ids("<|Reward|>"), linear_head(state, "rm_head", dtype, (0, 3, 5)).to(device)
-    state = renamed({k: v for k, v in state.items() if not k.startswith(("rm_head", "lm_head"))}, "", (r"^model\.(?!visual|language)", "language_model."),
-                    (r"^model\.", ""))
+    state = {k: v for k, v in state.items() if not k.startswith(("rm_head", "lm_head"))}
+    state = renamed(state, "", (r"^model\.(?!visual|language)", "language_model."), (r"^model\.", ""))
     config.text_config.vocab_size = len(state["language_model.embed_tokens.weight"])
-    model = load(Qwen2VLModel, None, dtype, config=config, state_dict=state).to(device)
+    model = load(transformers.Qwen2VLModel, None, dtype, config=config, state_dict=state).to(device)
 
-    @torch.no_grad()
     def score(images, prompts, metadata):
         ask = [words["INSTRUCTION"].format(text_prompt=p) + words["prompt_with_special_token"] for p in prompts]
-        inputs = asked(tokenizer, eyes, ask, images, images.device)
+        inputs = asked(tokenizer, eyes, ask, images)
         hidden = model(**inputs).last_hidden_state[inputs["input_ids"] == token].to(head[0].weight.dtype)
         return head[2](head[1](head[0](hidden).relu()).relu())[:, 0]  # mean; the other output is its uncertainty
     score.models = [model, head]
     return score
 
-NUMBERS = "zero one two three four five six seven eight nine ten".split()
-
 def geneval2(path, device, dtype, clip_l):
     """GenEval 2's Soft-TIFA: Qwen3-VL's probability of the right answer, geometric mean over the prompt's questions ("vqa_list")."""
-    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration
-    model, eyes = load(Qwen3VLForConditionalGeneration, path, dtype).to(device), Qwen2VLImageProcessorPil.from_pretrained(path)
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    model = load(transformers.Qwen3VLForConditionalGeneration, path, dtype).to(device)
+    eyes = transformers.Qwen2VLImageProcessorPil.from_pretrained(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, padding_side="left")
 
     def tokens(answer):  # the first token of each way to write it
         ways = {answer, answer.lower(), answer.capitalize(), *([str(NUMBERS.index(answer.lower()))] if answer.lower() in NUMBERS else [])}
         return sorted({tokenizer.encode(space + way, add_special_tokens=False)[0] for way in ways for space in ("", " ")})
 
-    @torch.no_grad()
     def score(images, prompts, metadata):
         scores = []
         for image, row in zip(images, metadata):
             questions = [f"{question} Answer in one word." for question, _ in row["vqa_list"]]
-            inputs = asked(tokenizer, eyes, questions, image.expand(len(questions), -1, -1, -1), images.device)
+            inputs = asked(tokenizer, eyes, questions, image.expand(len(questions), -1, -1, -1))
             p = model(**inputs, logits_to_keep=1).logits[:, -1].float().softmax(-1)
             p = torch.stack([p[i, tokens(answer)].sum() for i, (_, answer) in enumerate(row["vqa_list"])])
             scores.append(p.clamp(min=1e-12).log().mean().exp())
         return torch.stack(scores)
-    pair = lambda qa: isinstance(qa, list) and len(qa) == 2 and all(isinstance(x, str) and x.strip() for x in qa)
-    score.models, score.check = [model], lambda prompts, metadata: each(prompts, metadata, lambda prompt, row: None if isinstance(
-        row.get("vqa_list"), list) and row["vqa_list"] and all(map(pair, row["vqa_list"])) else 'it needs GenEval 2\'s [question, answer] pairs under "vqa_list"')
+
+    def wrong(prompt, row):
+        pairs = row.get("vqa_list")
+        if not (pairs and isinstance(pairs, list) and all(isinstance(p, list) and list(map(type, p)) == [str, str] and all(p) for p in pairs)):
+            return 'it needs GenEval 2\'s [question, answer] pairs under "vqa_list"'
+    score.models, score.wrong = [model], wrong
     return score
 
 def checker(path, device, dtype, clip_l):
     """tiny.py's exact checker of shapes, numbers, colours and places: 1 where the caption is satisfied, else 0."""
     import tiny
     known = {row["prompt"]: row for row in tiny.captions()}
-
-    def rows_of(prompts, metadata):
-        rows = [m if m and "include" in m else known.get(p) for p, m in zip(prompts, metadata)]
-        for prompt, row in zip(prompts, rows):
-            if row is None:
-                raise ValueError(f"the checker knows only captions of tiny.py's world, not {prompt!r}")
-            if not tiny.well_formed(row):
-                raise ValueError(f"the metadata of {prompt!r}: \"include\" is not as tiny.captions() writes it")
-        return rows
+    row_of = lambda prompt, row: row if "include" in row else known.get(prompt)
 
     def score(images, prompts, metadata):
-        found = tiny.detect(images.detach())
-        return torch.tensor([float(tiny.check(o, row)) for o, row in zip(found, rows_of(prompts, metadata))], device=images.device)
-    score.check = rows_of
+        right = [float(tiny.check(found, row_of(*which))) for found, *which in zip(tiny.detect(images.detach()), prompts, metadata)]
+        return torch.tensor(right, device=images.device)
+
+    def wrong(prompt, row):
+        if not tiny.well_formed(row_of(prompt, row)):
+            return "the checker knows only captions of tiny.py's world, with \"include\" as tiny.captions() writes it or without metadata"
+    score.wrong = wrong
     return score
 
 
@@ -435,37 +408,35 @@ def parse_weights(text):
     return weights
 
 def build(weights, device, paths=(), dtype=torch.float32, batch=0):
-    """Load the rewards that are asked for -> list of callables (see the top of this file).
+    """Load the rewards that are asked for -> list of callables (see the top of this file). ValueError says in one line what cannot be.
 
     weights: {"clipscore": 1.0, ...} or "clipscore:1,..."; paths: "name=PATH" strings that replace the hub names; dtype: of the models, scores
-    are float32; batch: pictures a model looks at at once, 0: all. ValueError, one line: unknown name, bad weight, weights neither on the disk
-    nor to be had from the hub.
+    are float32; batch: pictures a model looks at at once, 0: all.
     """
-    weights, places = parse_weights(weights) if isinstance(weights, str) else weights, {}
-    for item in paths:
-        name, _, place = item.partition("=")
-        if name not in REWARDS or not place:
-            raise ValueError(f"a reward path must read name=DIRECTORY (or FILE) with a name of {', '.join(REWARDS)}; got {item!r}")
-        places[name] = place
-    rewards = []
+    weights = parse_weights(weights) if isinstance(weights, str) else weights
+    places, rewards = dict(item.partition("=")[::2] for item in paths), []
+    if not all(name in REWARDS and place for name, place in places.items()):
+        raise ValueError(f"a reward path must read name=DIRECTORY (or FILE) with a name of {', '.join(REWARDS)}; got {', '.join(paths)}")
     for name, weight in weights.items():
-        load, differentiable, place = REWARDS[name]
-        place = places.get(name, place)
+        load, differentiable, hub = REWARDS[name]
+        place = places.get(name, hub)
         if place is None or name in places and not os.path.exists(place):
             raise ValueError(f"reward {name}: {place or 'no directory given'}: no such directory; give --reward_path {name}=DIRECTORY")
         try:
             score = load(place, str(device), dtype, places.get("clipscore", CLIP_L))
         except Exception as e:  # a directory can be wrong in a dozen ways
             reason = f"no {e} in it" if isinstance(e, KeyError) else " ".join(str(e).split())[:150]
-            what = "pip install " + {"rapidocr": "rapidocr onnxruntime"}.get(e.name, e.name or "what it names") if isinstance(e, ImportError) else (
-                f"download {REWARDS[name][2] or 'it'} and give --reward_path {name}=PATH")
+            what = f"pip install {e.name or 'what it names'}" if isinstance(e, ImportError) else f"download {hub or 'it'} and give --reward_path {name}=PATH"
             raise ValueError(f"reward {name}: cannot load {place or 'it'} ({reason}); {what}") from None
         rewards.append(ready(score, name, weight, differentiable, batch))
     return rewards
 
 def ready(score, name, weight, differentiable, batch):
     """A loaded score as the training loop wants it: pictures checked, `batch` of them at a time, with its attributes."""
+    score, wrong = score if differentiable else torch.no_grad()(score), getattr(score, "wrong", None)
+
     def reward(images, prompts, metadata):
+        reward.check(prompts, metadata)
         if images.dim() != 4 or images.shape[1] != 3 or not ((images.detach() >= 0) & (images.detach() <= 1)).all():  # nan is neither
             raise ValueError(f"reward {name}: pictures must be [B,3,H,W] with finite numbers in [0,1], got {list(images.shape)} in "
                              f"[{images.min().item():.3g}, {images.max().item():.3g}]")
@@ -476,8 +447,15 @@ def ready(score, name, weight, differentiable, batch):
             return torch.cat([torch.utils.checkpoint.checkpoint(score, *part, use_reentrant=False) for part in parts])
         return torch.cat([score(*part) for part in parts])
     reward.name, reward.weight, reward.differentiable, reward.models = name, weight, differentiable, getattr(score, "models", [])
-    reward.check = getattr(score, "check", lambda prompts, metadata: None)
+    reward.check = lambda prompts, metadata: each(prompts, metadata, wrong) if wrong else None
     return reward
+
+def each(prompts, metadata, wrong):
+    """ValueError for the first prompt of which wrong(prompt, metadata) has something to say; it names the line of the file."""
+    for i, (prompt, row) in enumerate(zip(prompts, metadata), 1):
+        reason = wrong(prompt, row)
+        if reason:
+            raise ValueError(f"{'line' if 'line' in row else 'prompt'} {row.get('line', i)} ({prompt[:60]!r}): {reason}")
 
 def move(rewards, device):
     """All models of these rewards to a device: to the CPU between scoring and update (--offload_rewards), and back; None: nowhere."""
@@ -493,37 +471,31 @@ spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, 
 toilet, tv, laptop, computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
 vase, scissors, teddy bear, hair drier, toothbrush""".replace("\n", " ").split(", ")
 COLORS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
-PLURALS = {"person": "people", "bus": "buses", "sheep": "sheep", "skis": "skis", "knife": "knives", "sandwich": "sandwiches",
-           "wine glass": "wine glasses", "couch": "couches", "scissors": "scissors", "toothbrush": "toothbrushes", "bench": "benches",
-           "computer mouse": "computer mice"}
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+RELATIONS = ["left of", "right of", "above", "below"]
+PLURALS = {"person": "people", "sheep": "sheep", "skis": "skis", "knife": "knives", "scissors": "scissors", "computer mouse": "computer mice"}
 
 def geneval_prompts(count=20000, seed=0):
     """`count` prompts in GenEval's six categories over the 80 COCO classes -> [{"prompt", "metadata"}], metadata as GenEval writes it."""
     rng, rows = random.Random(f"geneval/{seed}"), []
     a = lambda words: f"a{'n' if words[0] in 'aeiou' else ''} {words}"
+    plural = lambda words: PLURALS.get(words, words + ("es" if words[-1] in "sh" else "s"))
     one = lambda name, **more: {"class": name, "count": 1, **more}
     for i in range(count):
         tag = ("single_object", "two_object", "counting", "colors", "position", "color_attr")[i % 6]
-        x, y = rng.sample(COCO, 2)
-        c, d = rng.sample(COLORS, 2)
-        more = {}
-        if tag == "single_object":
-            text, include = a(x), [one(x)]
-        elif tag == "two_object":
-            text, include = f"{a(x)} and {a(y)}", [one(x), one(y)]
-        elif tag == "counting":
-            n = rng.randint(2, 4)
-            text = f"{('two', 'three', 'four')[n - 2]} {PLURALS.get(x, x + 's')}"
-            include, more = [{"class": x, "count": n}], {"exclude": [{"class": x, "count": n + 1}]}
-        elif tag == "colors":
-            text, include = f"{a(c)} {x}", [one(x, color=c)]
-        elif tag == "position":
-            relation = rng.choice(("left of", "right of", "above", "below"))
-            text, include = f"{a(x)} {relation} {a(y)}", [one(y), one(x, position=[relation, 0])]
-        else:
-            text, include = f"{a(c)} {x} and {a(d)} {y}", [one(x, color=c), one(y, color=d)]
+        (x, y), (c, d) = rng.sample(COCO, 2), rng.sample(COLORS, 2)
+        n = rng.randint(2, 4) if tag == "counting" else 0
+        relation = rng.choice(RELATIONS) if tag == "position" else ""
+        text, include = {
+            "single_object": (a(x), [one(x)]),
+            "two_object": (f"{a(x)} and {a(y)}", [one(x), one(y)]),
+            "counting": (f"{NUMBERS[n]} {plural(x)}", [one(x, count=n)]),
+            "colors": (f"{a(c)} {x}", [one(x, color=c)]),
+            "position": (f"{a(x)} {relation} {a(y)}", [one(y), one(x, position=[relation, 0])]),
+            "color_attr": (f"{a(c)} {x} and {a(d)} {y}", [one(x, color=c), one(y, color=d)])}[tag]
+        exclude = {"exclude": [one(x, count=n + 1)]} if n else {}
         prompt = f"a photo of {text}"
-        rows.append({"prompt": prompt, "metadata": {"tag": tag, "include": include, **more, "prompt": prompt}})
+        rows.append({"prompt": prompt, "metadata": {"tag": tag, "include": include, **exclude, "prompt": prompt}})
     return rows
 
 def load_prompts(path, metadata=""):
@@ -531,28 +503,26 @@ def load_prompts(path, metadata=""):
     "" gives geneval_prompts(). metadata: a second such .jsonl, in which to look the prompts up. ValueError, one line, names file and line."""
     if metadata:
         rows, known = load_prompts(path), {row["prompt"]: row for row in load_prompts(metadata)}
-        each([row["prompt"] for row in rows], [row["metadata"] for row in rows], lambda p, _: None if p in known else f"not in --metadata {metadata}")
-        return [known[row["prompt"]] for row in rows]
+        prompts = [row["prompt"] for row in rows]
+        each(prompts, [row["metadata"] for row in rows], lambda prompt, _: None if prompt in known else f"not in --metadata {metadata}")
+        return [known[prompt] for prompt in prompts]
     if not path:
         return geneval_prompts()
     try:
         with open(path, encoding="utf-8-sig") as f:
-            lines = [(i, line.strip()) for i, line in enumerate(f.read().split("\n"), 1) if line.strip()]
+            lines = [(i, line.strip()) for i, line in enumerate(f, 1) if line.strip()]
     except (OSError, ValueError) as e:
         raise ValueError(f"cannot read --prompts {path}: {getattr(e, 'strerror', None) or 'it is not UTF-8 text'}") from None
     if not lines:
         raise ValueError(f"--prompts {path} is empty: it needs a prompt a line")
     rows = []
     for i, line in lines:
-        row = {"prompt": line}  # "line" goes with it, so that a reward that does not like it can say which
-        if path.endswith(".jsonl"):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                raise ValueError(f"--prompts {path}, line {i}: not valid JSON") from None
-            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-                raise ValueError(f"--prompts {path}, line {i}: needs an object with a non-empty text under \"prompt\"")
-            if row["prompt"].encode("utf-8", "ignore").decode() != row["prompt"]:
-                raise ValueError(f"--prompts {path}, line {i}: the prompt holds half a surrogate pair, which is no text")
-        rows.append({"prompt": row["prompt"], "metadata": {**row, "line": i}})
+        try:
+            row = json.loads(line) if path.endswith(".jsonl") else {"prompt": line}
+            fine = row["prompt"].strip() and row["prompt"].encode()  # half a surrogate pair is no text
+        except Exception:  # not JSON, not an object, no text under "prompt"
+            fine = False
+        if not fine:
+            raise ValueError(f"--prompts {path}, line {i}: needs a JSON object with a non-empty text under \"prompt\"")
+        rows.append({"prompt": row["prompt"], "metadata": {**row, "line": i}})  # "line", so that a reward that does not like it can say which
     return rows

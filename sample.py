@@ -96,15 +96,14 @@ def arguments():
     parser = argparse.ArgumentParser(description="Draw pictures with the 4-step generator, or with its teacher.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error, add = die, parser.add_argument
-    add("prompt", nargs="?", help="what to draw")
+    add("prompt", nargs="?", default="", help="what to draw")
     add("--preset", choices=list(PRESETS), default="sd35m", help="set of default flags")
     add("--pretrained", help="diffusers directory or hub id of the base model")
     add("--cold_start", default="out/cold_start", help="stage 1's out_dir, or a hub repository; '' to leave it out")
     add("--rtdmd", default="out/rtdmd", help="stage 2's out_dir, or a hub repository; '' to draw with stage 1 alone")
     add("--teacher", action="store_true", help="draw with the base alone: many steps, guidance, no adapters")
     add("--compare", action="store_true", help="draw with both, from the same seeds, and score them side by side; the teacher's go to out_dir/teacher")
-    add("--prompts", default="", help="file with a prompt a line, or jsonl with \"prompt\" and metadata for rewards; "
-        "-: lines of stdin, each drawn as it comes")
+    add("--prompts", default="", help="file with a prompt a line, or jsonl with \"prompt\" and metadata for rewards; -: stdin, each line as it comes")
     add("--metadata", default="", help="jsonl in which to look up the metadata of --prompts, if those are not jsonl themselves")
     add("--num_images", type=int, default=1, help="pictures of each prompt")
     add("--batch_size", type=int, default=8, help="pictures at once; does not change them")
@@ -138,12 +137,10 @@ def arguments():
         die("--compare draws with both: it goes with neither --teacher, --bench nor --prompts -")
     if not args.prompts:
         args.prompts, args.metadata = args.metadata, ""
-    exports = check_exports(args)
-    if not args.prompts and not (args.prompt or "").strip():
-        if not exports:
-            die("nothing to draw: give a prompt, or --prompts FILE")
-        args.prompt, args.out_dir = None, os.path.dirname(os.path.abspath(exports[0]))
-    if (args.prompt or "").encode("utf-8", "ignore").decode() != (args.prompt or ""):
+    args.prompt = args.prompt if args.prompt.strip() else ""
+    if not (check_exports(args) or args.prompts or args.prompt):
+        die("nothing to draw: give a prompt, or --prompts FILE")
+    if args.prompt.encode("utf-8", "ignore").decode() != args.prompt:
         die("the prompt is not UTF-8 text")
     return args
 
