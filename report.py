@@ -119,6 +119,35 @@ def scoreboard(run, pretrained, n, device):
     draw_report(sheet, [rows[i]["prompt"] for i in shown], logs, f"{run}/report.png")
 
 
+# --------------------------------------------------------------------------------------- what sample.py --rewards and --compare print
+def mean_and_error(scores, prompts):
+    """Mean and its standard error; pictures of one prompt are not independent, so the prompts' means are the samples if there are several."""
+    groups = {}
+    for score, prompt in zip(scores, prompts):
+        groups.setdefault(prompt, []).append(score)
+    samples = torch.tensor([sum(g) / len(g) for g in groups.values()] if len(groups) > 1 else scores, dtype=torch.float64)
+    return samples.mean().item(), samples.std().item() / math.sqrt(len(samples)) if len(samples) > 1 else math.nan
+
+
+def write_scores(rows, seed, results, path):
+    """results {who: {reward: [score of each row]}} -> a .jsonl with a line a picture; on screen the means, GenEval's by category too."""
+    (first, own), *others = results.items()
+    tags, prompts = [row["metadata"].get("tag") for row in rows], [row["prompt"] for row in rows]
+    lines = [{"image": f"{i:05d}.png", "prompt": prompts[i], **({"tag": tags[i]} if tags[i] else {}), "seed": seed + i, **{r: s[i] for r, s in own.items()},
+              **{who: {r: s[i] for r, s in theirs.items()} for who, theirs in others}} for i in range(len(rows))]
+    write_atomically({path: "".join(json.dumps(line) + "\n" for line in lines).encode()})
+    if others:
+        print(" " * 24 + "".join(f"{title:22s}" for who, _ in others for title in (first, who, f"{first} - {who}")))
+    for name in own:
+        columns, means = [own[name]] + [c for _, theirs in others for c in (theirs[name], [a - b for a, b in zip(own[name], theirs[name])])], []
+        for tag in (None, *(sorted(set(tags)) if name == "geneval" and None not in tags else ())):
+            here = [i for i in range(len(rows)) if tag in (None, tags[i])]
+            means.append([mean_and_error([c[i] for i in here], [prompts[i] for i in here]) for c in columns])
+            print(f"{f'{name} {tag or str()}':24s}" + "".join(f"{f'{m:.4f} +- {e:.4f}':22s}" for m, e in means[-1]).rstrip())
+        if len(means) > 1:  # this is what GenEval calls its score
+            print(f"{'geneval, categories':24s}" + "".join(f"{sum(m for m, _ in c[1:]) / (len(c) - 1):<22.4f}" for c in zip(*means)).rstrip())
+
+
 # -------------------------------------------------------------------------------------------------------------- 2. pictures
 PALETTE = [(40, 90, 200), (210, 70, 40), (30, 150, 80), (150, 60, 170), (220, 160, 20), (90, 90, 90)]
 

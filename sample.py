@@ -11,7 +11,6 @@
 """
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -59,34 +58,6 @@ def load_generator(pipe, args):
             names.append(name)
     pipe.transformer.requires_grad_(False)
     return names
-
-
-def mean_and_error(scores, prompts):
-    """Mean and its standard error; pictures of one prompt are not independent, so the prompts' means are the samples if there are several."""
-    groups = {}
-    for score, prompt in zip(scores, prompts):
-        groups.setdefault(prompt, []).append(score)
-    samples = torch.tensor([sum(g) / len(g) for g in groups.values()] if len(groups) > 1 else scores, dtype=torch.float64)
-    return samples.mean().item(), samples.std().item() / math.sqrt(len(samples)) if len(samples) > 1 else math.nan
-
-
-def report(rows, seed, results, path):
-    """results {who: {reward: [score of each row]}} -> a .jsonl with a line a picture; on screen the means, GenEval's by category too."""
-    (first, own), *others = results.items()
-    tags, prompts = [row["metadata"].get("tag") for row in rows], [row["prompt"] for row in rows]
-    lines = [{"image": f"{i:05d}.png", "prompt": prompts[i], **({"tag": tags[i]} if tags[i] else {}), "seed": seed + i, **{r: s[i] for r, s in own.items()},
-              **{who: {r: s[i] for r, s in theirs.items()} for who, theirs in others}} for i in range(len(rows))]
-    write_atomically({path: "".join(json.dumps(line) + "\n" for line in lines).encode()})
-    if others:
-        print(" " * 24 + "".join(f"{title:22s}" for who, _ in others for title in (first, who, f"{first} - {who}")))
-    for name in own:
-        columns, means = [own[name]] + [c for _, theirs in others for c in (theirs[name], [a - b for a, b in zip(own[name], theirs[name])])], []
-        for tag in (None, *(sorted(set(tags)) if name == "geneval" and None not in tags else ())):
-            here = [i for i in range(len(rows)) if tag in (None, tags[i])]
-            means.append([mean_and_error([c[i] for i in here], [prompts[i] for i in here]) for c in columns])
-            print(f"{f'{name} {tag or str()}':24s}" + "".join(f"{f'{m:.4f} +- {e:.4f}':22s}" for m, e in means[-1]).rstrip())
-        if len(means) > 1:  # this is what GenEval calls its score
-            print(f"{'geneval, categories':24s}" + "".join(f"{sum(m for m, _ in c[1:]) / (len(c) - 1):<22.4f}" for c in zip(*means)).rstrip())
 
 
 USUAL = {"student": dict(steps=4, eta=.9, cfg=1.0), "teacher": dict(steps=50, eta=0.0, cfg=4.5)}  # the preset may say another cfg
@@ -174,7 +145,8 @@ def main():
     for who, its in runs.items() if args.prompts or args.prompt else ():
         results[who] = draw_all(its, pipe, encode, [] if who == "teacher" else adapters, rows, rewards, device)
     if rewards and results and not args.bench:
-        report(rows, args.seed, results, f"{args.out_dir}/scores.jsonl")
+        from report import write_scores
+        write_scores(rows, args.seed, results, f"{args.out_dir}/scores.jsonl")
     export(pipe, adapters, args, rows, results)
 
 

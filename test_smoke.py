@@ -2617,8 +2617,8 @@ def test_geneval2_is_the_geometric_mean_of_the_probabilities_of_the_right_answer
 
 # -------------------------------------------------------------------------------- evaluation with sample.py, and while training
 def test_standard_errors_are_those_of_the_prompts_means():
-    assert sample.mean_and_error([1., 2, 3, 6], ["a", "a", "b", "b"]) == pytest.approx((3, 1.5))  # prompts 1.5 and 4.5: std 2.12 / sqrt 2
-    assert sample.mean_and_error([1., 3], ["a", "a"]) == pytest.approx((2, 1)) and math.isnan(sample.mean_and_error([1.], ["a"])[1])
+    assert report.mean_and_error([1., 2, 3, 6], ["a", "a", "b", "b"]) == pytest.approx((3, 1.5))  # prompts 1.5 and 4.5: std 2.12 / sqrt 2
+    assert report.mean_and_error([1., 3], ["a", "a"]) == pytest.approx((2, 1)) and math.isnan(report.mean_and_error([1.], ["a"])[1])
 
 
 def test_sample_evaluates_teacher_and_student_side_by_side_on_the_same_prompts_and_seeds(run, tmp_path, monkeypatch):
