@@ -382,7 +382,7 @@ def load_pipeline(args, device):
     if args.compile or args.compile is None and device.type == "cuda":
         # Block by block: one graph serves all blocks of a kind. A role, a batch size, with or without gradient: a graph each, compiled when
         # first met, and never a slower one for "any size" in their place.
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
+        torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = 1000  # since torch 2.7 also "recompile_limit"
         for module in (*pipe.transformer.transformer_blocks, pipe.vae.decoder):
             module.compile(dynamic=False)
         pipe.vae.to(memory_format=torch.channels_last)

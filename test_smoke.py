@@ -247,7 +247,7 @@ def test_the_scheduler_draws_in_diffusers_what_our_own_loop_draws(tiny_parts, tm
     assert ours.config.eta == again.config.eta == .9
     four, given = {"num_inference_steps": 4}, {"sigmas": LEVELS[:-1]}  # given levels are not shifted again
     for scheduler, steps, eta in ((ours, four, .9), (again, four, .9), (again, given, .9), (euler, four, 0)):
-        close(diffusers(scheduler, **steps), own(eta), 1e-5)
+        close(diffusers(scheduler, **steps), own(eta), 1e-4)  # the pipeline encodes both prompts at once, we one by one: 3e-5 with torch 2.6
         close(scheduler.sigmas.tolist(), LEVELS, 1e-6)
     assert (own(0) - own(.9)).abs().max() > .1
 
