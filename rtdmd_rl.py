@@ -45,7 +45,7 @@ def arguments():
     add("--epochs", type=int, default=1000, help="epochs; one update of G and of F each")
     add("--prompts_per_epoch", type=int, default=48, help="prompts an epoch over all GPUs together")
     add("--group_size", type=int, default=24, help="pictures of each prompt; they may lie on any GPUs")
-    add("--micro_batch", type=int, default=4, help="pictures a GPU handles at once")
+    add("--micro_batch", type=int, default=4, help="pictures a GPU decodes, and F learns from, at once; in the other passes twice as many")
     add("--lr", type=float, default=3e-6, help="learning rate of the generator")
     add("--weight_decay", type=float, default=1e-4, help="AdamW's weight decay of the generator's adapter")
     add("--fake_lr", type=float, default=3e-5, help="learning rate of the fake score")
@@ -210,14 +210,16 @@ def main():
         # steps in S explore with independent noise; the others share theirs within a group, so that they do not blur the comparison
         noise = [normal() if k in S or not args.shared_noise else shared_noise(shape, prompts, device, args.seed, epoch, k) for k in range(K - 1)]
         noise.append(torch.zeros_like(x_K))  # the last step is deterministic
-        batches = [slice(i, i + args.micro_batch) for i in range(0, len(prompts), args.micro_batch)]
-        texts = [encode(prompts[b]) for b in batches]
+        # Micro-batches for F, whose loss evaluates three times its pictures with gradient, and for the decoder; those of the other passes are
+        # twice as large and need less memory all the same.
+        small, large = ([slice(i, i + n) for i in range(0, len(prompts), n)] for n in (args.micro_batch, 2 * args.micro_batch))
+        small_texts, large_texts = ([encode(prompts[b]) for b in batches] for batches in (small, large))
         part("text")
 
         # ---- roll out all K steps
         path, old_log_p = [x_K] + [torch.empty_like(x_K) for _ in range(K)], torch.zeros(K, len(prompts), device=device)
         with torch.no_grad():
-            for b, text in zip(batches, texts):
+            for b, text in zip(large, large_texts):
                 for k in range(K):
                     v = velocity(path[k][b], level(k, b), *text)
                     path[k + 1][b], mean, std = cps_step(path[k][b], v, levels[k], levels[k + 1], args.eta, noise[k][b])
@@ -228,7 +230,7 @@ def main():
         # ---- one step of the fake score, on the finished pictures (s = 0) unless --dm_steps drawn
         sums, most = torch.zeros(7, device=device), torch.zeros((), device=device)
         u, n, back, n1, n2 = uniform(), normal(), uniform(), normal(), normal()
-        for b, text in zip(batches, texts):
+        for b, text in zip(small, small_texts):
             steps_back = (1 + (200 * back[b]).floor()) / 1000
             sums[0] += fake_pass(path[last][b], level(last, b), renoise_time(s, u[b]), n[b], steps_back, n1[b], n2[b], level(min(last + 1, K), b), *text)
         F_norm = update(F_params, F_opt, args, skipped, "fake", sums[0])
@@ -238,9 +240,9 @@ def main():
         #      step. Its input is a constant: what it owes to G is SubGRPO's part (App. G.2).
         u, n, back_noise = uniform(), normal(), normal()
         scores = torch.zeros(len(rewards), I, device=device)  # of all pictures; each rank fills in its own
-        slopes = [{} for _ in batches]  # for each micro-batch {step: gradient of the loss with respect to the state after it}
+        slopes = {k: torch.zeros_like(x_K) for k, weight in ((K, args.det_weight), (last, args.dm_weight)) if weight}  # of the loss in the state after step k
         move(rewards, device if args.offload_rewards else None)
-        for i, b in enumerate(batches):
+        for b in small:
             with torch.set_grad_enabled(bool(args.det_weight)):
                 x_0 = path[K][b].detach().requires_grad_(bool(args.det_weight))
                 pictures = decode(pipe, x_0)
@@ -252,27 +254,27 @@ def main():
                 if args.det_weight:  # Eq. 15
                     total = sum(r.weight * score for r, score in zip(rewards, each) if r.differentiable)
                     det = torch.relu(args.margin - total).sum() / I
-                    slopes[i][K], = torch.autograd.grad(args.det_weight * det, x_0)
+                    slopes[K][b], = torch.autograd.grad(args.det_weight * det, x_0)
                     sums[2] += det.detach()
-                    sums[5] += slopes[i][K].square().sum()
+                    sums[5] += slopes[K][b].square().sum()
                     part("decode, reward: backward")
         move(rewards, "cpu" if args.offload_rewards else None)
-        for b, text, to in zip(batches, texts, slopes):
+        for b, text in zip(large, large_texts):
             if args.dm_weight:  # Eq. 9, with the teacher's guidance
                 slope, dm = anchor(path[last][b], level(last, b), renoise_time(s, u[b]), n[b], back_noise[b], *text)
-                to[last] = to.get(last, 0) + args.dm_weight * slope
+                slopes[last][b] += args.dm_weight * slope
                 sums[3] += dm
                 sums[6] += (args.dm_weight * slope).square().sum()
                 part("teacher and fake")
-            for k, slope in to.items():
-                follow(path[k - 1][b], level(k - 1, b), level(k, b), noise[k - 1][b], slope, *text)
+            for k, slope in slopes.items():
+                follow(path[k - 1][b], level(k - 1, b), level(k, b), noise[k - 1][b], slope[b], *text)
             part("last step")
 
         # ---- second part: SubGRPO on the steps in S (Eq. 17); pictures with advantage 0 add nothing and are not counted
         scores = all_reduce(scores)
         advantage_all = advantages(scores, [r.weight for r in rewards], args.group_size, args.advantage_std, args.advantage_clip)
         advantage, kept = advantage_all[mine], (advantage_all != 0).sum().clamp(min=1)
-        for b, text in zip(batches, texts):
+        for b, text in zip(large, large_texts):
             for k in S if args.policy_weight else ():
                 loss, outside, drift = policy_pass(path[k][b], level(k, b), level(k + 1, b), path[k + 1][b], old_log_p[k][b], advantage[b], kept, *text)
                 sums[1] += loss
