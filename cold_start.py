@@ -353,7 +353,7 @@ def setup(args, training=True):
         if (device.index or 0) >= torch.cuda.device_count():
             die(f"a process for GPU {device.index}, but this machine has {torch.cuda.device_count()}: give torchrun a smaller --nproc_per_node", local=True)
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # try the kernels for the decoder's convolutions out: the way back gets a fifth faster
+        torch.backends.cudnn.benchmark = True  # try out the kernels for the decoder's convolutions
     if training:  # the step under way is finished, then save_or_stop. A second signal changes nothing: torchrun passes on what the terminal sent too
         stop.update(asked=False, agreed=False)
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -412,7 +412,7 @@ def add_adapter(transformer, name, args):
 def lora_linear():
     """peft's class of an adapted matrix, W x + sum of scaling B A x over the active adapters, with one pair of small products for all of them
     in place of one each: stage 2's stacked adapters cost no more than one. (A class, not a function for each layer: the compiler's graph of
-    a block serves all blocks like it.)"""
+    a block serves all blocks like it.) Called under `play`'s autocast; peft's flags for disabled and merged adapters are not looked at."""
     from peft.tuners.lora import Linear
 
     class LoraLinear(Linear):

@@ -20,7 +20,7 @@ STAGES = {"cold_generator": "cold_start", "generator": "rtdmd"}  # adapter, as s
 
 
 def check_exports(args):
-    """The paths of --export and --export_merged; dies if they cannot be meant."""
+    """The paths of --export and --export_merged; dies if they cannot be meant. With nothing to draw, args.out_dir becomes where the first one goes."""
     paths = [path for path in (args.export, args.export_merged) if path is not None]
     if paths and (args.teacher or args.bench or not (args.cold_start or args.rtdmd)):
         die("--export and --export_merged write --cold_start and --rtdmd, of which one must be there; they go with neither --teacher nor --bench")

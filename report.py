@@ -291,7 +291,7 @@ def figures(run, pretrained, folder, device):
 @torch.no_grad()
 def hacking(run, runs, pretrained, n, folder, device):
     """The scoreboard's pictures of three captions that leave the colour open, by run's cold start and by the stages 2 that were trained on
-    it, with the numbers of each over all captions, n pictures a category -> folder/hacking.png"""
+    it, with the numbers of each over all captions, n pictures a category -> folder/hacking.png. Not checked: that it was run's stage 1."""
     from PIL import Image, ImageDraw, ImageFont
     starts = {read(f"{stage}/ckpt.pt", "checkpoint")["flags"]["pretrained or cold_start content"] for stage in runs}
     if len(starts) > 1:
@@ -315,7 +315,7 @@ def hacking(run, runs, pretrained, n, folder, device):
 
 
 # ------------------------------------------------------------------------------------------------------------- 4. ablations
-# Chosen before any result was seen. All rows of a table make the same number of updates on the same number of pictures, from the same
+# Chosen before any result was seen, but for L_det's weight (the preset's: .5 at first, .1 after a run on a CPU) and its row with .5. All rows of a table make the same number of updates on the same number of pictures, from the same
 # prompts in the same order, and start from the same weights (stage 2: from the same stage 1 for each seed). Stage 2's ONLY reward is
 # CLIPScore, the differentiable one, so that the checker, the judge and the diversity are all held out and hacking can show in them.
 TABLES = {  # table: {row: (run, the paper's CLIPScore / PickScore / HPSv2 on SD3.5-M, DrawBench)}; a run in two tables is made once

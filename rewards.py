@@ -230,7 +230,7 @@ def geneval_wrong(prompt, row):
             return f'"include" and "exclude" need objects with a "class" of COCO\'s 80 (as GenEval writes them) and a "count" from 1, not {str(want)[:80]}'
         if want.get("color", "red") not in COLORS:
             return f"no colour of GenEval's: {want['color']!r}"
-        if "position" in want and not (isinstance(place, list) and len(place) == 2 and place[0] in RELATIONS and place[1] in range(i)):
+        if "position" in want and not (isinstance(place, list) and len(place) == 2 and place[0] in RELATIONS and type(place[1]) is int and place[1] in range(i)):
             return f'"position" must be [relation, number of an object before], not {place!r}'
 
 def detect(detector, images):

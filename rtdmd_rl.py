@@ -210,10 +210,11 @@ def main():
         # steps in S explore with independent noise; the others share theirs within a group, so that they do not blur the comparison
         noise = [normal() if k in S or not args.shared_noise else shared_noise(shape, prompts, device, args.seed, epoch, k) for k in range(K - 1)]
         noise.append(torch.zeros_like(x_K))  # the last step is deterministic
-        # Micro-batches for F, whose loss evaluates three times its pictures with gradient, and for the decoder; those of the other passes are
-        # twice as large and need less memory all the same.
+        # F's loss evaluates three times its pictures with gradient (once with --gamma 0), and the decoder's activations are large: the
+        # micro-batches of all other passes are twice as large as theirs.
         small, large = ([slice(i, i + n) for i in range(0, len(prompts), n)] for n in (args.micro_batch, 2 * args.micro_batch))
-        small_texts, large_texts = ([encode(prompts[b]) for b in batches] for batches in (small, large))
+        large_texts = [encode(prompts[b]) for b in large]
+        small_texts = [each for text in large_texts for each in zip(*(e.split(args.micro_batch) for e in text))]
         part("text")
 
         # ---- roll out all K steps
@@ -240,7 +241,8 @@ def main():
         #      step. Its input is a constant: what it owes to G is SubGRPO's part (App. G.2).
         u, n, back_noise = uniform(), normal(), normal()
         scores = torch.zeros(len(rewards), I, device=device)  # of all pictures; each rank fills in its own
-        slopes = {k: torch.zeros_like(x_K) for k, weight in ((K, args.det_weight), (last, args.dm_weight)) if weight}  # of the loss in the state after step k
+        # {k: gradient of the loss with respect to the state after step k}: of the reward at k = K, of AC-DMD at k = last
+        slopes = {k: torch.zeros_like(x_K) for k, weight in ((K, args.det_weight), (last, args.dm_weight)) if weight}
         move(rewards, device if args.offload_rewards else None)
         for b in small:
             with torch.set_grad_enabled(bool(args.det_weight)):

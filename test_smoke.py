@@ -706,6 +706,12 @@ def test_stage_2_shares_noise_on_the_other_steps_only_and_its_first_ratio_is_1(t
     alone = ["--epochs", "1", "--det_weight", "0", "--dm_weight", "0", "--subset", "2"]
     plain, scaled = (run_main(rtdmd_rl, tiny_parts[1], tmp_path / f, monkeypatch, *flags, *alone, "--subset_factor", f)[0] for f in "01")
     assert scaled["grad_generator"] == pytest.approx((K - 1) * plain["grad_generator"], rel=1e-4) and plain["grad_generator"] > 0
+    class Fixed(random.Random):  # S = (1,), and (1, 1): the mean over S is the same
+        def sample(self, population, k):
+            return [1] * k if population == range(K - 1) else super().sample(population, k)
+    monkeypatch.setattr(random, "Random", Fixed)
+    once, twice = (run_main(rtdmd_rl, tiny_parts[1], tmp_path / f"M{m}", monkeypatch, *flags, *alone[:-1], m)[0] for m in "12")
+    assert once["S"] == [1] and twice["S"] == [1, 1] and twice["grad_generator"] == pytest.approx(once["grad_generator"], rel=1e-4)
 
 
 @pytest.mark.parametrize("update", ("float32", "bf16"))
