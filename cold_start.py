@@ -353,7 +353,7 @@ def setup(args, training=True):
         if (device.index or 0) >= torch.cuda.device_count():
             die(f"a process for GPU {device.index}, but this machine has {torch.cuda.device_count()}: give torchrun a smaller --nproc_per_node", local=True)
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # try out the kernels for the decoder's convolutions
+        torch.backends.cudnn.benchmark = training  # try out the kernels for the decoder's convolutions; not for a picture or two
     if training:  # the step under way is finished, then save_or_stop. A second signal changes nothing: torchrun passes on what the terminal sent too
         stop.update(asked=False, agreed=False)
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -315,9 +315,10 @@ def hacking(run, runs, pretrained, n, folder, device):
 
 
 # ------------------------------------------------------------------------------------------------------------- 4. ablations
-# Chosen before any result was seen, but for L_det's weight (the preset's: .5 at first, .1 after a run on a CPU) and its row with .5. All rows of a table make the same number of updates on the same number of pictures, from the same
-# prompts in the same order, and start from the same weights (stage 2: from the same stage 1 for each seed). Stage 2's ONLY reward is
-# CLIPScore, the differentiable one, so that the checker, the judge and the diversity are all held out and hacking can show in them.
+# Chosen before any result was seen, but for L_det's weight (the preset's: .5 at first, .1 after a run on a CPU) and its row with .5. All rows
+# of a table make the same number of updates on the same number of pictures, from the same prompts in the same order, and start from the
+# same weights (stage 2: from the same stage 1 for each seed). Stage 2's ONLY reward is CLIPScore, the differentiable one, so that the
+# checker, the judge and the diversity are all held out and hacking can show in them.
 TABLES = {  # table: {row: (run, the paper's CLIPScore / PickScore / HPSv2 on SD3.5-M, DrawBench)}; a run in two tables is made once
     "table3": {"AC-DMD, gamma .01, eta .9": ("1", ".2843 / 23.5690 / .3456"), "A-DMD (gamma 0)": ("1 --gamma 0", ".2753 / 22.0116 / .3188"),
                "AC-DMD, gamma .1": ("1 --gamma .1", ".2846 / 23.2105 / .3362"), "AC-DMD, gamma .005": ("1 --gamma .005", ".2837 / 22.8546 / .3324"),

@@ -120,7 +120,8 @@ def main():
     device, rank, world = setup(args)
     rows = checked(load_prompts, args.prompts)
     pipe = load_pipeline(args, device)
-    loaded = lambda what: [guarded(r) for r in checked(build, what, torch.device("cpu") if args.offload_rewards else device, args.reward_path, getattr(torch, args.reward_dtype), args.reward_batch)]
+    home = torch.device("cpu") if args.offload_rewards else device
+    loaded = lambda what: [guarded(r) for r in checked(build, what, home, args.reward_path, getattr(torch, args.reward_dtype), args.reward_batch)]
     rewards, held_out, eval_rows = loaded(weights), loaded(args.eval_rewards) if args.eval_rewards else [], []
     if held_out:
         eval_rows = checked(load_prompts, args.eval_prompts) if args.eval_prompts else rows

@@ -21,7 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from cold_start import (add_adapter, checked, decode, die, find_weights, graphed, guarded, load_adapter, load_pipeline, note_prompts, parse, play, read,
                         rollout, save_grid, setup, text_encoder, write_atomically)
 from cps import sigmas
-from export import check_exports, export
+from export import STAGES, check_exports, export
 from rewards import build, load_prompts
 from rtdmd_rl import PRESETS
 
@@ -48,9 +48,9 @@ def integrate(v, noise, levels, eta):
 def load_generator(pipe, args):
     """Stack the adapters of --cold_start and --rtdmd on the base -> their names, for `play`. Never the second INTO the first."""
     names = []
-    for name, where, subfolder in (("cold_generator", args.cold_start, "cold_start"), ("generator", args.rtdmd, "rtdmd")):
-        if where:
-            path = find_weights(where, subfolder, "generator_ema.pt")
+    for name, stage in STAGES.items():
+        if getattr(args, stage):
+            path = find_weights(getattr(args, stage), stage, "generator_ema.pt")
             saved = read(path, "adapter")
             args.lora_rank = next((v.shape[0] for k, v in saved.items() if "lora_A" in k), 1) if isinstance(saved, dict) else 1
             add_adapter(pipe.transformer, name, args)
@@ -133,8 +133,8 @@ def main():
     args.batch_size = min(args.batch_size, len(rows) or args.num_images)
     device, *_ = setup(args, training=False)
     pipe = load_pipeline(args, device)
-    load = lambda: checked(build, args.rewards, device, args.reward_path, getattr(torch, args.reward_dtype), args.reward_batch)
-    rewards = [guarded(reward) for reward in load()] if args.rewards else []
+    rewards = [guarded(reward) for reward in checked(
+        build, args.rewards, device, args.reward_path, getattr(torch, args.reward_dtype), args.reward_batch)] if args.rewards else []
     for reward in rewards:
         checked(reward.check, [row["prompt"] for row in rows], [row["metadata"] for row in rows])
     adapters, encode, results = [] if args.teacher else load_generator(pipe, args), text_encoder(pipe, args), {}
