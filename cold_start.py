@@ -353,7 +353,6 @@ def setup(args, training=True):
         if (device.index or 0) >= torch.cuda.device_count():
             die(f"a process for GPU {device.index}, but this machine has {torch.cuda.device_count()}: give torchrun a smaller --nproc_per_node", local=True)
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = training  # try out the kernels for the decoder's convolutions; not for a picture or two
     if training:  # the step under way is finished, then save_or_stop. A second signal changes nothing: torchrun passes on what the terminal sent too
         stop.update(asked=False, agreed=False)
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -416,12 +415,17 @@ def lora_linear():
     from peft.tuners.lora import Linear
 
     class LoraLinear(Linear):
+        fixed = None  # sample.py: A and B of adapters that no longer change
+
+        def pair(self, names):
+            return (torch.cat([self.lora_A[name].weight for name in names]),
+                    torch.cat([self.scaling[name] * self.lora_B[name].weight for name in names], 1))
+
         def forward(self, x):
             y, names = self.base_layer(x), self._active_adapter
             if not names:
                 return y
-            A = torch.cat([self.lora_A[name].weight for name in names])
-            B = torch.cat([self.scaling[name] * self.lora_B[name].weight for name in names], 1)
+            A, B = self.fixed or self.pair(names)
             return y + torch.nn.functional.linear(torch.nn.functional.linear(x, A), B)
     return LoraLinear
 

@@ -154,6 +154,8 @@ def draw_all(args, pipe, encode, adapters, rows, rewards, device):
     """Draw every row, save the pictures, score them -> {reward: [score of each row]}. With --prompts -, rows fills up on the way."""
     levels, negative = sigmas(args.steps, args.shift), encode([""]) if args.cfg != 1 else None
     os.makedirs(args.out_dir, exist_ok=True)
+    for layer in pipe.transformer.lora_layers if adapters else ():  # put together and rounded once, not in every pass
+        layer.fixed = [m.detach().to(pipe.transformer.dtype) for m in layer.pair(adapters)]
 
     @torch.no_grad()
     def render(noise, embeds, pooled):

@@ -1128,6 +1128,11 @@ def test_one_compiled_graph_serves_all_blocks_of_a_kind():
         with torch.no_grad():
             cold_start.play(transformer, adapters, text)(torch.randn(2, 4, 16, 16), .5)
         assert len(graphs) == 2 * i
+    for layer in transformer.lora_layers:  # as sample.py draws
+        layer.fixed = [m.detach() for m in layer.pair(["one", "two"])]
+    with torch.no_grad():
+        cold_start.play(transformer, ["one", "two"], text)(torch.randn(2, 4, 16, 16), .5)
+    assert len(graphs) == 6
 
 
 @pytest.mark.parametrize("switch, checkpointing", [("peft", None), ("peft", "diffusers"), ("ours", "diffusers")])
