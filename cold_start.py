@@ -371,7 +371,9 @@ def load_pipeline(args, device):
         none = {name: None for name in ("text_encoder_3", "tokenizer_3") if not (index.get(name) or [None])[0]}
         pipe = StableDiffusion3Pipeline.from_pretrained(args.pretrained, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, **none)
         for module in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
-            module is None or module.requires_grad_(False).eval().to(device)
+            if module is not None:
+                later = module is pipe.transformer and getattr(args, "cache_text", False)  # when `text_encoder` has made room for it
+                module.requires_grad_(False).eval().to("cpu" if later else device)
     except Exception as e:  # a directory can be wrong in a dozen ways
         die(f"--pretrained {args.pretrained} cannot be loaded; it must be a pipeline directory or a hub id ({str(e).splitlines()[0][:200]})",
             local=isinstance(e, torch.cuda.OutOfMemoryError))
@@ -511,7 +513,7 @@ def text_encoder(pipe, args, prompts=()):
     With --cache_text all `prompts` are encoded now, into a file in out_dir that the processes of a machine share (1.7 MB a prompt for
     SD3.5-M), and the encoders, most of which is T5-XXL's 9 GB, are freed.
     """
-    cache, device = {}, pipe.transformer.device
+    cache, device = {}, pipe.vae.device
 
     @torch.no_grad()
     def fresh(prompts):
@@ -548,6 +550,7 @@ def text_encoder(pipe, args, prompts=()):
     shape, split = embeds.shape[1:], embeds[0].numel()
     pipe.text_encoder = pipe.text_encoder_2 = pipe.text_encoder_3 = None
     gc.collect(), torch.cuda.empty_cache()
+    pipe.transformer.to(device)
 
     def look_up(prompts):
         found = table[[rows[p] for p in prompts]].to(device)
