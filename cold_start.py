@@ -417,7 +417,7 @@ def lora_linear():
     from peft.tuners.lora import Linear
 
     class LoraLinear(Linear):
-        fixed = None  # sample.py: A and B of adapters that no longer change
+        fixed = {}  # {adapters: their pair}, where it no longer changes (sample.py)
 
         def pair(self, names):
             return (torch.cat([self.lora_A[name].weight for name in names]),
@@ -427,7 +427,7 @@ def lora_linear():
             y, names = self.base_layer(x), self._active_adapter
             if not names:
                 return y
-            A, B = self.fixed or self.pair(names)
+            A, B = self.fixed.get(tuple(names)) or self.pair(names)
             return y + torch.nn.functional.linear(torch.nn.functional.linear(x, A), B)
     return LoraLinear
 

@@ -155,14 +155,14 @@ def draw_all(args, pipe, encode, adapters, rows, rewards, device):
     levels, negative = sigmas(args.steps, args.shift), encode([""]) if args.cfg != 1 else None
     os.makedirs(args.out_dir, exist_ok=True)
     for layer in pipe.transformer.lora_layers if adapters else ():  # put together and rounded once, not in every pass
-        layer.fixed = [m.detach().to(pipe.transformer.dtype) for m in layer.pair(adapters)]
+        layer.fixed = {tuple(adapters): [m.to(pipe.transformer.dtype) for m in layer.pair(adapters)]}
 
     @torch.no_grad()
     def render(noise, embeds, pooled):
         v = play(pipe.transformer, adapters, (embeds, pooled), negative, args.cfg)
         return decode(pipe, integrate(v, noise, levels, args.eta))
-    fixed = args.compile and device.type == "cuda"  # a compiled graph knows one batch size: the last batch is filled up
-    render, = graphed(fixed, device, render)
+    recorded = args.compile and device.type == "cuda"  # a compiled graph knows one batch size: the last batch is filled up
+    render, = graphed(recorded, device, render)
     scores, pictures, i, start = {r.name: [] for r in rewards}, [], 0, time.time()
     for batch in batches(args, rows):
         prompts, inputs_of = [row["prompt"] for row in batch], lambda prompts: (noise_of(
@@ -170,7 +170,7 @@ def draw_all(args, pipe, encode, adapters, rows, rewards, device):
         if args.bench:
             from report import bench
             return bench(args, inputs_of, render, prompts, device)
-        images = render(*inputs_of(prompts + prompts[-1:] * (fixed and args.batch_size - len(prompts))))[:len(batch)]
+        images = render(*inputs_of(prompts + prompts[-1:] * (recorded and args.batch_size - len(prompts))))[:len(batch)]
         for reward in rewards:
             with torch.no_grad():
                 scores[reward.name] += reward(images, prompts, [row["metadata"] for row in batch]).tolist()

@@ -1015,6 +1015,17 @@ def test_low_memory_trains_the_same_and_frees_the_text_encoders(run, alone, tmp_
         assert a == {k: pytest.approx(v, rel=1e-3, abs=1e-6) for k, v in b.items()}
 
 
+def test_with_cached_text_the_transformer_waits_until_the_text_encoders_have_left(tmp_path, monkeypatch):
+    """Stage 1 of SD3.5-M then needs 12 GiB at most, where it would need 16 for this moment alone. A GPU's part is played by "meta"."""
+    args, moves = tiny_args(cache_text=True, out_dir=str(tmp_path)), []
+    pipe = cold_start.load_pipeline(args, torch.device("meta"))
+    assert pipe.vae.device.type == pipe.text_encoder.device.type == "meta" and pipe.transformer.device.type == "cpu"
+    pipe = cold_start.load_pipeline(args, torch.device("cpu"))
+    monkeypatch.setattr(pipe.transformer, "to", lambda device: moves.append((device.type, pipe.text_encoder)))
+    cold_start.text_encoder(pipe, args, ["a red circle"])
+    assert moves == [("cpu", None)]
+
+
 @pytest.mark.parametrize("stage", ["cold", "rl"])
 def test_bench_prints_one_line_of_json_and_leaves_no_file(run, tmp_path, stage):
     """And counts what Algorithm 1 has to do: no evaluation of the transformer that is not needed."""
@@ -1118,7 +1129,7 @@ def test_on_a_gpu_the_compiled_gradient_is_as_near_to_float32s_as_the_eager_one(
     torch._dynamo.reset()
     truth, gpu = generator_gradient("ours", None), torch.device("cuda")
     eager, compiled = ((generator_gradient("ours", None, compile=c, device=gpu) - truth).norm() / truth.norm() for c in (0, 1))
-    assert 0 < compiled < 2 * eager < .5
+    assert 0 < compiled < 2 * eager < .5 and compiled != eager
 
 
 def test_one_compiled_graph_serves_all_blocks_of_a_kind():
@@ -1139,7 +1150,7 @@ def test_one_compiled_graph_serves_all_blocks_of_a_kind():
             cold_start.play(transformer, adapters, text)(torch.randn(2, 4, 16, 16), .5)
         assert len(graphs) == 2 * i
     for layer in transformer.lora_layers:  # as sample.py draws
-        layer.fixed = [m.detach() for m in layer.pair(["one", "two"])]
+        layer.fixed = {("one", "two"): [m.detach() for m in layer.pair(["one", "two"])]}
     with torch.no_grad():
         cold_start.play(transformer, ["one", "two"], text)(torch.randn(2, 4, 16, 16), .5)
     assert len(graphs) == 6
