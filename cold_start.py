@@ -550,7 +550,10 @@ def text_encoder(pipe, args, prompts=()):
     shape, split = embeds.shape[1:], embeds[0].numel()
     pipe.text_encoder = pipe.text_encoder_2 = pipe.text_encoder_3 = None
     gc.collect(), torch.cuda.empty_cache()
-    pipe.transformer.to(device)
+    try:
+        pipe.transformer.to(device)
+    except torch.cuda.OutOfMemoryError as e:
+        die(f"--pretrained {args.pretrained}: no room for its transformer ({str(e).splitlines()[0][:200]})", local=True)
 
     def look_up(prompts):
         found = table[[rows[p] for p in prompts]].to(device)

@@ -1015,7 +1015,7 @@ def test_low_memory_trains_the_same_and_frees_the_text_encoders(run, alone, tmp_
         assert a == {k: pytest.approx(v, rel=1e-3, abs=1e-6) for k, v in b.items()}
 
 
-def test_with_cached_text_the_transformer_waits_until_the_text_encoders_have_left(tmp_path, monkeypatch):
+def test_with_cached_text_the_transformer_waits_until_the_text_encoders_have_left(tmp_path, monkeypatch, capsys):
     """Stage 1 of SD3.5-M then needs 12 GiB at most, where it would need 16 for this moment alone. A GPU's part is played by "meta"."""
     args, moves = tiny_args(cache_text=True, out_dir=str(tmp_path)), []
     pipe = cold_start.load_pipeline(args, torch.device("meta"))
@@ -1024,6 +1024,14 @@ def test_with_cached_text_the_transformer_waits_until_the_text_encoders_have_lef
     monkeypatch.setattr(pipe.transformer, "to", lambda device: moves.append((device.type, pipe.text_encoder)))
     cold_start.text_encoder(pipe, args, ["a red circle"])
     assert moves == [("cpu", None)]
+
+    def full(device):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+    pipe = cold_start.load_pipeline(args, torch.device("cpu"))
+    monkeypatch.setattr(pipe.transformer, "to", full)
+    with pytest.raises(SystemExit) as end:
+        cold_start.text_encoder(pipe, args, ["a red circle"])
+    assert end.value.code == 2 and "no room for its transformer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["cold", "rl"])
