@@ -40,7 +40,7 @@ from transformers.utils import logging as transformers_logging
 
 warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters on one base is what we want
 
-from cps import ambient_target, cps_step, renoise, sigmas
+from cps import ambient_target, at_least_float32, cps_step, renoise, sigmas
 from rewards import load_prompts
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -461,14 +461,15 @@ def play(transformer, adapters, text, negative=None, cfg=1.0):
         set_adapters(transformer, adapters)
         n = len(x)
         embeds, pooled = (e if len(e) == n else e.repeat(n // len(e), *[1] * (e.dim() - 1)) for e in text)
-        timestep = 1000 * sigma.float().expand(n) if torch.is_tensor(sigma) else torch.full((n,), 1000 * sigma, device=x.device)
+        timestep = 1000 * at_least_float32(sigma).expand(n) if torch.is_tensor(sigma) else torch.full((n,), 1000 * sigma, device=x.device)
         if negative is not None:
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
             embeds, pooled = (torch.cat([e.expand(n, *e.shape[1:]), p]) for e, p in zip(negative, (embeds, pooled)))
         evaluated[0] += len(x) * (2 if torch.is_grad_enabled() else 1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
             v = transformer(hidden_states=x.to(embeds.dtype), encoder_hidden_states=embeds, pooled_projections=pooled,
-                            timestep=timestep, return_dict=False)[0].float()
+                            timestep=timestep, return_dict=False)[0]
+        v = at_least_float32(v)
         if negative is not None:
             without, with_text = v.chunk(2)
             v = without + cfg * (with_text - without)
@@ -815,7 +816,7 @@ def decode(pipe, latents):
         pictures = torch.cat([torch.utils.checkpoint.checkpoint(run, z, use_reentrant=False, preserve_rng_state=False) for z in latents.split(1)])
     else:
         pictures = pipe.vae.decode(latents).sample
-    return (pictures.float() / 2 + .5).clamp(0, 1)
+    return (at_least_float32(pictures) / 2 + .5).clamp(0, 1)
 
 def save_grid(pictures, path, columns=8):
     """[B,3,H,W] in [0,1] -> one PNG; small pictures are magnified to 64 pixels."""

@@ -25,7 +25,7 @@ from cold_start import (HERE, PAPER as PAPER_COLD, adapter, add_adapter, all_red
                         fake_score_loss, find_weights, generator, generator_loss, graphed, guarded, load_adapter, load_checkpoint, load_pipeline,
                         make_log, make_parser, note_prompts, parse, play, preview, renoise_time, rollout, save_grid, save_or_stop, setup, shard,
                         text_encoder, train_only, update)
-from cps import cps_step, log_prob, sigmas
+from cps import at_least_float32, cps_step, log_prob, sigmas
 from rewards import build, load_prompts, move, parse_weights
 
 PRESETS = {
@@ -251,7 +251,8 @@ def main():
                 pictures = decode(pipe, x_0)
                 part("decode")
                 fine, pictures = pictures.isfinite().flatten(1).all(1), pictures.nan_to_num(0)  # else: scores nan, and `update` skips this epoch
-                each = [r(pictures if r.differentiable else pictures.detach(), prompts[b], metadata[b]).float().where(fine, math.nan) for r in rewards]
+                each = [r(pictures if r.differentiable else pictures.detach(), prompts[b], metadata[b]) for r in rewards]
+                each = [at_least_float32(score).where(fine, math.nan) for score in each]
                 part("reward")
                 scores[:, mine][:, b] = torch.stack(each).detach()
                 if args.det_weight:  # Eq. 15
