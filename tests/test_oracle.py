@@ -390,6 +390,14 @@ def stage_2(models, cold_generator, cold_fake, generator, fake, prompts, scorers
                 step_noise.append(torch.stack([of_prompt[prompt] for prompt in pictured]))
         step_noise.append(torch.zeros(n_pictures, *LATENT))
 
+        # the average moves every few epochs, before the generator does: as often as the release has
+        # batches in an epoch, 16 times, each time with the same weights
+        if (epoch + 1) % flags.ema_every == 0:
+            decay = min(flags.ema, (1 + epoch) / (10 + epoch))
+            for _ in range(16):
+                for key, p in generator.items():
+                    average[key] = decay * average[key] + (1 - decay) * p.detach()
+
         # draw the pictures: all K steps
         with torch.no_grad():
             for k in range(K):
@@ -417,13 +425,13 @@ def stage_2(models, cold_generator, cold_fake, generator, fake, prompts, scorers
         advantage = advantage.where(~flat, 0)
         counted = (advantage != 0).sum()  # pictures whose advantage is 0 are dropped
 
-        # SubGRPO on the steps in S (Eq. 13, 17); one update an epoch: the ratio's value is 1
+        # SubGRPO, summed over the steps in S (Eq. 13, 17); one update an epoch: the ratio is 1
         loss_policy = 0
         for k in S:
             _, mean = cps(path[k], student(path[k], LEVELS[k]), LEVELS[k], LEVELS[k + 1], 0)
             log_p = -((path[k + 1] - mean) ** 2).mean((1, 2, 3))
             ratio = (log_p - log_p.detach()).exp()
-            loss_policy = loss_policy - (advantage * ratio).sum() / counted / len(S)
+            loss_policy = loss_policy - (advantage * ratio).sum() / counted
 
         # the last step is deterministic: the rewards' gradient goes through it (Eq. 15); its input is
         # a constant (App. G.2). And AC-DMD on the picture that it makes (Eq. 9 at s = 0).
@@ -465,11 +473,9 @@ def stage_2(models, cold_generator, cold_fake, generator, fake, prompts, scorers
         for name, score in scores.items():
             line[f"reward_{name}"] = score.mean().item()
 
-        if (epoch + 1) % flags.ema_every == 0:
-            n = (epoch + 1) // flags.ema_every
-            decay = min(flags.ema, (1 + n) / (10 + n))
-            for key, p in generator.items():
-                average[key] = decay * average[key] + (1 - decay) * p.detach()
+        # the average: the first epochs follow the weights, see below for the others
+        if epoch + 1 < flags.ema_every:
+            average = {key: p.detach().clone() for key, p in generator.items()}
         line["ema_drift"] = drift(generator, average)
         log.append(line)
     return dict(
@@ -506,8 +512,8 @@ def run(program, flags, out_dir, monkeypatch):
     starts = {}
     real_add_adapter = cold_start.add_adapter
 
-    def add_adapter(transformer, name, args):
-        real_add_adapter(transformer, name, args)
+    def add_adapter(transformer, name, *rest):
+        real_add_adapter(transformer, name, *rest)
         starts[name] = a_start((transformer, name), seed=len(starts))
         for key, p in cold_start.adapter(transformer, name).items():
             p.data = starts[name][key].clone()
@@ -610,7 +616,7 @@ def second(models, first, prompt_file, tmp_path_factory, monkey):
         monkey.setitem(rewards.REWARDS, name, (as_loader(score), differentiable, ""))
     flags = SimpleNamespace(
         epochs=3, prompts_per_epoch=3, group_size=3, micro_batch=2, lr=1e-3, fake_lr=2e-3, weight_decay=0.1,
-        ema=0.8, ema_every=2, subset=2, policy_weight=0.8, det_weight=0.3, dm_weight=0.6, margin=2.33,
+        ema=0.95, ema_every=2, subset=2, policy_weight=0.8, det_weight=0.3, dm_weight=0.6, margin=2.33,
         advantage_clip=1.5, cfg=3.0, gamma=0.5, seed=7, lora_rank=RANK, lora_alpha=ALPHA, prompts=prompt_file,
         rewards=",".join(f"{name}:{weight}" for name, (weight, _, _) in SCORERS.items()),
         cold_start=first.out_dir,
@@ -722,3 +728,45 @@ def test_the_two_stages_exercise_what_they_are_meant_to(first, second):
     assert any(0 < share < 1 for share in second.oracle["clipped"])
     for line in second.oracle["log"]:
         assert min(line["slope_det"], line["slope_dm"], line["grad_generator"]) > 1e-6
+
+
+# -------------------------------------------------------------------------------------------------
+# The terms of Eq. 18 add up, with the release's weights
+
+
+@pytest.fixture(scope="module")
+def gradient_with(second, tmp_path_factory, monkey):
+    """-> a function (policy_weight, dm_weight, det_weight) -> the generator's first gradient, flat"""
+
+    def gradient(policy_weight, dm_weight, det_weight):
+        flags = SimpleNamespace(**vars(second.flags))
+        flags.epochs, flags.max_grad_norm = 1, 1e9
+        flags.policy_weight, flags.dm_weight, flags.det_weight = (
+            policy_weight,
+            dm_weight,
+            det_weight,
+        )
+        out_dir = tmp_path_factory.mktemp("weights") / "out"
+        _, checkpoint, _ = run(rtdmd_rl, flags, out_dir, monkey)
+        first_moments = moments(checkpoint, "G_opt", "exp_avg")
+        return 10 * torch.cat([moment.flatten() for moment in first_moments])
+
+    return gradient
+
+
+def test_the_three_terms_add_up_with_the_releases_weights(gradient_with):
+    """The policy's terms, summed over S, against 1e-3 AC-DMD and 1e-4 back-propagation."""
+    together = gradient_with(1.0, 1e-3, 1e-4)
+    policy = gradient_with(1.0, 0.0, 0.0)
+    dm = gradient_with(0.0, 1.0, 0.0)
+    det = gradient_with(0.0, 0.0, 1.0)
+    assert min(policy.norm(), dm.norm(), det.norm()) > 1e-3
+    error = together - (policy + 1e-3 * dm + 1e-4 * det)
+    assert error.norm() < 1e-9 * together.norm()
+    assert error.norm() < 1e-6 * (1e-4 * det).norm()  # so that the smallest term is seen, too
+
+
+def test_these_weights_are_the_defaults(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rtdmd_rl.py"])
+    args = rtdmd_rl.arguments()
+    assert (args.policy_weight, args.dm_weight, args.det_weight) == (1.0, 1e-3, 1e-4)
