@@ -40,7 +40,7 @@ from transformers.utils import logging as transformers_logging
 
 warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters on one base is what we want
 
-from cps import ambient_target, cps_step, renoise, sigmas
+from cps import ambient_target, at_least_float32, cps_step, renoise, sigmas
 from rewards import load_prompts
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -64,6 +64,7 @@ def arguments():
     add("--lr", type=float, default=3e-5, help="learning rate of the generator")
     add("--fake_lr", type=float, default=3e-5, help="learning rate of the fake score")
     add("--ema", type=float, default=.99, help="decay of the generator's average, applied after every step")
+    add("--lora_init_std", type=float, help="std of a fresh adapter's A (default: 1/rank)")
     add("--dmd2", action="store_true", help="DMD2-style training: the last executed step goes to level 0 whichever it is, and its x-prediction is "
         "re-noised over [0, 1] (give --gamma 0 too)")
     return parse(parser)
@@ -146,7 +147,7 @@ def main():
     transformer, encode, shape = pipe.transformer, text_encoder(pipe, args, [row["prompt"] for row in rows]), pipe.latent_shape
     roles = {"generator": ["generator"], "fake": ["fake"], "teacher": []}
     for name in ("generator", "fake"):
-        add_adapter(transformer, name, args)
+        add_adapter(transformer, name, args, args.lora_init_std, getattr(torch, args.adapter_dtype))
     G_params, F_params = train_only(transformer, "generator", "fake")
     G_opt = torch.optim.AdamW(G_params, lr=args.lr, betas=(.9, .999), weight_decay=0, fused=device.type == "cuda")
     F_opt = torch.optim.AdamW(F_params, lr=args.fake_lr, betas=(.9, .999), weight_decay=0, fused=device.type == "cuda")
@@ -285,6 +286,8 @@ def make_parser(description, presets, out_dir, paper):
         "their mean size, or the paper's difference of scores, read as the KL's own gradient, summed over elements")
     add("--lora_rank", type=int, default=32, help="rank of the adapters")
     add("--lora_alpha", type=float, default=64, help="alpha of the adapters; their product is scaled by alpha / rank")
+    add("--adapter_dtype", choices=("float32", "bfloat16"), default="float32", help="precision of adapters, gradients, Adam's moments and "
+        "average; bfloat16 is the release's, in which updates below half a step of bf16 are lost")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
     add("--max_skipped", type=int, default=20, help="stop after so many updates in a row with a loss or gradient that is not finite")
     add("--gradient_checkpointing", action="store_true", help="trade a third of the speed for most of the activations' memory")
@@ -300,7 +303,7 @@ def make_parser(description, presets, out_dir, paper):
     add("--save_minutes", type=float, default=20, help="and after so many minutes without one; 0: never")
     return parser, add
 
-RANGES = {"eta": (0, 1), "ema": (0, 1), "shift": (.01, 100), "seed": (0, 2 ** 63 - 1), "group_size": (2, 10 ** 6), **dict.fromkeys((
+RANGES = {"eta": (0, 1), "ema": (0, 1), "lora_init_std": (1e-6, 1e6), "shift": (.01, 100), "seed": (0, 2 ** 63 - 1), "group_size": (2, 10 ** 6), **dict.fromkeys((
     "batch_size", "micro_batch", "steps", "epochs", "num_steps", "generator_every", "resolution", "lora_rank", "save_every", "prompts_per_epoch",
     "ema_every", "max_sequence_length", "max_skipped", "num_images", "eval_every", "eval_images"), (1, 10 ** 9))}
 FREE = {"out_dir", "resume", "device", "micro_batch", "steps", "epochs", "start", "cache_text", "preset", "gradient_checkpointing", "sample_every",
@@ -397,8 +400,12 @@ def load_pipeline(args, device):
         pipe.transformer.enable_gradient_checkpointing(checkpoint)
     return pipe
 
-def add_adapter(transformer, name, args):
-    """Put a fresh float32 LoRA under `name`; it changes nothing yet, since its B is 0."""
+def add_adapter(transformer, name, args, init_std=None, dtype=torch.float32):
+    """Put a fresh LoRA under `name`; it changes nothing yet, since its B is 0.
+
+    init_std: A ~ N(0, init_std^2); None leaves peft's own gaussian, N(0, 1/rank^2). It matters: B
+    moves by lr an update whatever its gradient, so that the weights move by lr times A.
+    """
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{args.seed}/{name}".encode()).digest()[:4], "big"))  # the same on all ranks
@@ -406,8 +413,10 @@ def add_adapter(transformer, name, args):
     transformer.lora_layers = [m for m in transformer.modules() if isinstance(m, LoraLayer)]
     for layer in transformer.lora_layers:
         layer.__class__ = lora_linear()
-    for p in adapter(transformer, name).values():
-        p.data = p.data.float()
+    for key, p in adapter(transformer, name).items():
+        p.data = p.data.to(dtype)
+        if init_std is not None and ".lora_A." in key:
+            p.data *= init_std * args.lora_rank
 
 @functools.cache
 def lora_linear():
@@ -428,6 +437,7 @@ def lora_linear():
             if not names:
                 return y
             A, B = self.fixed.get(tuple(names)) or self.pair(names)
+            A, B = A.to(x.dtype), B.to(x.dtype)  # bf16 adapters in a float32 model; autocast rounds as before
             return y + torch.nn.functional.linear(torch.nn.functional.linear(x, A), B)
     return LoraLinear
 
@@ -461,14 +471,15 @@ def play(transformer, adapters, text, negative=None, cfg=1.0):
         set_adapters(transformer, adapters)
         n = len(x)
         embeds, pooled = (e if len(e) == n else e.repeat(n // len(e), *[1] * (e.dim() - 1)) for e in text)
-        timestep = 1000 * sigma.float().expand(n) if torch.is_tensor(sigma) else torch.full((n,), 1000 * sigma, device=x.device)
+        timestep = 1000 * at_least_float32(sigma).expand(n) if torch.is_tensor(sigma) else torch.full((n,), 1000 * sigma, device=x.device)
         if negative is not None:
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
             embeds, pooled = (torch.cat([e.expand(n, *e.shape[1:]), p]) for e, p in zip(negative, (embeds, pooled)))
         evaluated[0] += len(x) * (2 if torch.is_grad_enabled() else 1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
             v = transformer(hidden_states=x.to(embeds.dtype), encoder_hidden_states=embeds, pooled_projections=pooled,
-                            timestep=timestep, return_dict=False)[0].float()
+                            timestep=timestep, return_dict=False)[0]
+        v = at_least_float32(v)
         if negative is not None:
             without, with_text = v.chunk(2)
             v = without + cfg * (with_text - without)
@@ -815,7 +826,7 @@ def decode(pipe, latents):
         pictures = torch.cat([torch.utils.checkpoint.checkpoint(run, z, use_reentrant=False, preserve_rng_state=False) for z in latents.split(1)])
     else:
         pictures = pipe.vae.decode(latents).sample
-    return (pictures.float() / 2 + .5).clamp(0, 1)
+    return (at_least_float32(pictures) / 2 + .5).clamp(0, 1)
 
 def save_grid(pictures, path, columns=8):
     """[B,3,H,W] in [0,1] -> one PNG; small pictures are magnified to 64 pixels."""

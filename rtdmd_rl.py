@@ -25,7 +25,7 @@ from cold_start import (HERE, PAPER as PAPER_COLD, adapter, add_adapter, all_red
                         fake_score_loss, find_weights, generator, generator_loss, graphed, guarded, load_adapter, load_checkpoint, load_pipeline,
                         make_log, make_parser, note_prompts, parse, play, preview, renoise_time, rollout, save_grid, save_or_stop, setup, shard,
                         text_encoder, train_only, update)
-from cps import cps_step, log_prob, sigmas
+from cps import at_least_float32, cps_step, log_prob, sigmas
 from rewards import build, load_prompts, move, parse_weights
 
 PRESETS = {
@@ -49,7 +49,8 @@ def arguments():
     add("--lr", type=float, default=3e-6, help="learning rate of the generator")
     add("--weight_decay", type=float, default=1e-4, help="AdamW's weight decay of the generator's adapter")
     add("--fake_lr", type=float, default=3e-5, help="learning rate of the fake score")
-    add("--ema", type=float, default=.9, help="decay of the generator's average; warm-up min(decay, (1+n)/(10+n))")
+    add("--lora_init_std", type=float, default=1.0, help="std of a fresh adapter's A; stage 1's is 1/rank")
+    add("--ema", type=float, default=.9, help="decay of the generator's average, applied 16 times; see `average_decay`")
     add("--ema_every", type=int, default=8, help="update the average every so many epochs")
     add("--rewards", default="clipscore:1,pickscore:1,hpsv2:1,geneval:1", help="name:weight,... (see rewards.py)")
     add("--reward_path", action="append", default=[], metavar="NAME=PATH", help="local directory or file of a reward's model")
@@ -62,8 +63,8 @@ def arguments():
     add("--eval_images", type=int, default=64, help="how many of those prompts, a picture each")
     add("--subset", type=int, default=2, help="M: how many of the K-1 stochastic steps are reinforced an epoch (Eq. 16); K-1 is GRPO")
     add("--shared_noise", type=int, choices=(0, 1), default=1, help="1: steps outside the subset share their noise within a prompt's group")
-    add("--subset_factor", type=int, choices=(0, 1), default=0, help="0: mean over the M steps of S (release), 1/(K-1) of the "
-        "sum over all steps in expectation; 1: (K-1)/M times the sum over S (Eq. 17), that expectation itself")
+    add("--subset_factor", type=int, choices=(0, 1), default=0, help="0: sum over the M steps of S (release); "
+        "1: (K-1)/M times that sum (Eq. 17), in expectation the sum over all K-1 steps")
     add("--policy_weight", type=float, default=1.0, help="weight of SubGRPO; 0 leaves it out")
     add("--det_weight", type=float, default=1e-4, help="weight of back-propagation through the last step; 0 leaves it out")
     add("--dm_weight", type=float, default=1e-3, help="weight of AC-DMD; 0 leaves it out (watch the reward being hacked)")
@@ -102,6 +103,15 @@ def policy_loss(log_p, old_log_p, advantage, clip):
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
+def average_decay(decay, updates):
+    """Decay of the generator's average after so many optimiser updates.
+
+    The release averages once for each of an epoch's 16 batches, all with the same weights, so that
+    one call here is 16 there: .9^16 = .185. Its warm-up is min(decay, (1 + updates) / (10 + updates)).
+    """
+    return min(decay, (1 + updates) / (10 + updates)) ** 16
+
+
 def shared_noise(shape, prompts, device, *key):
     """Noise [B,C,H,W] that is the same for all pictures of a prompt, on any rank (Eq. 16): seeded by key = (seed, epoch, step) and prompt."""
     each = {p: torch.randn(shape, generator=generator(device, *key, p), device=device) for p in dict.fromkeys(prompts)}
@@ -134,7 +144,7 @@ def main():
     # Stage 1's adapters are frozen and the new ones stacked on them; the teacher is still the plain base.
     roles = {"generator": ["cold_generator", "generator"], "fake": ["cold_fake", "fake"], "teacher": []}
     for name in ("cold_generator", "generator", "cold_fake", "fake"):
-        add_adapter(transformer, name, args)
+        add_adapter(transformer, name, args, args.lora_init_std, getattr(torch, args.adapter_dtype))
     load_adapter(transformer, "cold_generator", find_weights(args.cold_start, "cold_start", "generator_ema.pt"))
     fake_file = find_weights(args.cold_start, "cold_start", "fake.pt", must=False)
     if fake_file:
@@ -186,8 +196,8 @@ def main():
         drift = (torch.exp(log_p - old_log_p) - 1).detach().abs()
         old = log_p.detach() if args.old_log_prob == "update" else old_log_p
         loss = policy_loss(log_p, old, advantage, args.clip).sum() / kept
-        (args.policy_weight * (K - 1 if args.subset_factor else 1) / M * loss).backward()  # mean over S (release), or (K-1)/M times the sum
-        return loss.detach() / M, (drift > args.clip).sum(), drift.max()
+        (args.policy_weight * ((K - 1) / M if args.subset_factor else 1) * loss).backward()  # the sum over S (release); Eq. 17's factor
+        return loss.detach(), (drift > args.clip).sum(), drift.max()
     velocity, fake_pass, anchor, follow, policy_pass = graphed(args.graphs, device, velocity, fake_pass, anchor, follow, policy_pass)
 
     bar, log = tqdm(range(args.start, args.epochs), initial=args.start, total=args.epochs, disable=None if rank == 0 else True), make_log(args)
@@ -217,6 +227,10 @@ def main():
         large_texts = [encode(prompts[b]) for b in large]
         small_texts = [each for text in large_texts for each in zip(*(e.split(args.micro_batch) for e in text))]
         part("text")
+
+        # ---- every few epochs the average moves towards the weights, before this epoch's update of them
+        if (epoch + 1) % args.ema_every == 0:
+            torch._foreach_lerp_(ema, [p.detach() for p in G_params], 1 - average_decay(args.ema, epoch))
 
         # ---- roll out all K steps
         path, old_log_p = [x_K] + [torch.empty_like(x_K) for _ in range(K)], torch.zeros(K, len(prompts), device=device)
@@ -251,7 +265,8 @@ def main():
                 pictures = decode(pipe, x_0)
                 part("decode")
                 fine, pictures = pictures.isfinite().flatten(1).all(1), pictures.nan_to_num(0)  # else: scores nan, and `update` skips this epoch
-                each = [r(pictures if r.differentiable else pictures.detach(), prompts[b], metadata[b]).float().where(fine, math.nan) for r in rewards]
+                each = [r(pictures if r.differentiable else pictures.detach(), prompts[b], metadata[b]) for r in rewards]
+                each = [at_least_float32(score).where(fine, math.nan) for score in each]
                 part("reward")
                 scores[:, mine][:, b] = torch.stack(each).detach()
                 if args.det_weight:  # Eq. 15
@@ -285,10 +300,8 @@ def main():
                 most = torch.maximum(most, drift)
         G_norm = update(G_params, G_opt, args, skipped, "generator", sums[1:4].sum())
         part("policy")
-        if (epoch + 1) % args.ema_every == 0:
-            n = (epoch + 1) // args.ema_every
-            torch._foreach_lerp_(ema, [p.detach() for p in G_params], 1 - min(args.ema, (1 + n) / (10 + n)))
-
+        if epoch + 1 < args.ema_every:  # not averaged yet: a shorter run saves its weights, not where they started
+            torch._foreach_copy_(ema, [p.detach() for p in G_params])
         seen = evaluate(pipe, roles["generator"], encode, eval_rows, held_out, args, f"eval_{epoch + 1}") if held_out and (
             epoch == 0 or (epoch + 1) % args.eval_every == 0) else {}
         # slope_*: norms of the weighted terms' gradients with respect to the pictures' latents, to see which of the two leads

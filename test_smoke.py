@@ -705,17 +705,17 @@ def test_stage_2_shares_noise_on_the_other_steps_only_and_its_first_ratio_is_1(t
         assert torch.equal(last_x, steps[-1][1]) and not last_x.requires_grad  # Eq. 15 starts from the rollout's x_{K-1}, as a constant
     assert distinct(used) == len(used)  # new noise for every step and epoch, though the prompts are always the same two
     assert [line["drift_max"] for line in log] == pytest.approx([0] * 4, abs=1e-6) and set(ratios) == {(True, False)}
-    # the policy's gradient alone: the mean over S, and with the factor of Eq. 17 (K-1)/M times the sum
+    # the policy's gradient alone: the sum over S, and with the factor of Eq. 17 (K-1)/M times that
     alone = ["--epochs", "1", "--det_weight", "0", "--dm_weight", "0", "--subset", "2"]
     plain, scaled = (run_main(rtdmd_rl, tiny_parts[1], tmp_path / f, monkeypatch, *flags, *alone, "--subset_factor", f)[0] for f in "01")
-    assert scaled["grad_generator"] == pytest.approx((K - 1) * plain["grad_generator"], rel=1e-4) and plain["grad_generator"] > 0
+    assert scaled["grad_generator"] == pytest.approx((K - 1) / 2 * plain["grad_generator"], rel=1e-4) and plain["grad_generator"] > 0
 
-    class Fixed(random.Random):  # S = (1,), and (1, 1): the mean over S is the same
+    class Fixed(random.Random):  # S = (1,), and (1, 1): the sum over S is twice as large
         def sample(self, population, k):
             return [1] * k if population == range(K - 1) else super().sample(population, k)
     monkeypatch.setattr(random, "Random", Fixed)
     once, twice = (run_main(rtdmd_rl, tiny_parts[1], tmp_path / f"M{m}", monkeypatch, *flags, *alone[:-1], m)[0] for m in "12")
-    assert once["S"] == [1] and twice["S"] == [1, 1] and twice["grad_generator"] == pytest.approx(once["grad_generator"], rel=1e-4)
+    assert once["S"] == [1] and twice["S"] == [1, 1] and twice["grad_generator"] == pytest.approx(2 * once["grad_generator"], rel=1e-4)
 
 
 @pytest.mark.parametrize("update", ("float32", "bf16"))

@@ -1,0 +1,772 @@
+"""Algorithm 1 once more, as slowly and plainly as it can be written, and compared with the programs.
+
+Both training loops are recomputed here from the paper's equations: in float64, all pictures at once,
+one process, no micro-batches, no recorded graphs. There is no adapter machinery either: an adapter is a
+pair of matrices (A, B), and a role of the transformer is the base with W + alpha / rank B A in the place
+of each adapted W. PyTorch differentiates the whole loss at once; Adam is six lines.
+
+Then the real programs run, from the same random numbers and the same start, and every adapter, moment,
+average and logged number that they leave in ckpt.pt, generator_ema.pt, fake.pt and log.jsonl has to agree.
+An error that is the same in every run of a program is noticed here, and nowhere else.
+
+Read `stage_1` and `stage_2` beside Algorithm 1 (App. I). Numbers in brackets are the paper's equations.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from diffusers.models.normalization import RMSNorm as DiffusersRMSNorm
+from torch.func import functional_call
+
+import cold_start
+import rewards
+import rtdmd_rl
+
+TINY = Path(__file__).resolve().parent.parent / "assets/tiny"
+LATENT = (4, 16, 16)
+RANK, ALPHA = 4, 6
+K = 4
+LEVELS = [
+    1.0,
+    0.9,
+    0.75,
+    0.5,
+    0.0,
+]  # t_0 ... t_K: 1, .75, .5, .25, 0 under the time shift 3t / (1 + 2t)
+ETA = 0.9
+MAX_GRAD_NORM = 1.0
+TOLERANCE = 1e-9  # relative; both sides compute in float64, and agree to 4e-14
+
+
+# -------------------------------------------------------------------------------------------------
+# Random numbers: the contract of both programs. Everything random in a step is a function of
+# (seed, step); it is drawn for the whole batch, one normal after the other from one generator.
+
+
+def seeded(*key):
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+class Draw:
+    def __init__(self, seed, step, n_pictures):
+        self.generator = seeded(seed, step)
+        self.scalars = random.Random(f"{seed}/{step}")
+        self.n_pictures = n_pictures
+
+    def normal(self):
+        return torch.randn(self.n_pictures, *LATENT, generator=self.generator)
+
+    def uniform(self):
+        return torch.rand(self.n_pictures, generator=self.generator)
+
+
+def prompts_in_order(prompts, first, count, seed):
+    """Passes over all prompts, each shuffled anew; step n continues where step n - 1 stopped."""
+    order = []
+    passes = 0
+    while len(order) < first + count:
+        order += random.Random(f"{seed}/pass/{passes}").sample(range(len(prompts)), len(prompts))
+        passes += 1
+    return [prompts[place] for place in order[first : first + count]]
+
+
+# -------------------------------------------------------------------------------------------------
+# The models
+
+
+class Models:
+    """The frozen pipeline, and the velocity of its transformer under any set of adapters."""
+
+    def __init__(self):
+        self.pipe = double_pipeline()
+        self.empty_text = self.encode([""])
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """-> (prompt_embeds [B,L,D], pooled [B,P])"""
+        one_by_one = [
+            self.pipe.encode_prompt(
+                prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=8
+            )
+            for prompt in prompts
+        ]
+        embeds = torch.cat([encoded[0] for encoded in one_by_one])
+        pooled = torch.cat([encoded[2] for encoded in one_by_one])
+        return embeds, pooled
+
+    def velocity(self, adapters, x, t, text):
+        """The base, plus the update alpha / rank B A of each adapter, at noise level t (float or [B])."""
+        weights = {}
+        for adapter in adapters:
+            for key in adapter:
+                if ".lora_A." not in key:
+                    continue
+                name = key.split(".lora_A.")[0] + ".weight"
+                before = weights.get(name, self.pipe.transformer.get_parameter(name))
+                A = adapter[key]
+                B = adapter[key.replace("lora_A", "lora_B")]
+                weights[name] = before + ALPHA / RANK * B @ A
+        inputs = dict(
+            hidden_states=x,
+            encoder_hidden_states=text[0].expand(len(x), -1, -1),
+            pooled_projections=text[1].expand(len(x), -1),
+            timestep=1000 * t * torch.ones(len(x)),
+            return_dict=False,
+        )
+        return functional_call(self.pipe.transformer, weights, (), inputs)[0]
+
+    def guided_velocity(self, x, t, text, cfg):
+        """The teacher: the plain base with classifier-free guidance against the empty prompt."""
+        with_text = self.velocity([], x, t, text)
+        without = self.velocity([], x, t, self.empty_text)
+        return without + cfg * (with_text - without)
+
+    def decode(self, latents):
+        """-> pictures [B,3,H,W] in [0,1]"""
+        config = self.pipe.vae.config
+        pictures = self.pipe.vae.decode(
+            latents / config.scaling_factor + config.shift_factor
+        ).sample
+        return (pictures / 2 + 0.5).clamp(0, 1)
+
+
+def double_pipeline():
+    """assets/tiny in float64, with a latent shift that is not nearly 0."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(TINY, dtype=torch.float32)
+    for block in pipe.transformer.transformer_blocks:
+        for attention in (block.attn, block.attn2):
+            if attention is not None:
+                use_exact_norms(attention)
+    encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
+    for module in (pipe.transformer, pipe.vae, *encoders):
+        module.double().requires_grad_(False).eval()
+    pipe.vae.register_to_config(shift_factor=0.3)
+    return pipe
+
+
+def use_exact_norms(attention):
+    """diffusers' RMS norm rounds to float32; torch's, with the same weights, does not."""
+    for name, norm in attention.named_children():
+        if isinstance(norm, DiffusersRMSNorm):
+            exact = torch.nn.RMSNorm(norm.weight.shape, eps=norm.eps)
+            exact.weight.data = norm.weight.data.clone()
+            setattr(attention, name, exact)
+
+
+class AdamW:
+    """The gradient is clipped to MAX_GRAD_NORM first, all parameters together."""
+
+    def __init__(self, parameters, lr, weight_decay=0.0):
+        self.parameters = parameters
+        self.lr, self.weight_decay = lr, weight_decay
+        self.first = {key: torch.zeros_like(p) for key, p in parameters.items()}
+        self.second = {key: torch.zeros_like(p) for key, p in parameters.items()}
+        self.updates = 0
+
+    def update(self, loss):
+        """Move the parameters down the gradient of loss -> the gradient's norm."""
+        keys = list(self.parameters)
+        gradients = torch.autograd.grad(
+            loss, [self.parameters[key] for key in keys], allow_unused=True
+        )
+        gradients = [
+            torch.zeros_like(p) if g is None else g
+            for g, p in zip(gradients, self.parameters.values())
+        ]
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt().item()
+        scale = min(1, MAX_GRAD_NORM / (norm + 1e-6))
+        self.updates += 1
+        for key, gradient in zip(keys, gradients):
+            g, m, v, p = (
+                scale * gradient,
+                self.first[key],
+                self.second[key],
+                self.parameters[key].detach(),
+            )
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.999).add_(0.001 * g**2)
+            p.mul_(1 - self.lr * self.weight_decay)
+            m_hat = m / (1 - 0.9**self.updates)
+            v_hat = v / (1 - 0.999**self.updates)
+            p.sub_(self.lr * m_hat / (v_hat.sqrt() + 1e-8))
+        return norm
+
+
+# -------------------------------------------------------------------------------------------------
+# The equations. Losses are one number a picture, [B].
+
+
+def column(t):
+    return t.view(-1, 1, 1, 1) if torch.is_tensor(t) else t
+
+
+def cps(x, v, s, t, noise):
+    """A coefficients-preserving step from level s to t (Eq. 19-21) -> (x_t, its mean)"""
+    s, t = column(s), column(t)
+    x0 = x - s * v
+    eps = x + (1 - s) * v
+    mean = (1 - t) * x0 + t * math.cos(ETA * math.pi / 2) * eps
+    return mean + t * math.sin(ETA * math.pi / 2) * noise, mean
+
+
+def renoised(x_s, s, t, noise):
+    """x_s at level s, moved up to level t (App. B) -> (x_t, std of the noise added)"""
+    a = (1 - column(t)) / (1 - s)
+    sig = (column(t) ** 2 - a**2 * s**2).sqrt()
+    return a * x_s + sig * noise, sig
+
+
+def renoise_time(s, u):
+    """t ~ U[s + .01, 1], clamped to [.02, .98]"""
+    return (s + 0.01 + u * (1 - (s + 0.01))).clamp(0.02, 0.98)
+
+
+def fake_losses(fake, x_s, s, t, steps_below, noise, noise1, noise2):
+    """-> (ambient denoising score matching (Eq. 10), consistency (Eq. 11, 22)). fake(x, t): a velocity"""
+    x_t, sig = renoised(x_s, s, t, noise)
+    v = fake(x_t, t)
+    slope = (column(t) + (1 - column(t)) * s**2 / (1 - s) ** 2) / sig
+    target = -x_s / (1 - s) + slope * noise  # Eq. 2 with the conditional score -noise / sig
+    weight = (1 / sig**2).clamp(0, 10)
+    ambient = (weight * (sig * v - sig * target) ** 2).mean((1, 2, 3))
+
+    def x0_of(x, t):
+        return x - column(t) * fake(x, t)
+
+    t_below = (t - steps_below / 1000).clamp(min=0)
+    anchor = x0_of(x_t, t)
+    x1, _ = cps(x_t, v.detach(), t, t_below, noise1)
+    x2, _ = cps(x_t, v.detach(), t, t_below, noise2)
+    consistency = ((x0_of(x1, t_below) - anchor) * (x0_of(x2, t_below) - anchor)).mean((1, 2, 3))
+    return ambient, consistency
+
+
+def distribution_matching(x_s, s, t, noise, noise_back, teacher, fake):
+    """Eq. 9. Its gradient with respect to x_s is (y_fake - y_real) / mean |x_s - y_real| / elements."""
+    with torch.no_grad():
+        x_t, _ = renoised(x_s, s, t, noise)
+        y_real, _ = cps(x_t, teacher(x_t, t), t, s, noise_back)
+        y_fake, _ = cps(x_t, fake(x_t, t), t, s, noise_back)
+        g = (y_fake - y_real) / (x_s - y_real).abs().mean((1, 2, 3), keepdim=True)
+    return 0.5 * ((x_s - (x_s - g).detach()) ** 2).mean((1, 2, 3))
+
+
+def group_advantages(scores, weights, group_size, clip):
+    """scores {reward: [I]} -> [I]: relative to the group's mean, scaled by the whole batch's deviation."""
+    total = 0
+    for name, score in scores.items():
+        group_mean = score.view(-1, group_size).mean(1).repeat_interleave(group_size)
+        total = total + weights[name] * (score - group_mean) / (score.std() + 1e-4)
+    total = (total - total.mean()) / (total.std() + 1e-4)
+    return total.clamp(-clip, clip)
+
+
+# -------------------------------------------------------------------------------------------------
+# Algorithm 1, stage 1
+
+
+def stage_1(models, generator, fake, prompts, flags):
+    """Trains the adapters `generator` and `fake`, {key: tensor}, in place -> what there is to compare."""
+    generator_adam = AdamW(generator, flags.lr)
+    fake_adam = AdamW(fake, flags.fake_lr)
+    average = {key: p.detach().clone() for key, p in generator.items()}
+    log = []
+    for step in range(flags.steps):
+        draw = Draw(flags.seed, step, flags.batch_size)
+        texts = models.encode(
+            prompts_in_order(prompts, step * flags.batch_size, flags.batch_size, flags.seed)
+        )
+
+        def velocity_of(adapter, texts=texts):
+            return lambda x, t: models.velocity([adapter], x, t, texts)
+
+        def teacher(x, t, texts=texts):
+            return models.guided_velocity(x, t, texts, flags.cfg)
+
+        # draw a picture, up to a random step k (Eq. 8)
+        k = draw.scalars.randint(1, K)
+        s = LEVELS[k]
+        path = [draw.normal()]
+        step_noise = [draw.normal() for _ in range(k)]
+        with torch.no_grad():
+            for i in range(k):
+                v = velocity_of(generator)(path[i], LEVELS[i])
+                path.append(cps(path[i], v, LEVELS[i], LEVELS[i + 1], step_noise[i])[0])
+
+        # the fake score follows the generator (Eq. 10-12)
+        t, noise = renoise_time(s, draw.uniform()), draw.normal()
+        steps_below = 1 + (200 * draw.uniform()).floor()  # U{1..200}
+        noise1, noise2 = draw.normal(), draw.normal()
+        ambient, consistency = fake_losses(
+            velocity_of(fake), path[k], s, t, steps_below, noise, noise1, noise2
+        )
+        loss = (ambient + flags.gamma * consistency).mean()
+        line = dict(
+            step=step,
+            k=k,
+            loss_fake=loss.item(),
+            loss_ambient=ambient.mean().item(),
+            loss_consistency=consistency.mean().item(),
+            grad_fake=fake_adam.update(loss),
+        )
+
+        # now and then the generator follows the teacher, through its last step alone (Eq. 9)
+        if (step + 1) % flags.generator_every == 0:
+            t, noise, noise_back = renoise_time(s, draw.uniform()), draw.normal(), draw.normal()
+            v = velocity_of(generator)(path[k - 1], LEVELS[k - 1])
+            x_s, _ = cps(path[k - 1], v, LEVELS[k - 1], s, step_noise[k - 1])
+            loss = distribution_matching(
+                x_s, s, t, noise, noise_back, teacher, velocity_of(fake)
+            ).mean()
+            line.update(loss_generator=loss.item(), grad_generator=generator_adam.update(loss))
+
+        # the average moves every step, whether the generator did or not
+        for key, p in generator.items():
+            average[key] = flags.ema * average[key] + (1 - flags.ema) * p.detach()
+        line["ema_drift"] = drift(generator, average)
+        log.append(line)
+    return dict(log=log, average=average, generator_adam=generator_adam, fake_adam=fake_adam)
+
+
+def drift(adapter, average):
+    """How far the weights have run from their average, |p - average| / |average|, all together."""
+    distance = sum((adapter[key].detach() - average[key]).square().sum() for key in adapter)
+    return (distance / sum(p.square().sum() for p in average.values())).sqrt().item()
+
+
+# -------------------------------------------------------------------------------------------------
+# Algorithm 1, stage 2
+
+
+def stage_2(models, cold_generator, cold_fake, generator, fake, prompts, scorers, flags):
+    """Trains `generator` and `fake`, stacked on stage 1's frozen ones. scorers: {name: (weight,
+    differentiable, function)} of the rewards."""
+    generator_adam = AdamW(generator, flags.lr, flags.weight_decay)
+    fake_adam = AdamW(fake, flags.fake_lr)
+    average = {key: p.detach().clone() for key, p in generator.items()}
+    weights = {name: weight for name, (weight, _, _) in scorers.items()}
+    n_pictures = flags.prompts_per_epoch * flags.group_size
+    log, beyond_margin, clipped = [], [], []
+    for epoch in range(flags.epochs):
+        draw = Draw(flags.seed, epoch, n_pictures)
+        each = prompts_in_order(
+            prompts, epoch * flags.prompts_per_epoch, flags.prompts_per_epoch, flags.seed
+        )
+        pictured = [prompt for prompt in each for _ in range(flags.group_size)]
+        texts = models.encode(pictured)
+
+        def student(x, t, texts=texts):
+            return models.velocity([cold_generator, generator], x, t, texts)
+
+        def fake_score(x, t, texts=texts):
+            return models.velocity([cold_fake, fake], x, t, texts)
+
+        def teacher(x, t, texts=texts):
+            return models.guided_velocity(x, t, texts, flags.cfg)
+
+        # the steps to reinforce (Eq. 16): they explore, each picture with its own noise; on the other
+        # stochastic steps all pictures of a prompt get the same noise
+        S = sorted(draw.scalars.sample(range(K - 1), flags.subset))
+        path = [draw.normal()]
+        step_noise = []
+        for k in range(K - 1):
+            if k in S:
+                step_noise.append(draw.normal())
+            else:
+                of_prompt = {
+                    prompt: torch.randn(LATENT, generator=seeded(flags.seed, epoch, k, prompt))
+                    for prompt in each
+                }
+                step_noise.append(torch.stack([of_prompt[prompt] for prompt in pictured]))
+        step_noise.append(torch.zeros(n_pictures, *LATENT))
+
+        # the average moves every few epochs, before the generator does: as often as the release has
+        # batches in an epoch, 16 times, each time with the same weights
+        if (epoch + 1) % flags.ema_every == 0:
+            decay = min(flags.ema, (1 + epoch) / (10 + epoch))
+            for _ in range(16):
+                for key, p in generator.items():
+                    average[key] = decay * average[key] + (1 - decay) * p.detach()
+
+        # draw the pictures: all K steps
+        with torch.no_grad():
+            for k in range(K):
+                v = student(path[k], LEVELS[k])
+                path.append(cps(path[k], v, LEVELS[k], LEVELS[k + 1], step_noise[k])[0])
+            pictures = models.decode(path[K])
+
+        # the fake score follows, one update on the finished pictures (Eq. 10-12 at s = 0)
+        t, noise = renoise_time(0.0, draw.uniform()), draw.normal()
+        steps_below = 1 + (200 * draw.uniform()).floor()
+        noise1, noise2 = draw.normal(), draw.normal()
+        ambient, consistency = fake_losses(
+            fake_score, path[K], 0.0, t, steps_below, noise, noise1, noise2
+        )
+        loss_fake = (ambient + flags.gamma * consistency).mean()
+        line = dict(
+            step=epoch, S=S, loss_fake=loss_fake.item(), grad_fake=fake_adam.update(loss_fake)
+        )
+
+        # rewards, and how much better than the others of its prompt each picture is (Eq. 14)
+        scores = {name: score(pictures, pictured) for name, (_, _, score) in scorers.items()}
+        advantage = group_advantages(scores, weights, flags.group_size, flags.advantage_clip)
+        grouped = advantage.view(-1, flags.group_size)
+        flat = (grouped.abs() < 1e-12).all(1).repeat_interleave(flags.group_size)
+        advantage = advantage.where(~flat, 0)
+        counted = (advantage != 0).sum()  # pictures whose advantage is 0 are dropped
+
+        # SubGRPO, summed over the steps in S (Eq. 13, 17); one update an epoch: the ratio is 1
+        loss_policy = 0
+        for k in S:
+            _, mean = cps(path[k], student(path[k], LEVELS[k]), LEVELS[k], LEVELS[k + 1], 0)
+            log_p = -((path[k + 1] - mean) ** 2).mean((1, 2, 3))
+            ratio = (log_p - log_p.detach()).exp()
+            loss_policy = loss_policy - (advantage * ratio).sum() / counted
+
+        # the last step is deterministic: the rewards' gradient goes through it (Eq. 15); its input is
+        # a constant (App. G.2). And AC-DMD on the picture that it makes (Eq. 9 at s = 0).
+        v = student(path[K - 1], LEVELS[K - 1])
+        x_0, _ = cps(path[K - 1], v, LEVELS[K - 1], 0.0, 0)
+        picture = models.decode(x_0)
+        total = sum(
+            weight * score(picture, pictured)
+            for weight, differentiable, score in scorers.values()
+            if differentiable
+        )
+        beyond_margin.append((total > flags.margin).double().mean().item())
+        clipped.append((advantage.abs() == flags.advantage_clip).double().mean().item())
+        loss_det = (flags.margin - total).clamp(min=0).mean()
+        t, noise, noise_back = renoise_time(0.0, draw.uniform()), draw.normal(), draw.normal()
+        loss_dm = distribution_matching(x_0, 0.0, t, noise, noise_back, teacher, fake_score).mean()
+
+        # all together (Eq. 18)
+        def slope(loss, x_0=x_0):
+            return torch.autograd.grad(loss, x_0, retain_graph=True)[0].norm().item()
+
+        line.update(
+            loss_policy=loss_policy.item(),
+            loss_det=loss_det.item(),
+            loss_dm=loss_dm.item(),
+            slope_det=slope(flags.det_weight * loss_det),
+            slope_dm=slope(flags.dm_weight * loss_dm),
+            flat_groups=flat.double().mean().item(),
+            latent_std=group_std(path[K], flags.group_size),
+            drift_max=0.0,
+            drift_clipped=0.0,
+        )
+        loss = (
+            flags.policy_weight * loss_policy
+            + flags.det_weight * loss_det
+            + flags.dm_weight * loss_dm
+        )
+        line["grad_generator"] = generator_adam.update(loss)
+        for name, score in scores.items():
+            line[f"reward_{name}"] = score.mean().item()
+
+        # the average: the first epochs follow the weights, see below for the others
+        if epoch + 1 < flags.ema_every:
+            average = {key: p.detach().clone() for key, p in generator.items()}
+        line["ema_drift"] = drift(generator, average)
+        log.append(line)
+    return dict(
+        log=log,
+        average=average,
+        generator_adam=generator_adam,
+        fake_adam=fake_adam,
+        beyond_margin=beyond_margin,
+        clipped=clipped,
+    )
+
+
+def group_std(latents, group_size):
+    """Standard deviation within a prompt's pictures, mean over prompts and elements."""
+    groups = latents.view(-1, group_size, *LATENT)
+    return groups.std(1, correction=0).mean().item()
+
+
+# -------------------------------------------------------------------------------------------------
+# The programs, from the same start
+
+
+def a_start(model, seed):
+    """An adapter in the midst of its training: neither A nor B is 0, so that no gradient is."""
+    generator = torch.Generator().manual_seed(seed)
+    start = {}
+    for key, p in cold_start.adapter(*model).items():
+        start[key] = 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    return start
+
+
+def run(program, flags, out_dir, monkeypatch):
+    """Runs a program's main() in float64 -> (its adapters at the start, its checkpoint, its log)"""
+    starts = {}
+    real_add_adapter = cold_start.add_adapter
+
+    def add_adapter(transformer, name, *rest):
+        real_add_adapter(transformer, name, *rest)
+        starts[name] = a_start((transformer, name), seed=len(starts))
+        for key, p in cold_start.adapter(transformer, name).items():
+            p.data = starts[name][key].clone()
+
+    def load_pipeline(args, device):
+        pipe = double_pipeline()
+        pipe.low_memory, pipe.latent_shape, pipe.transformer.lora_layers = False, LATENT, []
+        return pipe
+
+    words = ["--preset", "tiny", "--device", "cpu", "--sample_every", 0, "--out_dir", out_dir]
+    for name, value in vars(flags).items():
+        words += [f"--{name}", value]
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "add_adapter", add_adapter)
+        patch.setattr(program, "load_pipeline", load_pipeline)
+        patch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, words)])
+        program.main()
+    checkpoint = read(out_dir / "ckpt.pt")
+    log = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+    return starts, checkpoint, log
+
+
+def read(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def trained(start):
+    return {key: p.clone().requires_grad_() for key, p in start.items()}
+
+
+@pytest.fixture(scope="module")
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def models(float64):
+    return Models()
+
+
+@pytest.fixture(scope="module")
+def prompt_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a circle\na red square\ntwo triangles\na blue circle and a red square\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def monkey():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def first(models, prompt_file, tmp_path_factory, monkey):
+    """Six steps of stage 1, by the program and by the oracle; with this seed k takes all four values."""
+    flags = SimpleNamespace(
+        steps=6, generator_every=2, batch_size=3, micro_batch=2, lr=1e-3, fake_lr=2e-3, ema=0.8,
+        cfg=3.0, gamma=0.5, seed=39, lora_rank=RANK, lora_alpha=ALPHA, prompts=prompt_file,
+    )  # fmt: skip
+    out_dir = tmp_path_factory.mktemp("first") / "out"
+    starts, checkpoint, log = run(cold_start, flags, out_dir, monkey)
+    adapters = {name: trained(start) for name, start in starts.items()}
+    prompts = prompt_file.read_text().splitlines()
+    oracle = stage_1(models, adapters["generator"], adapters["fake"], prompts, flags)
+    return SimpleNamespace(
+        out_dir=out_dir, checkpoint=checkpoint, log=log, oracle=oracle, **adapters
+    )
+
+
+def brightness(pictures, prompts):
+    """A differentiable reward; all pictures of one prompt score alike under both rewards."""
+    score = 4 * pictures.square().mean((1, 2, 3))
+    flat = torch.tensor([prompt == "two triangles" for prompt in prompts])
+    return score.where(~flat, 2.5)
+
+
+def redness(pictures, prompts):
+    """A reward without a gradient."""
+    score = pictures.detach()[:, 0].mean((1, 2)) - pictures.detach()[:, 2].mean((1, 2))
+    flat = torch.tensor([prompt == "two triangles" for prompt in prompts])
+    return score.where(~flat, 0.0)
+
+
+SCORERS = {"brightness": (0.7, True, brightness), "redness": (2.0, False, redness)}
+
+
+def as_loader(score):
+    return lambda path, device, dtype, clip_l: (
+        lambda images, prompts, metadata: score(images, prompts)
+    )
+
+
+@pytest.fixture(scope="module")
+def second(models, first, prompt_file, tmp_path_factory, monkey):
+    """Three epochs of stage 2 on what stage 1 left; every term on, one group of pictures all alike."""
+    for name, (_, differentiable, score) in SCORERS.items():
+        monkey.setitem(rewards.REWARDS, name, (as_loader(score), differentiable, ""))
+    flags = SimpleNamespace(
+        epochs=3, prompts_per_epoch=3, group_size=3, micro_batch=2, lr=1e-3, fake_lr=2e-3, weight_decay=0.1,
+        ema=0.95, ema_every=2, subset=2, policy_weight=0.8, det_weight=0.3, dm_weight=0.6, margin=2.33,
+        advantage_clip=1.5, cfg=3.0, gamma=0.5, seed=7, lora_rank=RANK, lora_alpha=ALPHA, prompts=prompt_file,
+        rewards=",".join(f"{name}:{weight}" for name, (weight, _, _) in SCORERS.items()),
+        cold_start=first.out_dir,
+    )  # fmt: skip
+    out_dir = tmp_path_factory.mktemp("second") / "out"
+    starts, checkpoint, log = run(rtdmd_rl, flags, out_dir, monkey)
+    adapters = {name: trained(starts[name]) for name in ("generator", "fake")}
+    cold = [
+        {key: p.detach() for key, p in first.oracle["average"].items()},
+        {key: p.detach() for key, p in first.fake.items()},
+    ]
+    prompts = prompt_file.read_text().splitlines()
+    oracle = stage_2(
+        models, *cold, adapters["generator"], adapters["fake"], prompts, SCORERS, flags
+    )
+    return SimpleNamespace(
+        out_dir=out_dir, checkpoint=checkpoint, log=log, oracle=oracle, flags=flags, **adapters
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# Comparisons
+
+
+def compare(found, expected, what):
+    """found: a list of tensors in the order of expected's keys; each to TOLERANCE of its own size."""
+    assert len(found) == len(expected)
+    for (key, wanted), tensor in zip(expected.items(), found):
+        error = (tensor - wanted.detach()).norm() / wanted.detach().norm().clamp(min=1e-12)
+        assert error < TOLERANCE, f"{what} {key}: relative error {error:.1e}"
+
+
+def moments(checkpoint, optimiser, name):
+    state = checkpoint[optimiser]["state"]
+    return [state[i][name] for i in range(len(state))]
+
+
+STAGES = ["first", "second"]
+
+
+@pytest.fixture(params=STAGES, ids=["stage 1", "stage 2"])
+def stage(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_the_fake_scores_gradient(stage):
+    """Adam's first moment is the clipped gradients' average: after these steps it agrees."""
+    compare(
+        moments(stage.checkpoint, "F_opt", "exp_avg"), stage.oracle["fake_adam"].first, "moment"
+    )
+
+
+def test_the_generators_gradient(stage):
+    compare(
+        moments(stage.checkpoint, "G_opt", "exp_avg"),
+        stage.oracle["generator_adam"].first,
+        "moment",
+    )
+
+
+def test_the_squared_gradients(stage):
+    compare(
+        moments(stage.checkpoint, "F_opt", "exp_avg_sq"), stage.oracle["fake_adam"].second, "moment"
+    )
+    compare(
+        moments(stage.checkpoint, "G_opt", "exp_avg_sq"),
+        stage.oracle["generator_adam"].second,
+        "moment",
+    )
+
+
+def test_the_fake_scores_adapter(stage):
+    compare(stage.checkpoint["fake"], stage.fake, "adapter")
+
+
+def test_the_generators_adapter(stage):
+    compare(stage.checkpoint["generator"], stage.generator, "adapter")
+
+
+def test_the_average(stage):
+    compare(stage.checkpoint["ema"], stage.oracle["average"], "average")
+
+
+def test_files_hold_what_their_names_say(stage):
+    average, fake = read(stage.out_dir / "generator_ema.pt"), read(stage.out_dir / "fake.pt")
+    compare(
+        [average[key] for key in stage.oracle["average"]],
+        stage.oracle["average"],
+        "generator_ema.pt",
+    )
+    compare([fake[key] for key in stage.fake], stage.fake, "fake.pt")
+
+
+def test_the_log(stage):
+    times = {"seconds", "images_per_s", "skipped"}
+    for line, expected in zip(stage.log, stage.oracle["log"], strict=True):
+        assert set(line) - times == set(expected)
+        for name, wanted in expected.items():
+            # loss_policy sums advantages that cancel: what is left is rounding
+            assert line[name] == pytest.approx(wanted, rel=1e-7, abs=1e-9), (line["step"], name)
+
+
+def test_the_two_stages_exercise_what_they_are_meant_to(first, second):
+    """Else an agreement would say nothing of it."""
+    assert {line["k"] for line in first.log} == {1, 2, 3, 4}
+    assert len({tuple(line["S"]) for line in second.log}) > 1
+    assert any(line["flat_groups"] > 0 for line in second.log)
+    assert any(0 < share < 1 for share in second.oracle["beyond_margin"])
+    assert any(0 < share < 1 for share in second.oracle["clipped"])
+    for line in second.oracle["log"]:
+        assert min(line["slope_det"], line["slope_dm"], line["grad_generator"]) > 1e-6
+
+
+# -------------------------------------------------------------------------------------------------
+# The terms of Eq. 18 add up, with the release's weights
+
+
+@pytest.fixture(scope="module")
+def gradient_with(second, tmp_path_factory, monkey):
+    """-> a function (policy_weight, dm_weight, det_weight) -> the generator's first gradient, flat"""
+
+    def gradient(policy_weight, dm_weight, det_weight):
+        flags = SimpleNamespace(**vars(second.flags))
+        flags.epochs, flags.max_grad_norm = 1, 1e9
+        flags.policy_weight, flags.dm_weight, flags.det_weight = (
+            policy_weight,
+            dm_weight,
+            det_weight,
+        )
+        out_dir = tmp_path_factory.mktemp("weights") / "out"
+        _, checkpoint, _ = run(rtdmd_rl, flags, out_dir, monkey)
+        first_moments = moments(checkpoint, "G_opt", "exp_avg")
+        return 10 * torch.cat([moment.flatten() for moment in first_moments])
+
+    return gradient
+
+
+def test_the_three_terms_add_up_with_the_releases_weights(gradient_with):
+    """The policy's terms, summed over S, against 1e-3 AC-DMD and 1e-4 back-propagation."""
+    together = gradient_with(1.0, 1e-3, 1e-4)
+    policy = gradient_with(1.0, 0.0, 0.0)
+    dm = gradient_with(0.0, 1.0, 0.0)
+    det = gradient_with(0.0, 0.0, 1.0)
+    assert min(policy.norm(), dm.norm(), det.norm()) > 1e-3
+    error = together - (policy + 1e-3 * dm + 1e-4 * det)
+    assert error.norm() < 1e-9 * together.norm()
+    assert error.norm() < 1e-6 * (1e-4 * det).norm()  # so that the smallest term is seen, too
+
+
+def test_these_weights_are_the_defaults(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rtdmd_rl.py"])
+    args = rtdmd_rl.arguments()
+    assert (args.policy_weight, args.dm_weight, args.det_weight) == (1.0, 1e-3, 1e-4)

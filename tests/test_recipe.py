@@ -1,0 +1,180 @@
+"""The release's recipe where it shows in numbers: the start of the adapters, their average, bf16."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+
+import cold_start
+import rtdmd_rl
+from cold_start import adapter, add_adapter
+
+SMALL = [
+    "--preset", "tiny", "--device", "cpu", "--sample_every", 0, "--micro_batch", 4,
+]  # fmt: skip
+COLD = [*SMALL, "--steps", 2, "--batch_size", 4, "--generator_every", 1]
+RL = [*SMALL, "--prompts_per_epoch", 2, "--group_size", 2]
+
+
+def run(program, out_dir, *flags):
+    with pytest.MonkeyPatch.context() as patch:
+        words = [f"{program.__name__}.py", *flags, "--out_dir", out_dir]
+        patch.setattr(sys, "argv", [str(word) for word in words])
+        program.main()
+    return out_dir
+
+
+def read(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def cold(tmp_path_factory):
+    return run(cold_start, tmp_path_factory.mktemp("cold") / "out", *COLD)
+
+
+def parsed(program, preset):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [program.__name__, "--preset", preset])
+        return program.arguments()
+
+
+# -------------------------------------------------------------------------------------------------
+# The start of a fresh adapter
+
+
+def std_of_A(weights):
+    return torch.cat([p.flatten() for key, p in weights.items() if ".lora_A." in key]).std().item()
+
+
+@pytest.mark.parametrize("preset", rtdmd_rl.PRESETS)
+def test_stage_2_starts_from_A_of_standard_deviation_1(preset):
+    assert parsed(rtdmd_rl, preset).lora_init_std == 1.0
+
+
+@pytest.mark.parametrize("preset", cold_start.PRESETS)
+def test_stage_1_starts_from_pefts_own_gaussian(preset):
+    assert parsed(cold_start, preset).lora_init_std is None
+
+
+def test_the_saved_files_of_stage_2_have_A_of_standard_deviation_1(cold, tmp_path):
+    out_dir = run(rtdmd_rl, tmp_path / "out", *RL, "--cold_start", cold, "--epochs", 1)
+    for name in ("generator_ema.pt", "fake.pt"):
+        assert 0.98 < std_of_A(read(out_dir / name)) < 1.02
+
+
+def test_the_saved_files_of_stage_1_have_A_of_standard_deviation_1_over_rank(cold):
+    for name in ("generator_ema.pt", "fake.pt"):
+        assert 0.98 < 32 * std_of_A(read(cold / name)) < 1.02
+
+
+def test_under_adam_the_weights_move_in_proportion_to_the_start_of_A():
+    """B moves by lr an update whatever its gradient's size, so dW = alpha / rank B A grows like A.
+
+    The loss is linear in dW, <C, B A>: the two starts see the same gradient of the weights.
+    """
+    args = SimpleNamespace(lora_rank=8, lora_alpha=16, seed=0)
+    moved = {}
+    for std in (1 / 32, 1.0):
+        transformer = SD3Transformer2DModel(
+            sample_size=4, patch_size=2, in_channels=2, out_channels=2, num_layers=1,
+            attention_head_dim=32, num_attention_heads=2, joint_attention_dim=8,
+            caption_projection_dim=64, pooled_projection_dim=8, pos_embed_max_size=4,
+        )  # fmt: skip
+        add_adapter(transformer, "fresh", args, std)
+        weights = adapter(transformer, "fresh")
+        A = next(p for key, p in weights.items() if "to_q.lora_A" in key)
+        B = next(p for key, p in weights.items() if "to_q.lora_B" in key)
+        A.requires_grad_(False)
+        B.requires_grad_(True)
+        C = torch.randn(B.shape[0], A.shape[1], generator=torch.Generator().manual_seed(0))
+        optimizer = torch.optim.AdamW([B], lr=3e-6, weight_decay=0)
+        for _ in range(100):
+            optimizer.zero_grad()
+            (C * (B @ A)).sum().backward()
+            optimizer.step()
+        moved[std] = (2 * B @ A).norm().item()
+    assert moved[1.0] == pytest.approx(32 * moved[1 / 32], rel=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------
+# Stage 2's average
+
+
+def test_the_average_lags_by_its_closed_form_behind_a_linear_drift():
+    """Weights that move by 1 an epoch. Every 8 epochs, before the epoch's update, the average keeps
+    d = .9^16 of itself: behind the weights that it sees it lags by L = d (L + 8), i.e. 8 d / (1 - d),
+    and behind the weights after the update by one more.
+    """
+    weights, average = 0.0, 0.0
+    for epoch in range(1000):
+        if (epoch + 1) % 8 == 0:
+            decay = rtdmd_rl.average_decay(0.9, epoch)
+            average = decay * average + (1 - decay) * weights
+        weights += 1
+    d = 0.9**16
+    assert weights - average == pytest.approx(8 * d / (1 - d) + 1, rel=1e-6)
+    assert weights - average == pytest.approx(2.8, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "updates, of_one_call", [(0, 1 / 10), (8, 9 / 18), (80, 81 / 90), (81, 0.9)]
+)
+def test_the_averages_decay_warms_up_with_the_optimisers_updates(updates, of_one_call):
+    assert rtdmd_rl.average_decay(0.9, updates) == pytest.approx(of_one_call**16)
+
+
+def test_a_run_too_short_for_its_average_saves_its_weights_and_not_zeros(cold, tmp_path):
+    out_dir = run(
+        rtdmd_rl, tmp_path / "out", *RL, "--cold_start", cold, "--epochs", 3, "--ema_every", 8
+    )
+    saved = list(read(out_dir / "generator_ema.pt").values())
+    weights = read(out_dir / "ckpt.pt")["generator"]
+    assert all(torch.equal(a, b) for a, b in zip(saved, weights, strict=True))
+    largest_B = max(
+        p.abs().max() for key, p in read(out_dir / "generator_ema.pt").items() if ".lora_B." in key
+    )
+    assert largest_B > 0
+
+
+# -------------------------------------------------------------------------------------------------
+# --adapter_dtype bfloat16: the release's precision
+
+
+@pytest.fixture(scope="module")
+def rounded(cold, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rounded")
+    flags = ["--adapter_dtype", "bfloat16"]
+    run(cold_start, folder / "cold", *COLD, *flags)
+    run(rtdmd_rl, folder / "rl", *RL, *flags, "--cold_start", folder / "cold", "--epochs", 2)
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["cold", "rl"])
+def test_adapters_average_and_moments_are_all_bfloat16_if_asked_for(rounded, stage):
+    checkpoint = read(rounded / stage / "ckpt.pt")
+    tensors = [*checkpoint["generator"], *checkpoint["fake"], *checkpoint["ema"]]
+    for optimizer in ("G_opt", "F_opt"):
+        for state in checkpoint[optimizer]["state"].values():
+            tensors += [state["exp_avg"], state["exp_avg_sq"]]
+    assert {p.dtype for p in tensors} == {torch.bfloat16}
+    assert {p.dtype for p in read(rounded / stage / "generator_ema.pt").values()} == {
+        torch.bfloat16
+    }
+
+
+def test_a_bfloat16_weight_stops_where_an_update_is_half_of_its_step():
+    """At lr 3e-6 B climbs to 2^-10 = .00098 and no further: above it a step of bf16 is 2^-17 = 7.6e-6,
+    and an update of less than half of that is rounded away. float32 climbs on."""
+    reached = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        B = torch.zeros(1, dtype=dtype, requires_grad=True)
+        B.grad = torch.ones_like(B)
+        optimizer = torch.optim.AdamW([B], lr=3e-6, weight_decay=0)
+        for _ in range(1000):
+            optimizer.step()
+        reached[dtype] = -B.item()
+    assert reached[torch.bfloat16] == 2**-10
+    assert reached[torch.float32] == pytest.approx(3e-3, rel=1e-3)
