@@ -1,12 +1,8 @@
-"""The teacher is drawn as a user's diffusers pipeline draws the base; the student keeps its own noise levels."""
-import os
+"""The teacher is drawn as a user's pipeline draws the base; the student keeps its levels."""
+
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-
-os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
@@ -17,7 +13,7 @@ import cps
 import report
 import sample
 
-TINY = ROOT / "assets/tiny"
+TINY = Path(__file__).resolve().parent.parent / "assets/tiny"
 PROMPT = "a red circle above a blue square"
 SEED = 9
 GUIDANCE = 2.0
@@ -26,20 +22,20 @@ STUDENT_LEVELS = [1.0, 0.9, 0.75, 0.5, 0.0]
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Pictures are compared to 1e-5: the order of additions must not depend on the machine's load."""
+    """Pictures are compared to 1e-5: the order of additions must not depend on the machine."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def presets_as_they_were(monkeypatch):
-    """sample.arguments writes the preset's guidance into the table of usual values: each test has its own."""
+    """sample.arguments writes into the table of usual values: each test has its own."""
     copies = {who: dict(values) for who, values in sample.USUAL.items()}
     monkeypatch.setattr(sample, "USUAL", copies)
 
 
 @pytest.fixture
 def draw_with_sample(monkeypatch, tmp_path):
-    """-> draw(*flags): what sample.py's main hands to the decoder, a list with the latents of each batch."""
+    """-> draw(*flags): what sample.py's main hands to the decoder, the latents of each batch."""
 
     def draw(*flags):
         batches = []
@@ -61,7 +57,7 @@ def draw_with_sample(monkeypatch, tmp_path):
 
 
 def latents_of_diffusers(steps, shift=None):
-    """The same prompt and starting noise through diffusers alone, by a pipeline that this repository has not touched."""
+    """The same prompt and noise through a pipeline that this repository has not touched."""
     pipe = StableDiffusion3Pipeline.from_pretrained(TINY, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     if shift is not None:
@@ -134,7 +130,7 @@ def test_no_state_leaks_between_calls_nor_into_the_pipeline():
 
 
 def levels_of_a_run(monkeypatch, tmp_path, *flags):
-    """-> {"student" or "teacher": the noise levels that sample.py's main integrates over}, nothing being drawn."""
+    """-> {"student" or "teacher": the noise levels that sample.py's main integrates over}"""
     used = {}
 
     def record(v, noise, levels, eta):
@@ -169,11 +165,11 @@ def test_compare_gives_both_the_shift_of_the_command_line(monkeypatch, tmp_path)
 
 
 def test_the_scoreboards_rows_have_the_levels_that_their_legend_says(monkeypatch, tmp_path):
-    """50 steps on diffusers' grid; the 4-step teachers at the student's levels, so that they show what distillation adds."""
+    """50 steps on diffusers' grid; 4 at the student's levels, to show what distillation adds."""
     rows = []
     pipe = plain_pipe()
 
-    class Enough(Exception):
+    class StopHereError(Exception):
         """Raised in place of drawing the report."""
 
     def record(pipe, encode, clips, captions, adapters, levels, eta, cfg=1.0):
@@ -181,16 +177,20 @@ def test_the_scoreboards_rows_have_the_levels_that_their_legend_says(monkeypatch
         return {"checker": 0.0}, torch.zeros(len(captions), 3, 32, 32)
 
     def enough(*inputs):
-        raise Enough
+        raise StopHereError
 
     monkeypatch.setattr(report, "evaluate", record)
     monkeypatch.setattr(report, "read_log", lambda run: [{"step": 0, "seconds": 1.0}])
-    monkeypatch.setattr(report, "load_tiny", lambda *_, **__: (SimpleNamespace(cfg=2.0), pipe, None, []))
-    monkeypatch.setattr(report, "load_generator", lambda pipe, args: ["cold_generator", "generator"])
+    monkeypatch.setattr(
+        report, "load_tiny", lambda *_, **__: (SimpleNamespace(cfg=2.0), pipe, None, [])
+    )
+    monkeypatch.setattr(
+        report, "load_generator", lambda pipe, args: ["cold_generator", "generator"]
+    )
     monkeypatch.setattr(report, "draw_report", enough)
-    with pytest.raises(Enough):
+    with pytest.raises(StopHereError):
         report.scoreboard(str(tmp_path), TINY, 3, torch.device("cpu"))
-    levels, etas, guidances = zip(*rows)
+    levels, etas, guidances = zip(*rows, strict=True)
     assert levels[0] == sample.teacher_levels(pipe, 50)
     for others in levels[1:]:
         assert others == pytest.approx(STUDENT_LEVELS)

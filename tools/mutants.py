@@ -1,15 +1,19 @@
-"""Do the tests notice small faults? Plants those of tools/faults.py one at a time and says which test finds each.
+"""Do the tests notice small faults? Plants those of tools/faults.py, says which test finds each.
 
-    python -m tools.mutants                         # all of them -> out/mutants.json, out/mutants.md
-    python -m tools.mutants --only "stage 2"        # those whose names contain this
+    python -m tools.mutants                           # all -> out/mutants.json, out/mutants.md
+    python -m tools.mutants --only "stage 2"          # those whose names contain this
     python -m tools.mutants --tests tests/test_oracle.py
-    python -m tools.mutants --check                 # does the list still fit the code? A second
+    python -m tools.mutants --check                   # does the list still fit the code?
 
-A fault is planted in a copy of the repository. A child process, forked from one that has imported torch and its like but none of our
-files, runs the tests on the copy, one stage after the other, until the first failure. Before that the copy without a fault has to pass.
+One fault at a time is planted in a copy of the repository. A child process, forked from one that
+has imported torch and its like but none of our files, runs tests on the copy until the first
+failure: those that the fault's group names, then tests/test_oracle.py, then all that are quick. The
+copy without a fault has to pass them before that.
 
-Exit status: 0 if every fault was caught, 1 if one survived, 2 if the list does not fit the code or the tests fail without a fault.
+Exit status: 0 if every fault was caught, 1 if one survived, 2 if the list does not fit the code or
+the tests fail without a fault.
 """
+
 import argparse
 import contextlib
 import json
@@ -29,10 +33,12 @@ from tools.faults import FAULTS
 ROOT = Path(__file__).resolve().parent.parent
 NOT_COPIED = (".git", ".venv", "out", "assets", "__pycache__", ".pytest_cache")
 
-# test_smoke.py without what takes long: processes that talk to each other or are killed, the compiler, tables of many runs.
-SLOW = (
+# test_smoke.py without what takes long (processes that talk to each other or are killed, the
+# compiler, tables of many runs), and without the README's diffs: they do not fit a text with a fault
+# in their place, whatever the fault does.
+LEFT_OUT = (
     "signal or killed or several_processes or ablations or compiled or command_line or full_disk"
-    " or rounding_of_the_processor or bench or hacking or flipped_bit"
+    " or rounding_of_the_processor or bench or hacking or flipped_bit or the_diff_of or readme"
 )
 
 
@@ -64,11 +70,11 @@ def stages_of(tests):
     names = [str(path.relative_to(ROOT)) for path in others]
     if (ROOT / "test_smoke.py").exists():
         names.append("test_smoke.py")
-    stages.append(Stage("others", [*names, "-k", f"not ({SLOW})"]))
+    stages.append(Stage("others", [*names, "-k", f"not ({LEFT_OUT})"]))
     return stages
 
 
-# ------------------------------------------------------------------------------------- the programs' text
+# ------------------------------------------------------------------------------- the programs' text
 def programs():
     """{name: text} of the files that faults are planted in: all of the root's but the tests."""
     paths = [path for path in ROOT.glob("*.py") if not path.name.startswith("test_")]
@@ -83,7 +89,9 @@ def misfits(faults, texts):
         found = sum(places.values())
         if found != fault.count:
             where = ", ".join(name for name, times in places.items() if times) or "no file"
-            lines.append(f"{fault.name}: {fault.old!r} occurs {found} times, not {fault.count} ({where})")
+            lines.append(
+                f"{fault.name}: {fault.old!r} occurs {found} times, not {fault.count} ({where})"
+            )
         if fault.old == fault.new:
             lines.append(f"{fault.name}: changes nothing")
     if len({fault.name for fault in faults}) < len(faults):
@@ -109,14 +117,14 @@ def planted(fault, texts):
 
 
 def copy_of_repository(folder):
-    """The repository's files in folder/copy; the models in assets, which no fault touches, are a link."""
+    """The repository in folder/copy; the models in assets, which no fault touches, are a link."""
     copy = Path(folder) / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_COPIED))
     (copy / "assets").symlink_to(ROOT / "assets")
     return copy
 
 
-# ------------------------------------------------------------------------------------- running the tests
+# -------------------------------------------------------------------------------- running the tests
 def import_libraries():
     """What takes seconds to import, once, before the first fork. None of it may start a thread."""
     import diffusers  # noqa: F401
@@ -151,7 +159,7 @@ class Recorder:
 
 
 def forget_the_repository():
-    """Nothing of the original may be found by the tests of the copy, neither imported already nor by its path."""
+    """The tests of the copy must not find the original: neither imported already nor by its path."""
     here = [p for p in sys.path if Path(p or ".").resolve() == ROOT]
     for path in here:
         sys.path.remove(path)
@@ -163,17 +171,21 @@ def forget_the_repository():
 
 
 def child(copy, arguments, result):
-    """In the forked process: run the tests on the copy, write their first failure to the file `result`, and end."""
+    """In the forked process: run the tests, write their first failure to `result`, and end."""
     status = 70
     try:
         os.setsid()  # so that what the tests start can be ended with them
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         log = os.open(copy.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for descriptor in (1, 2):
             os.dup2(log, descriptor)
         os.chdir(copy)
         forget_the_repository()
         sys.path.insert(0, str(copy))
-        sys.dont_write_bytecode = True  # a fault of the same length within a second looks like the old file
+        sys.dont_write_bytecode = (
+            True  # a fault of the same length within a second looks like the old file
+        )
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
         sys.argv = ["pytest"]
         import pytest
@@ -189,15 +201,14 @@ def child(copy, arguments, result):
         os._exit(status)
 
 
-def kill(pid):
-    """End a child and everything that it has started."""
-    for end in (os.killpg, os.kill):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            end(pid, signal.SIGKILL)
+def end_group(pid):
+    """End everything that a child has started, and the child if it is still there."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def run_tests(copy, arguments, limit):
-    """Fork a child for the tests on the copy and wait for it, `limit` seconds at most -> Outcome."""
+    """Fork a child for the tests on the copy, wait for it for `limit` seconds -> Outcome."""
     result = copy.parent / "result.json"
     result.unlink(missing_ok=True)
     start = time.monotonic()
@@ -207,15 +218,15 @@ def run_tests(copy, arguments, limit):
     try:
         while os.waitpid(pid, os.WNOHANG) == (0, 0):
             if time.monotonic() - start > limit:
-                kill(pid)
+                end_group(pid)
                 os.waitpid(pid, 0)
                 return Outcome(False, "time limit", f"not done after {limit:.0f} s", limit)
             time.sleep(0.05)
     except BaseException:  # this process is being ended
-        kill(pid)
+        end_group(pid)
         raise
     seconds = time.monotonic() - start
-    kill(pid)  # what the tests may have left behind
+    end_group(pid)  # what the tests may have left behind
     if not result.exists():
         return Outcome(False, "crash", "the tests' process ended without a result", seconds)
     said = json.loads(result.read_text())
@@ -225,7 +236,7 @@ def run_tests(copy, arguments, limit):
     return Outcome(False, first["by"], first["reason"], seconds)
 
 
-# ------------------------------------------------------------------------------------- faults, several at once
+# -------------------------------------------------------------------------- faults, several at once
 worker = {}  # of a process of the pool: its copy, the programs' texts, stages with time limits
 
 
@@ -238,14 +249,17 @@ def start_worker(texts, stages, limits):
 
 
 def judge(fault):
-    """Plant one fault, run the stages until one fails, take the fault out -> a line of the result."""
+    """Plant one fault, run the stages until one fails, take it out -> a line of the result."""
     copy = worker["copy"]
     name, text = planted(fault, worker["texts"])
     line = {"name": fault.name, "file": name, "old": fault.old, "new": fault.new}
     seconds = 0.0
     (copy / name).write_text(text)
+    stages = list(zip(worker["stages"], worker["limits"], strict=True))
+    if fault.first and worker["stages"][0].name != "given":
+        stages.insert(0, (Stage("first", list(fault.first)), max(worker["limits"])))
     try:
-        for stage, limit in zip(worker["stages"], worker["limits"], strict=True):
+        for stage, limit in stages:
             outcome = run_tests(copy, stage.arguments, limit)
             seconds += outcome.seconds
             if not outcome.passed:
@@ -257,7 +271,7 @@ def judge(fault):
 
 
 def check_without_fault(stages, folder):
-    """Run every stage on the plain copy -> time limits for the stages; ends the program if a test fails."""
+    """Run the stages on the plain copy -> their time limits; ends the program if a test fails."""
     copy = copy_of_repository(folder)
     limits = []
     for stage in stages:
@@ -271,7 +285,7 @@ def check_without_fault(stages, folder):
     return limits
 
 
-# ------------------------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------------------- what is written
 def write_results(folder, summary, lines):
     """folder/mutants.json and mutants.md: all lines, the ones that survived first."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -292,8 +306,15 @@ def arguments():
     parser = argparse.ArgumentParser(description="Plant small faults; do the tests notice?")
     add = parser.add_argument
     add("--jobs", type=int, default=2, help="faults at once, a process of one thread each")
-    add("--only", action="append", default=[], help="faults whose names contain this; may be given again")
-    add("--tests", nargs="+", default=[], help="run these in place of the oracle and the fast tests")
+    add(
+        "--only",
+        action="append",
+        default=[],
+        help="faults whose names contain this; may be given again",
+    )
+    add(
+        "--tests", nargs="+", default=[], help="run these in place of the oracle and the fast tests"
+    )
     add("--check", action="store_true", help="only see whether the list fits the code")
     add("--out_dir", default=str(ROOT / "out"), help="where mutants.json and mutants.md go")
     return parser.parse_args()
@@ -334,7 +355,10 @@ def main():
                 lines.append(line)
                 found = f"{line['by']} ({line['stage']})" if "by" in line else "!!!"
                 place = f"{i}/{len(to_run)}"
-                print(f"{place} {line['seconds']:6.1f} s  {line['result']}  {line['name']}: {found}", flush=True)
+                print(
+                    f"{place} {line['seconds']:6.1f} s  {line['result']}  {line['name']}: {found}",
+                    flush=True,
+                )
                 write_results(Path(args.out_dir), {"unfinished": place}, lines)
     import torch
 
