@@ -51,7 +51,7 @@ def arguments():
     add("--fake_lr", type=float, default=3e-5, help="learning rate of the fake score")
     add("--ema", type=float, default=.9, help="decay of the generator's average; warm-up min(decay, (1+n)/(10+n))")
     add("--ema_every", type=int, default=8, help="update the average every so many epochs")
-    add("--rewards", default="clipscore:1,pickscore:1,hpsv2:1,geneval:1", help="name:weight,... (see rewards.py)")
+    add("--rewards", default="clipscore:1,pickscore:1,hpsv2:1,geneval_soft:1", help="name:weight,... (see rewards.py)")
     add("--reward_path", action="append", default=[], metavar="NAME=PATH", help="local directory or file of a reward's model")
     add("--reward_dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the reward models; scores are float32")
     add("--reward_batch", type=int, default=0, help="pictures a reward model looks at at once, with gradient then computed twice; 0: micro_batch")
