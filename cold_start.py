@@ -142,6 +142,7 @@ def main():
     args = arguments()
     device, rank, world = setup(args)
     rows = checked(load_prompts, args.prompts)
+    note_templates(rows, args)
     pipe = load_pipeline(args, device)
     transformer, encode, shape = pipe.transformer, text_encoder(pipe, args, [row["prompt"] for row in rows]), pipe.latent_shape
     roles = {"generator": ["generator"], "fake": ["fake"], "teacher": []}
@@ -634,6 +635,17 @@ def note_prompts(pipe, rows, args):
     for count, what in (long, f"longer than CLIP's {most[0]} or T5's {most[1]} tokens: the rest is not read"), (repeated, "repeated: each counts"):
         if count:
             print(f"note: {count} of {len(prompts)} prompts are {what}", file=sys.stderr, flush=True)
+
+def note_templates(rows, args):
+    """Say so where stage 1 has nothing but the built-in prompts to learn from; rank 0 only.
+
+    The generator learns to draw what it was asked for in training, and those ask for objects of 80 kinds and nothing else.
+    """
+    if args.prompts or os.environ.get("RANK", "0") != "0":
+        return
+    print(f"note: no --prompts, so the generator learns from {len(rows)} built-in ones in GenEval's form (\"{rows[0]['prompt']}\"): "
+          "good for a try and for GenEval; to draw anything else, give --prompts FILE as under \"The real recipe\" in the README",
+          file=sys.stderr, flush=True)
 
 def make_log(args):
     """-> log(bar, images, **numbers): a line in out_dir/log.jsonl and the same numbers in the progress bar; rank 0 only."""
