@@ -47,7 +47,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TARGETS = ["attn." + name for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
 PRESETS = {  # defaults that differ; everything else is the same for every model
     "sd35m": dict(pretrained="stabilityai/stable-diffusion-3.5-medium"),
-    "sd3m": dict(pretrained="stabilityai/stable-diffusion-3-medium-diffusers"),
+    "sd3m": dict(pretrained="stabilityai/stable-diffusion-3-medium-diffusers", resolution=1024, cfg=7.0, micro_batch=2),
     "tiny": dict(pretrained=os.path.join(HERE, "assets/tiny"), prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"), device="auto",
                  resolution=32, max_sequence_length=8, cfg=2.0, steps=800, batch_size=64, micro_batch=64, lr=1e-3, fake_lr=1e-3,
                  generator_every=2, ema=.99, sample_every=200, save_every=200, compile=0),
