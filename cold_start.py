@@ -327,7 +327,7 @@ def parse(parser):
         args.micro_batch = min(args.micro_batch, 4)
     if getattr(args, "bench", 0) and hasattr(args, "save_every"):  # the stages: an endless run that `stopwatch` ends
         args.out_dir, args.resume, args.steps, args.epochs = f"{args.out_dir}/bench_{os.getppid()}", False, 10 ** 9, 10 ** 9
-    if sigmas(getattr(args, "num_steps", 1), getattr(args, "shift", 1))[1] > .96:
+    if hasattr(args, "num_steps") and sigmas(args.num_steps, args.shift)[1] > .96:
         die(f"--num_steps {args.num_steps} with --shift {args.shift:g}: the first step ends above noise level .96, which leaves no room to re-noise")
     return args
 

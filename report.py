@@ -3,6 +3,7 @@
     python report.py out/tiny                           # what `make tiny` ends with: the same captions and seeds through teacher-50,
                                                         # teacher-4, AC-DMD and RTDMD -> report.json, report.png and a table
     python report.py --curves out/cold_start out/rtdmd  # every number of their log.jsonl, a colour a run -> out/cold_start/curves.png
+    python report.py --grids                            # the teacher alone, with diffusers' noise levels and with ours
     python report.py out/tiny --figures assets          # the pictures in the README, but for the one of hacking:
     python report.py out/tiny --figures assets --runs out/tiny/rtdmd out/tiny/hacked      # several stage 2 on one stage 1, side by side
     python report.py --ablations                        # make ablations: Tables 3 and 4 and the fake score's quality -> out/ablations
@@ -34,7 +35,7 @@ from cold_start import (HERE, PRESETS, adapter, add_adapter, as_bytes, checked, 
                         renoise_time, rollout, setup, text_encoder, train_only, write_atomically)
 from cps import renoise, sigmas
 from rewards import build, load_prompts
-from sample import draw, load_generator
+from sample import draw, load_generator, teacher_levels
 from tiny import CATEGORIES, SIZE, captions, check, detect
 
 FIRST_SEED, BATCH = 10 ** 6, 72  # pictures of a report: far from the seeds of samples; so many at once
@@ -101,22 +102,56 @@ def scoreboard(run, pretrained, n, device):
     """run/cold_start and run/rtdmd on the test captions and new seeds, n pictures a category -> run/report.json, report.png, a table."""
     logs = {stage: read_log(f"{run}/{stage}") for stage in ("cold_start", "rtdmd")}
     args, pipe, encode, clips = load_tiny(pretrained, device, cold_start=f"{run}/cold_start", rtdmd=f"{run}/rtdmd")
-    stacked, rows, many, few, table, sheet = load_generator(pipe, args), report_captions(n), sigmas(50), sigmas(4), [], []
+    stacked, rows, table, sheet = load_generator(pipe, args), report_captions(n), [], []
+    many = teacher_levels(pipe, 50)  # the reference: what a user's pipeline draws
+    few = sigmas(4)  # the student's, for the teacher too: what distillation adds shows at equal levels
     shown = [(i * len(rows) // 18 + i % 3) % len(rows) for i in range(18)]
     for name, adapters, cfg, levels, eta, stage in (
             ("teacher", [], args.cfg, many, 0.0, None), ("teacher", [], args.cfg, few, 0.0, None), ("teacher, no CFG", [], 1.0, few, 0.0, None),
             ("AC-DMD", stacked[:1], 1.0, few, .9, "cold_start"), ("RTDMD", stacked, 1.0, few, .9, "rtdmd")):
         numbers, pictures = evaluate(pipe, encode, clips, rows, adapters, levels, eta, cfg)
-        table.append({"name": name, "steps": len(levels) - 1, "NFE": (len(levels) - 1) * (1 + (cfg != 1)), **numbers,
+        table.append({**row_start(name, levels, cfg), **numbers,
                       "train_minutes": sum(line["seconds"] for line in logs[stage]) / 60 if stage else 0})
         sheet += [(f"{name}\n{len(levels) - 1} steps: {100 * numbers['checker']:.0f} %", pictures[shown])]
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {os.cpu_count()} cores"
+    machine = machine_name(device)
     with open(f"{run}/report.json", "w") as f:
         json.dump({"machine": machine, "torch": torch.__version__, "pictures_per_row": len(rows), "first_seed": FIRST_SEED, "rows": table}, f, indent=1)
-    print("| " + " | ".join(table[0]) + " |\n" + "|---" * len(table[0]) + "|")
-    for row in table:
-        print("| " + " | ".join(value if isinstance(value, str) else f"{value:.3g}" for value in row.values()) + " |")
+    print_table(table)
     draw_report(sheet, [rows[i]["prompt"] for i in shown], logs, f"{run}/report.png")
+
+
+def row_start(name, levels, cfg):
+    """The first columns of a row of the scoreboard; guidance takes two evaluations of the transformer a step."""
+    steps = len(levels) - 1
+    return {"name": name, "steps": steps, "NFE": steps * (1 if cfg == 1 else 2)}
+
+
+def print_table(rows):
+    """Dicts with the same keys, as a table in markdown."""
+    print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
+    for row in rows:
+        cells = [value if isinstance(value, str) else f"{value:.3g}" for value in row.values()]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def machine_name(device):
+    """What the numbers were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu, {os.cpu_count()} cores"
+
+
+def teacher_grids(pretrained, n, device):
+    """The scoreboard's guided teacher, its captions and seeds, with diffusers' noise levels and with ours: what the grid is worth."""
+    args, pipe, encode, clips = load_tiny(pretrained, device)
+    rows = report_captions(n)
+    table = []
+    for steps in (50, 4):
+        for grid, levels in (("diffusers'", teacher_levels(pipe, steps)), ("our", sigmas(steps))):
+            numbers, _ = evaluate(pipe, encode, clips, rows, [], levels, 0.0, args.cfg)
+            table.append({**row_start(f"teacher, {grid} grid", levels, args.cfg), **numbers})
+    print(f"{len(rows)} pictures a row, {machine_name(device)}, torch {torch.__version__}\n")
+    print_table(table)
 
 
 # --------------------------------------------------------------------------------------- what sample.py --rewards and --compare print
@@ -602,6 +637,7 @@ def arguments():
     parser.error, add, gpu = die, parser.add_argument, torch.cuda.is_available()
     add("run", nargs="?", help="directory of a tiny run with cold_start/ and rtdmd/: its scoreboard")
     add("--curves", nargs="+", metavar="RUN", help="draw the curves of these runs' log.jsonl into the first one's curves.png")
+    add("--grids", action="store_true", help="compare the tiny teacher's pictures on diffusers' noise levels and on ours; needs no run")
     add("--figures", metavar="DIR", help="draw the README's figures into DIR instead, with the weights of `run`")
     add("--runs", nargs="+", default=[], metavar="RUN", help="and only hacking.png: the cold start of `run` and these stages 2 on it")
     add("--ablations", nargs="?", const="table3,table4,fake", metavar="TABLES", help=f"make these tables, of {', '.join(TABLES)}")
@@ -618,8 +654,8 @@ def arguments():
     add("--minutes", type=float, default=1e6, help="when to end: what is finished by then counts, and the rest is for the next call")
     args = parser.parse_args()
     args.pictures = args.pictures or (216 if args.ablations else 72)
-    if (args.run is not None) + (args.curves is not None) + (args.ablations is not None) != 1:
-        die("give one of: the directory of a tiny run, --curves RUN..., --ablations")
+    if (args.run is not None) + (args.curves is not None) + (args.ablations is not None) + args.grids != 1:
+        die("give one of: the directory of a tiny run, --curves RUN..., --ablations, --grids")
     if args.runs and not (args.run and args.figures):
         die("--runs draws a figure: give the directory of their stage 1's run and --figures DIR, too")
     if not min(args.pictures, args.seeds, args.steps, args.epochs, args.batch, args.jobs, args.cpu_jobs + 1, args.minutes) > 0:
@@ -637,6 +673,10 @@ def main():
         ablations(args)
     elif args.curves:
         draw_curves(args.curves, f"{args.curves[0]}/curves.png")
+    elif args.grids:
+        args.out_dir = "."  # nothing is written
+        device, *_ = setup(args, training=False)
+        checked(teacher_grids, args.pretrained, args.pictures, device)
     else:
         for stage in (f"{args.run}/cold_start", *(args.runs or [f"{args.run}/rtdmd"])):
             if not os.path.exists(f"{stage}/generator_ema.pt") or not all("seconds" in line for line in read_log(stage)):

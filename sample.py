@@ -4,7 +4,7 @@
     python sample.py "a photo of two cats" --num_images 8                  # out/cold_start and out/rtdmd on SD3.5-M
     python sample.py "..." --cold_start Harahan/SD35M-RTDMD --rtdmd Harahan/SD35M-RTDMD       # the published weights
     python sample.py --prompts FILE --rewards clipscore,geneval --compare  # evaluate beside the teacher: scores.jsonl, means, categories
-    python sample.py "..." --teacher                                       # the base, 50 steps with guidance
+    python sample.py "..." --teacher                                       # the base, 50 steps with guidance, as diffusers draws it
     python sample.py --export DIR --export_merged DIR2                     # for diffusers: LoRA files, a whole pipeline
 
 `noise_of` and `integrate` are the whole sampler. Each picture has its own seed (seed + its index), so that it does not depend on the batch size.
@@ -60,7 +60,24 @@ def load_generator(pipe, args):
     return names
 
 
-USUAL = {"student": dict(steps=4, eta=.9, cfg=1.0), "teacher": dict(steps=50, eta=0.0, cfg=4.5)}  # the preset may say another cfg
+def teacher_levels(pipe, steps, shift=None):
+    """Noise levels of a teacher's picture: those that a StableDiffusion3Pipeline draws with -> a list of steps + 1 floats, the last one 0.
+
+    What the student is compared with is what a user's pipeline makes of the base, so the levels are those of the scheduler that the
+    base comes with, and not `cps.sigmas`: diffusers shifts the end of its grid twice, so that 50 steps end in .121, .067, .009, 0
+    and not in .161, .111, .058, 0. `shift` replaces the scheduler's own. The pipeline's scheduler itself is left as it is.
+    """
+    changes = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas.tolist()
+
+
+# What each of the two is drawn with unless the flags say otherwise; a preset may have another cfg. The teacher's shift is its scheduler's.
+USUAL = {
+    "student": dict(steps=4, eta=.9, cfg=1.0, shift=3.0),
+    "teacher": dict(steps=50, eta=0.0, cfg=4.5),
+}
 
 
 def arguments():
@@ -81,7 +98,7 @@ def arguments():
     add("--seed", type=int, default=0, help="picture i is drawn from seed + i")
     add("--steps", type=int, help="sampling steps (default: 4, teacher 50)")
     add("--eta", type=float, help="stochasticity of the CPS steps in [0, 1] (default: 0.9, teacher 0: Euler)")
-    add("--shift", type=float, default=3.0, help="SD3 time shift of the sampling grid")
+    add("--shift", type=float, help="SD3 time shift of the sampling grid (default: 3, teacher: the base's own)")
     add("--cfg", type=float, help="guidance scale (default: 1, none; teacher: the preset's)")
     add("--lora_alpha", type=float, default=64, help="alpha that the adapters were trained with; the files do not say it")
     add("--resolution", type=int, default=512, help="height and width in pixels")
@@ -101,6 +118,7 @@ def arguments():
     parser.preset = {k: v for k, v in preset.items() if k in known}
     args = parse(parser)
     USUAL["teacher"]["cfg"] = preset.get("cfg", 4.5)
+    USUAL["teacher"]["shift"] = args.shift  # a shift belongs to the base: with --compare the one that is given is the teacher's, too
     for name, value in USUAL["teacher" if args.teacher else "student"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -141,7 +159,7 @@ def main():
     note_prompts(pipe, rows[::args.num_images], args)  # each once, however many pictures it gets
     runs = {"teacher" if args.teacher else "student": args}
     if args.compare:
-        runs["teacher"] = argparse.Namespace(**{**vars(args), **USUAL["teacher"], "out_dir": f"{args.out_dir}/teacher"})
+        runs["teacher"] = argparse.Namespace(**{**vars(args), **USUAL["teacher"], "teacher": True, "out_dir": f"{args.out_dir}/teacher"})
     for who, its in runs.items() if args.prompts or args.prompt else ():
         results[who] = draw_all(its, pipe, encode, [] if who == "teacher" else adapters, rows, rewards, device)
     if rewards and results and not args.bench:
@@ -152,7 +170,11 @@ def main():
 
 def draw_all(args, pipe, encode, adapters, rows, rewards, device):
     """Draw every row, save the pictures, score them -> {reward: [score of each row]}. With --prompts -, rows fills up on the way."""
-    levels, negative = sigmas(args.steps, args.shift), encode([""]) if args.cfg != 1 else None
+    if args.teacher:
+        levels = checked(teacher_levels, pipe, args.steps, args.shift)
+    else:
+        levels = sigmas(args.steps, args.shift)
+    negative = encode([""]) if args.cfg != 1 else None
     os.makedirs(args.out_dir, exist_ok=True)
     for layer in pipe.transformer.lora_layers if adapters else ():  # put together and rounded once, not in every pass
         layer.fixed = {tuple(adapters): [m.to(pipe.transformer.dtype) for m in layer.pair(adapters)]}

@@ -1,0 +1,1421 @@
+"""Small faults of the kind that a careless refactoring makes. tools/mutants.py plants them.
+
+A fault replaces `old` by `new`. `old` has to occur exactly `count` times in the programs, or the
+runner refuses to start: a list that no longer fits the code must not pass for one that is caught.
+Keep `old` short, so that moving or re-formatting code leaves it whole. `equivalent` says why no
+test can notice a fault: it changes nothing that anybody can see.
+"""
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """One change of the programs' text."""
+
+    name: str
+    old: str
+    new: str
+    file: str = ""  # where to look; "": in all programs, so that code may move to another file
+    count: int = 1  # how often `old` occurs there
+    which: int = 0  # which of those is replaced
+    equivalent: str = ""
+    first: tuple = ()  # arguments of pytest: tests that are likely to notice, run before others
+
+
+ONE = "cold_start.py"
+TWO = "rtdmd_rl.py"
+
+# The faults that passed all tests before there was an oracle, each by itself.
+KNOWN = [
+    Fault(
+        "play: a tensor sigma is not multiplied by 1000",
+        "1000 * at_least_float32(sigma)",
+        "at_least_float32(sigma)",
+    ),
+    Fault(
+        "play: guidance with + cfg (with - without)",
+        "v = without + cfg * (with_text - without)",
+        "v = with_text + cfg * (with_text - without)",
+    ),
+    Fault(
+        "play: positive text first in the guided batch",
+        "torch.cat([e.expand(n, *e.shape[1:]), p])",
+        "torch.cat([p, e.expand(n, *e.shape[1:])])",
+    ),
+    Fault(
+        "stage 1: the teacher is played by the generator's adapter",
+        'roles = {"generator": ["generator"], "fake": ["fake"], "teacher": []}',
+        'roles = {"generator": ["generator"], "fake": ["fake"], "teacher": ["generator"]}',
+    ),
+    Fault(
+        "stage 1: the fake score of the generator's update is played by the plain base",
+        'for role in ("generator", "fake"))',
+        'for role in ("generator", "teacher"))',
+    ),
+    Fault(
+        "stage 1: the generator's loss is not divided by the batch",
+        "(loss / N).backward()",
+        "loss.backward()",
+    ),
+    Fault(
+        "stage 1: consecutive steps overlap in the data order",
+        "data_order(len(rows), step * N, N, args.seed)",
+        "data_order(len(rows), step, N, args.seed)",
+    ),
+    Fault(
+        "stage 1: the consistency looks back by up to 2",
+        "(1 + (200 * back[i]).floor()) / 1000",
+        "(1 + (200 * back[i]).floor()) / 100",
+        ONE,
+    ),
+    Fault(
+        "stage 2: the consistency looks back by up to 2",
+        "(1 + (200 * back[b]).floor()) / 1000",
+        "(1 + (200 * back[b]).floor()) / 100",
+        TWO,
+    ),
+    Fault(
+        "stage 1: the average moves only when the generator was updated",
+        "        torch._foreach_lerp_(ema, [p.detach() for p in G_params], 1 - args.ema)",
+        '        if "grad_generator" in numbers:\n'
+        "            torch._foreach_lerp_(ema, [p.detach() for p in G_params], 1 - args.ema)",
+    ),
+    Fault(
+        "stage 2: the average moves only when the generator was updated",
+        "        if (epoch + 1) % args.ema_every == 0:",
+        '        if (epoch + 1) % args.ema_every == 0 and skipped["generator"] == 0:',
+    ),
+    Fault(
+        "stage 2: the fake score without stage 1's adapter",
+        '"fake": ["cold_fake", "fake"]',
+        '"fake": ["fake"]',
+    ),
+    Fault(
+        "stage 2: the anchor's fake score is played by the generator",
+        'args.cfg), play(transformer, roles["fake"], text)',
+        'args.cfg), play(transformer, roles["generator"], text)',
+    ),
+    Fault(
+        "stage 2: the sign of the back-propagated reward",
+        "torch.relu(args.margin - total)",
+        "torch.relu(args.margin + total)",
+    ),
+    Fault(
+        "stage 2: no stop at the margin",
+        "torch.relu(args.margin - total)",
+        "(args.margin - total)",
+    ),
+    Fault(
+        "stage 2: reward weights are ignored in back-propagation",
+        "total = sum(r.weight * score for",
+        "total = sum(score for",
+    ),
+    Fault(
+        "stage 2: reward weights are ignored in SubGRPO",
+        "advantages(scores, [r.weight for r in rewards]",
+        "advantages(scores, [1.0 for r in rewards]",
+    ),
+    Fault(
+        "stage 2: det_weight is not applied",
+        "torch.autograd.grad(args.det_weight * det, x_0)",
+        "torch.autograd.grad(det, x_0)",
+    ),
+    Fault(
+        "stage 2: dm_weight is not applied",
+        "slopes[last][b] += args.dm_weight * slope",
+        "slopes[last][b] += slope",
+    ),
+    Fault(
+        "stage 2: the two gradients at the last step are averaged, not added",
+        "slopes[last][b] += args.dm_weight * slope",
+        "slopes[last][b] = (slopes[last][b] + args.dm_weight * slope) / 2",
+    ),
+    Fault(
+        "stage 2: the policy's loss is divided by all pictures",
+        "kept = advantage_all[mine], (advantage_all != 0).sum().clamp(min=1)",
+        "kept = advantage_all[mine], (advantage_all == advantage_all).sum()",
+    ),
+    Fault("stage 2: policy_weight is dropped", "(args.policy_weight * ((K - 1)", "(1.0 * ((K - 1)"),
+    Fault(
+        "files: generator_ema.pt holds the raw generator",
+        'dict(zip(state["keys"], content["ema"]))',
+        'dict(zip(state["keys"], content["generator"]))',
+    ),
+    Fault(
+        "decode: (z + shift) / scale",
+        "(latents / config.scaling_factor + config.shift_factor)",
+        "((latents + config.shift_factor) / config.scaling_factor)",
+    ),
+    Fault(
+        "--cache_text: a repeated prompt is an IndexError",
+        'enumerate(dict.fromkeys([*prompts, ""]))',
+        'enumerate([*prompts, ""])',
+    ),
+    Fault(
+        "sample: --shift is ignored when the student draws",
+        "        levels = sigmas(args.steps, args.shift)\n",
+        "        levels = sigmas(args.steps)\n",
+        "sample.py",
+    ),
+    Fault(
+        "sample: --shift is ignored when the teacher draws",
+        "teacher_levels, pipe, args.steps, args.shift)",
+        "teacher_levels, pipe, args.steps)",
+    ),
+    Fault(
+        "rewards: PickScore / 100",
+        "logit_scale.exp().item() / 26",
+        "logit_scale.exp().item() / 100",
+    ),
+]
+
+SAMPLER = [
+    Fault("sigmas: the shift's denominator", "(1 + (shift - 1) * t)", "(1 + shift * t)"),
+    Fault("sigmas: K + 1 in place of K", "1 - k / num_steps for", "1 - k / (num_steps + 1) for"),
+    Fault("sigmas: no final 0", "for t in grid] + [0.0]", "for t in grid]"),
+    Fault(
+        "sigmas: the shift is applied twice",
+        "[shift * t / (1 + (shift - 1) * t) for t in grid] + [0.0]",
+        "[shift * shift * t / (1 + (shift * shift - 1) * t) for t in grid] + [0.0]",
+    ),
+    Fault(
+        "cps: arithmetic in the model's dtype",
+        "x.to(torch.promote_types(x.dtype, torch.float32))",
+        "x",
+        "cps.py",
+    ),
+    Fault("cps_step: sign of x0", "x0, eps = x - s * v,", "x0, eps = x + s * v,"),
+    Fault("cps_step: eps from s in place of 1 - s", "x + (1 - s) * v", "x + s * v"),
+    Fault("cps_step: the old level's signal", "mean = (1 - t) * x0", "mean = (1 - s) * x0"),
+    Fault("cps_step: the old level's noise", "std = t * math.sin(", "std = s * math.sin("),
+    Fault(
+        "cps_step: sine and cosine swapped",
+        "mean = (1 - t) * x0 + t * math.cos(",
+        "mean = (1 - t) * x0 + t * math.sin(",
+    ),
+    Fault(
+        "cps_step: angle eta pi",
+        "std = t * math.sin(eta * math.pi / 2)",
+        "std = t * math.sin(eta * math.pi)",
+    ),
+    Fault(
+        "cps_step: draws its own noise",
+        "noise = torch.randn_like(x) if noise is None else at_least_float32(noise)",
+        "noise = torch.randn_like(x)",
+    ),
+    Fault(
+        "cps_step: the mean is the result", "return mean + std * noise, mean", "return mean, mean"
+    ),
+    Fault("renoise: the state is not scaled", "return a * x_s + sig *", "return x_s + sig *"),
+    Fault("sub_interval: a upside down", "a, b = (1 - t) / (1 - s),", "a, b = (1 - s) / (1 - t),"),
+    Fault("sub_interval: sign under the root", "(b * (t + a * s))", "(b * (t - a * s))"),
+    Fault("sub_interval: no root", ".clamp(min=0).sqrt()", ".clamp(min=0)", "cps.py"),
+    Fault("ambient_target: sign of the state", "return -x_s / (1 - s) +", "return x_s / (1 - s) +"),
+    Fault("ambient_target: sig in place of its square", "(t - sig ** 2)", "(t - sig)"),
+    Fault("ambient_target: not divided by sig", "/ (1 - t) / sig *", "/ (1 - t) *"),
+    Fault(
+        "log_prob: the release's form sums",
+        "-square.flatten(1).mean(1)",
+        "-square.flatten(1).sum(1)",
+    ),
+    Fault(
+        "log_prob: the release's form has no minus",
+        "return -square.flatten",
+        "return square.flatten",
+    ),
+    Fault(
+        "log_prob: 1 / std^2 in the Gaussian",
+        "(2 * torch.as_tensor(std) ** 2)",
+        "(torch.as_tensor(std) ** 2)",
+    ),
+    Fault(
+        "log_prob: the Gaussian is averaged",
+        "torch.as_tensor(std) ** 2)).flatten(1).sum(1)",
+        "torch.as_tensor(std) ** 2)).flatten(1).mean(1)",
+    ),
+    Fault("CPSScheduler: its generator is ignored", "generator or self.generator", "generator"),
+    Fault("CPSScheduler: the step index stands", "self._step_index += 1", "self._step_index += 0"),
+    Fault(
+        "CPSScheduler: its own grid whatever sigmas it is given",
+        "sigmas if sigmas is not None else default_sigmas",
+        "default_sigmas",
+    ),
+]
+
+LOSSES = [
+    Fault(
+        "rollout: levels swapped",
+        "G(path[-1], s), s, t, eta, noise)",
+        "G(path[-1], s), t, s, eta, noise)",
+    ),
+    Fault(
+        "rollout: the velocity of the first state", "G(path[-1], s), s, t", "G(path[0], s), s, t"
+    ),
+    Fault(
+        "rollout: the velocity at the next level", "G(path[-1], s), s, t", "G(path[-1], t), s, t"
+    ),
+    Fault(
+        "rollout: one step too few", "levels[1:]))[:k], noises)", "levels[1:]))[:k - 1], noises)"
+    ),
+    Fault(
+        "renoise_time: from s, not s + .01", "(s + .01 + (1 - s - .01) * u)", "(s + (1 - s) * u)"
+    ),
+    Fault("renoise_time: over all of [0, 1]", "(s + .01 + (1 - s - .01) * u)", "(u + 0 * s)"),
+    Fault("renoise_time: no upper bound", ".clamp(.02, .98)", ".clamp(.02, 1.)"),
+    Fault(
+        "fake score: the weight's bound is 1",
+        "(1 / sig ** 2).clamp(0, 10)",
+        "(1 / sig ** 2).clamp(0, 1)",
+    ),
+    Fault(
+        "fake score: the weight is 1 / sig", "(1 / sig ** 2).clamp(0, 10)", "(1 / sig).clamp(0, 10)"
+    ),
+    Fault("fake score: not multiplied by sig", "(sig * v - sig * v_target)", "(v - v_target)"),
+    Fault(
+        "fake score: the target is x_s's",
+        "v = F(x_t, t)\n    # ambient",
+        "v = F(x_s, t)\n    # ambient",
+    ),
+    Fault(
+        "consistency: looks up in place of down",
+        "(t - back).clamp(min=0)",
+        "(t + back).clamp(max=1)",
+    ),
+    Fault(
+        "consistency: a gradient through the transitions",
+        "cps_step(x_t, v.detach(), t, t2, eta, n)",
+        "cps_step(x_t, v, t, t2, eta, n)",
+    ),
+    Fault(
+        "consistency: one noise for both",
+        "for n in (noise1, noise2))",
+        "for n in (noise1, noise1))",
+    ),
+    Fault(
+        "consistency: the anchor is detached",
+        "anchor = x_t - column(t) * v",
+        "anchor = (x_t - column(t) * v).detach()",
+    ),
+    Fault(
+        "consistency: the square of one violation",
+        "(h2 - anchor)).flatten",
+        "(h1 - anchor)).flatten",
+    ),
+    Fault("consistency: h at the upper level", "x1 - column(t2) * v1,", "x1 - column(t) * v1,"),
+    Fault("consistency: v at the upper level", "torch.cat([t2, t2])", "torch.cat([t, t])"),
+    Fault(
+        "consistency: eta is 0",
+        "cps_step(x_t, v.detach(), t, t2, eta, n)",
+        "cps_step(x_t, v.detach(), t, t2, 0, n)",
+    ),
+    Fault(
+        "fake score: gamma is dropped", "ambient + gamma * consistency,", "ambient + consistency,"
+    ),
+    Fault(
+        "fake score: mean over the batch",
+        "** 2).flatten(1).mean(1)",
+        "** 2).flatten(1).mean().expand(len(x_t))",
+        ONE,
+    ),
+    Fault("generator: the sign", "(y_fake - y_real) / scale", "(y_real - y_fake) / scale"),
+    Fault(
+        "generator: scaled by the fake's distance", "(x_s - y_real).abs()", "(x_s - y_fake).abs()"
+    ),
+    Fault(
+        "generator: one scale for the whole batch",
+        "(x_s - y_real).abs().flatten(1).mean(1).view(-1, 1, 1, 1)",
+        "(x_s - y_real).abs().mean()",
+    ),
+    Fault("generator: not scaled", "(y_fake - y_real) / scale)", "(y_fake - y_real))"),
+    Fault(
+        "generator: its own noise for each transition", "t, s, eta, back_noise)", "t, s, eta, None)"
+    ),
+    Fault(
+        "generator: the transition ends at 0",
+        "t, s, eta, back_noise)",
+        "t, 0 * s, eta, back_noise)",
+    ),
+    Fault("generator: the factor one half", "loss = .5 * (x_s - target)", "loss = (x_s - target)"),
+    Fault(
+        "generator: gradient through the target",
+        "    with torch.no_grad():\n        x_t = renoise(x_s",
+        "    with torch.enable_grad():\n        x_t = renoise(x_s",
+    ),
+    Fault(
+        "generator: summed over the elements",
+        "else loss.mean(1)  # a KL",
+        "else loss.sum(1)  # a KL",
+    ),
+]
+
+STAGE_1 = [
+    Fault(
+        "stage 1: the generator learns at the fake's rate",
+        "AdamW(G_params, lr=args.lr",
+        "AdamW(G_params, lr=args.fake_lr",
+        ONE,
+    ),
+    Fault(
+        "stage 1: the fake learns at the generator's rate",
+        "AdamW(F_params, lr=args.fake_lr",
+        "AdamW(F_params, lr=args.lr",
+        ONE,
+    ),
+    Fault(
+        "stage 1: weight decay",
+        "lr=args.lr, betas=(.9, .999), weight_decay=0",
+        "lr=args.lr, betas=(.9, .999), weight_decay=.01",
+        ONE,
+    ),
+    Fault(
+        "stage 1: Adam's second beta",
+        "AdamW(F_params, lr=args.fake_lr, betas=(.9, .999)",
+        "AdamW(F_params, lr=args.fake_lr, betas=(.9, .99)",
+        ONE,
+    ),
+    Fault("stage 1: the average's weights swapped", "1 - args.ema)\n", "args.ema)\n", ONE),
+    Fault(
+        "stage 1: the generator is updated one step early",
+        "if (step + 1) % args.generator_every",
+        "if step % args.generator_every",
+    ),
+    Fault(
+        "stage 1: the last step is never drawn",
+        "k = rng.randint(1, args.num_steps)",
+        "k = rng.randint(1, args.num_steps - 1)",
+    ),
+    Fault(
+        "stage 1: k is the same in every step",
+        'random.Random(f"{args.seed}/{step}")',
+        'random.Random(f"{args.seed}")',
+    ),
+    Fault(
+        "stage 1: the same noise in every step",
+        "generator(device, args.seed, step)",
+        "generator(device, args.seed)",
+    ),
+    Fault(
+        "stage 1: the seed does not reach the noise",
+        "generator(device, args.seed, step)",
+        "generator(device, step)",
+    ),
+    Fault(
+        "stage 1: the seed does not reach the data order",
+        "step * N, N, args.seed)",
+        "step * N, N, 0)",
+    ),
+    Fault(
+        "stage 1: the steps share one noise",
+        "x_K, step_noise = normal(), [normal() for _ in range(k)]",
+        "x_K, step_noise = normal(), [normal()] * k",
+    ),
+    Fault(
+        "stage 1: the steps' noise is the starting noise",
+        "[noise[i] for noise in step_noise]))",
+        "[x_K[i] for noise in step_noise]))",
+    ),
+    Fault(
+        "stage 1: the generator's pass starts from the first state",
+        "x = paths[i][k - 1]",
+        "x = paths[i][0]",
+    ),
+    Fault(
+        "stage 1: the generator's pass has the end's level",
+        "level(grid[k - 1], x)",
+        "level(grid[k], x)",
+    ),
+    Fault(
+        "stage 1: the generator's pass has the first step's noise",
+        "step_noise[k - 1][i]",
+        "step_noise[0][i]",
+    ),
+    Fault(
+        "stage 1: the generator's re-noise time is the fake's",
+        "renoise_time(s, u_G[i])",
+        "renoise_time(s, u_F[i])",
+    ),
+    Fault(
+        "stage 1: the generator's re-noising is the fake's",
+        "noise_G[i], back_G[i]",
+        "noise_F[i], back_G[i]",
+    ),
+    Fault(
+        "stage 1: the way back has the noise of the way up",
+        "noise_G[i], back_G[i]",
+        "noise_G[i], noise_G[i]",
+    ),
+    Fault(
+        "stage 1: texts belong to other pictures",
+        "for i, text in enumerate(texts):  # every",
+        "for i, text in enumerate(texts[::-1]):  # every",
+    ),
+    Fault(
+        "stage 1: texts of the generator's pass belong to other pictures",
+        "            for i, text in enumerate(texts):\n                x =",
+        "            for i, text in enumerate(texts[::-1]):\n                x =",
+    ),
+    Fault(
+        "stage 1: the fake's loss is not divided by the batch",
+        "(loss[0].sum() / N).backward()",
+        "loss[0].sum().backward()",
+    ),
+    Fault(
+        "stage 1: the fake's loss is a mean over the micro-batch",
+        "(loss[0].sum() / N).backward()",
+        "loss[0].mean().backward()",
+    ),
+    Fault(
+        "stage 1: the fake learns from the ambient part alone",
+        "(loss[0].sum() / N).backward()",
+        "(loss[1].sum() / N).backward()",
+    ),
+    Fault(
+        "stage 1: the generator plays the fake in the fake's update",
+        'fake_score_loss(play(transformer, roles["fake"], text)',
+        'fake_score_loss(play(transformer, roles["generator"], text)',
+        ONE,
+    ),
+    Fault(
+        "stage 1: no guidance",
+        'roles["teacher"], text, negative, args.cfg)',
+        'roles["teacher"], text)',
+        ONE,
+    ),
+    Fault(
+        "stage 1: the teacher is guided away from the first prompt",
+        'sigmas(args.num_steps, args.shift), encode([""])',
+        'sigmas(args.num_steps, args.shift), encode([rows[0]["prompt"]])',
+    ),
+    Fault(
+        "stage 1: the generator's step is an Euler step",
+        "s_before, s, args.eta, step_noise)",
+        "s_before, s, 0, step_noise)",
+    ),
+    Fault(
+        "stage 1: the other adapter's optimiser steps",
+        "update(G_params, G_opt",
+        "update(G_params, F_opt",
+        ONE,
+    ),
+    Fault("stage 1: logged losses are sums", "(all_reduce(sums) / N)", "(all_reduce(sums) / 1)"),
+    Fault(
+        "stage 1: shift is ignored in training",
+        "sigmas(args.num_steps, args.shift), encode",
+        "sigmas(args.num_steps), encode",
+    ),
+    Fault(
+        "stage 1: the fake is scored at the wrong level",
+        "fake_pass(x_s, level(s, x_s)",
+        "fake_pass(x_s, level(grid[k - 1], x_s)",
+    ),
+    Fault(
+        "stage 1: both transitions' noises alike",
+        "steps_back, noise1[i], noise2[i]",
+        "steps_back, noise1[i], noise1[i]",
+    ),
+    Fault(
+        "stage 1: --dmd2 keeps the level",
+        "grid = levels[:k] + [0.0] if args.dmd2 else levels",
+        "grid = levels",
+    ),
+]
+
+STAGE_2_MATHEMATICS = [
+    Fault(
+        "advantages: minus the batch's mean",
+        "centred - centred.mean(2, keepdim=True)",
+        "grouped - grouped.mean()",
+    ),
+    Fault(
+        "advantages: batch and group swapped",
+        'if std == "group" else scores.std(1)',
+        'if std != "group" else scores.std(1)',
+    ),
+    Fault("advantages: one spread for all rewards", "scores.std(1).view(-1, 1, 1)", "scores.std()"),
+    Fault("advantages: not standardised again", "total / (total.std() + 1e-4)", "total"),
+    Fault("advantages: the bad ones are cut off", ".clamp(-clip, clip)", ".clamp(0, clip)"),
+    Fault("advantages: no clip", ".clamp(-clip, clip)", ".clamp(-1e9, 1e9)"),
+    Fault(
+        "advantages: divided by the group's size",
+        "(spread + 1e-4)).sum(0)",
+        "(spread + 1e-4)).mean(0)",
+    ),
+    Fault("policy: the sign", "return -torch.minimum(ratio", "return torch.minimum(ratio"),
+    Fault(
+        "policy: the ratio upside down",
+        "torch.exp(log_p - old_log_p)\n",
+        "torch.exp(old_log_p - log_p)\n",
+    ),
+    Fault(
+        "policy: the greater of the two",
+        "return -torch.minimum(ratio",
+        "return -torch.maximum(ratio",
+    ),
+    Fault(
+        "policy: the clip is one-sided",
+        "ratio.clamp(1 - clip, 1 + clip)",
+        "ratio.clamp(max=1 + clip)",
+    ),
+    Fault(
+        "shared noise: the same for all prompts",
+        "generator(device, *key, p)",
+        "generator(device, *key)",
+    ),
+]
+
+STAGE_2 = [
+    Fault(
+        "stage 2: S holds the deterministic step",
+        "rng.sample(range(K - 1), M)",
+        "rng.sample(range(1, K), M)",
+    ),
+    Fault(
+        "stage 2: S is the same in every epoch",
+        'random.Random(f"{args.seed}/{epoch}")',
+        'random.Random(f"{args.seed}")',
+    ),
+    Fault(
+        "stage 2: noise is shared on the steps in S",
+        "normal() if k in S or not",
+        "normal() if k not in S or not",
+    ),
+    Fault(
+        "stage 2: noise is never shared",
+        "normal() if k in S or not args.shared_noise else",
+        "normal() if True else",
+    ),
+    Fault(
+        "stage 2: shared noise is the same in every epoch",
+        "device, args.seed, epoch, k) for k",
+        "device, args.seed, k) for k",
+    ),
+    Fault(
+        "stage 2: shared noise is the same in every step",
+        "device, args.seed, epoch, k) for k",
+        "device, args.seed, epoch) for k",
+    ),
+    Fault(
+        "stage 2: the starting noise is shared",
+        "x_K = normal()\n",
+        'x_K = shared_noise(shape, prompts, device, args.seed, epoch, "start")\n',
+    ),
+    Fault(
+        "stage 2: the same noise in every epoch",
+        "generator(device, args.seed, epoch)",
+        "generator(device, args.seed)",
+    ),
+    Fault(
+        "stage 2: groups are not consecutive",
+        "[row for row in chosen for _ in range(args.group_size)][mine]",
+        "[row for _ in range(args.group_size) for row in chosen][mine]",
+    ),
+    Fault("stage 2: epochs overlap in the data order", "epoch * args.prompts_per_epoch,", "epoch,"),
+    Fault(
+        "stage 2: the rollout is Euler's",
+        "levels[k + 1], args.eta, noise[k][b])",
+        "levels[k + 1], 0, noise[k][b])",
+    ),
+    Fault(
+        "stage 2: the rollout has the first step's noise",
+        "args.eta, noise[k][b])",
+        "args.eta, noise[0][b])",
+    ),
+    Fault(
+        "stage 2: the rollout is the plain base's",
+        "velocity(path[k][b], level(k, b), *text)",
+        'play(transformer, roles["teacher"], text)(path[k][b], level(k, b))',
+    ),
+    Fault(
+        "stage 2: the fake learns from the last noisy state",
+        "fake_pass(path[last][b], level",
+        "fake_pass(path[last - 1][b], level",
+    ),
+    Fault(
+        "stage 2: the fake's loss is not divided by the pictures", "[0].sum() / I\n", "[0].sum()\n"
+    ),
+    Fault(
+        "stage 2: the fake's loss is a mean over the micro-batch", "[0].sum() / I\n", "[0].mean()\n"
+    ),
+    Fault(
+        "stage 2: the generator plays the fake in the fake's update",
+        'fake_score_loss(play(transformer, roles["fake"], text)',
+        'fake_score_loss(play(transformer, roles["generator"], text)',
+        TWO,
+    ),
+    Fault(
+        "stage 2: both transitions' noises alike",
+        "steps_back, n1[b], n2[b]",
+        "steps_back, n1[b], n1[b]",
+    ),
+    Fault(
+        "stage 2: the anchor has the fake's times and noises",
+        "u, n, back_noise = uniform(), normal(), normal()",
+        "back_noise = normal()",
+    ),
+    Fault(
+        "stage 2: the anchor is guided by nothing",
+        'roles["teacher"], text, negative, args.cfg)',
+        'roles["teacher"], text)',
+        TWO,
+    ),
+    Fault(
+        "stage 2: the anchor's teacher is the generator",
+        'play(transformer, roles["teacher"], text, negative',
+        'play(transformer, roles["generator"], text, negative',
+        TWO,
+    ),
+    Fault(
+        "stage 2: the teacher has stage 1's adapter",
+        '"fake": ["cold_fake", "fake"], "teacher": []',
+        '"fake": ["cold_fake", "fake"], "teacher": ["cold_generator"]',
+    ),
+    Fault(
+        "stage 2: the anchor's sign",
+        "slopes[last][b] += args.dm_weight",
+        "slopes[last][b] -= args.dm_weight",
+    ),
+    Fault(
+        "stage 2: the anchor replaces the reward's gradient",
+        "slopes[last][b] += args.dm_weight",
+        "slopes[last][b] = args.dm_weight",
+    ),
+    Fault(
+        "stage 2: the anchor is not divided by the pictures",
+        "args.dm_gradient).sum() / I\n",
+        "args.dm_gradient).sum()\n",
+    ),
+    Fault(
+        "stage 2: det is a mean over the micro-batch",
+        "torch.relu(args.margin - total).sum() / I",
+        "torch.relu(args.margin - total).mean()",
+    ),
+    Fault(
+        "stage 2: rewards without gradient count towards the margin",
+        "zip(rewards, each) if r.differentiable)",
+        "zip(rewards, each))",
+    ),
+    Fault(
+        "stage 2: pictures are scored with the first prompts",
+        "prompts[b], metadata[b]) for r in",
+        "prompts[:len(pictures)], metadata[b]) for r in",
+    ),
+    Fault(
+        "stage 2: pictures are scored with the first metadata",
+        "prompts[b], metadata[b]) for r in",
+        "prompts[b], metadata[:len(pictures)]) for r in",
+    ),
+    Fault(
+        "stage 2: the last step starts one state early",
+        "follow(path[k - 1][b], level(k - 1, b)",
+        "follow(path[k - 2][b], level(k - 1, b)",
+    ),
+    Fault(
+        "stage 2: the last step at the wrong level",
+        "follow(path[k - 1][b], level(k - 1, b)",
+        "follow(path[k - 1][b], level(k - 2, b)",
+    ),
+    Fault(
+        "stage 2: the last step is the base's own",
+        'x_t = cps_step(x, play(transformer, roles["generator"]',
+        'x_t = cps_step(x, play(transformer, roles["generator"][:1]',
+    ),
+    Fault(
+        "stage 2: the policy at the next level",
+        "policy_pass(path[k][b], level(k, b), level(k + 1, b)",
+        "policy_pass(path[k][b], level(k + 1, b), level(k + 1, b)",
+    ),
+    Fault(
+        "stage 2: the policy's step is judged by its start",
+        "level(k + 1, b), path[k + 1][b], old",
+        "level(k + 1, b), path[k][b], old",
+    ),
+    Fault(
+        "stage 2: the policy is the fake's",
+        '_, mean, std = cps_step(x, play(transformer, roles["generator"]',
+        '_, mean, std = cps_step(x, play(transformer, roles["fake"]',
+    ),
+    Fault(
+        "stage 2: the policy is stage 1's alone",
+        '_, mean, std = cps_step(x, play(transformer, roles["generator"]',
+        '_, mean, std = cps_step(x, play(transformer, roles["generator"][:1]',
+    ),
+    Fault(
+        "stage 2: pictures without advantage divide by 0",
+        "(advantage_all != 0).sum().clamp(min=1)",
+        "(advantage_all != 0).sum()",
+    ),
+    Fault(
+        "stage 2: advantages of other pictures",
+        "old_log_p[k][b], advantage[b], kept",
+        "old_log_p[k][b], advantage.flip(0)[b], kept",
+    ),
+    Fault(
+        "stage 2: only the first step of S is reinforced",
+        "for k in S if args.policy_weight",
+        "for k in S[:1] if args.policy_weight",
+    ),
+    Fault(
+        "stage 2: the policy is averaged over S",
+        "if args.subset_factor else 1) * loss",
+        "if args.subset_factor else 1 / M) * loss",
+    ),
+    Fault(
+        "stage 2: the factor of Eq. 17 without M",
+        "((K - 1) / M if args.subset_factor",
+        "((K - 1) if args.subset_factor",
+    ),
+    Fault(
+        "stage 2: the factor of Eq. 17 is always there",
+        "/ M if args.subset_factor else 1) *",
+        "/ M if True else 1) *",
+    ),
+    Fault(
+        "stage 2: the ratio's denominator is always the rollout's",
+        'if args.old_log_prob == "update" else old_log_p',
+        "if False else old_log_p",
+    ),
+    Fault(
+        "stage 2: the fake decays, too",
+        "lr=args.fake_lr, betas=(.9, .999), weight_decay=0",
+        "lr=args.fake_lr, betas=(.9, .999), weight_decay=args.weight_decay",
+        TWO,
+    ),
+    Fault(
+        "stage 2: the generator does not decay", "weight_decay=args.weight_decay", "weight_decay=0"
+    ),
+    Fault(
+        "stage 2: the generator learns at the fake's rate",
+        "AdamW(G_params, lr=args.lr",
+        "AdamW(G_params, lr=args.fake_lr",
+        TWO,
+    ),
+    Fault(
+        "stage 2: the other adapter's optimiser steps",
+        "update(G_params, G_opt",
+        "update(G_params, F_opt",
+        TWO,
+    ),
+    Fault(
+        "stage 2: the average's weights swapped",
+        "1 - average_decay(args.ema, epoch)",
+        "average_decay(args.ema, epoch)",
+    ),
+    Fault(
+        "stage 2: the average is called for once, not 16 times",
+        "(10 + updates)) ** 16",
+        "(10 + updates))",
+    ),
+    Fault(
+        "stage 2: the average's warm-up counts from 1",
+        "average_decay(args.ema, epoch)",
+        "average_decay(args.ema, epoch + 1)",
+    ),
+    Fault(
+        "stage 2: the average moves every epoch",
+        "if (epoch + 1) % args.ema_every == 0:",
+        "if True:",
+    ),
+    Fault(
+        "stage 2: a short run saves where it started",
+        "        if epoch + 1 < args.ema_every:",
+        "        if False:",
+    ),
+    Fault(
+        "stage 2: fresh adapters start with stage 1's A",
+        '"--lora_init_std", type=float, default=1.0',
+        '"--lora_init_std", type=float',
+    ),
+    Fault(
+        "stage 2: the average has no warm-up",
+        "1 - average_decay(args.ema, epoch)",
+        "1 - args.ema ** 16",
+    ),
+    Fault(
+        "stage 2: stage 1's generator is its fake score",
+        'args.cold_start, "cold_start", "generator_ema.pt")',
+        'args.cold_start, "cold_start", "fake.pt")',
+    ),
+    Fault(
+        "stage 2: stage 1's adapters are swapped",
+        'load_adapter(transformer, "cold_fake", fake_file)',
+        'load_adapter(transformer, "cold_generator", fake_file)',
+    ),
+    Fault(
+        "stage 2: stage 1's fake score is left out", "    if fake_file:", "    if not fake_file:"
+    ),
+    Fault(
+        "stage 2: stage 1's adapters are trained",
+        'train_only(transformer, "generator", "fake")',
+        'train_only(transformer, "cold_generator", "cold_fake")',
+        TWO,
+    ),
+    Fault(
+        "stage 2: the stack's order",
+        '{"generator": ["cold_generator", "generator"]',
+        '{"generator": ["generator", "cold_generator"]',
+        equivalent="the adapters are added: their order is rounding",
+    ),
+    Fault(
+        "stage 2: noise at the last step",
+        "noise.append(torch.zeros_like(x_K))",
+        "noise.append(torch.ones_like(x_K))",
+        equivalent="the step to level 0 multiplies its noise by 0",
+    ),
+    Fault(
+        "stage 2: every reward is logged as the first",
+        "scores[i].mean().item() for i, r",
+        "scores[0].mean().item() for i, r",
+    ),
+    Fault("stage 2: latent_std without the mean", "(square - mean ** 2)", "square"),
+    Fault(
+        "stage 2: decoded pictures of the state before",
+        "x_0 = path[K][b].detach()",
+        "x_0 = path[K - 1][b].detach()",
+    ),
+    Fault(
+        "held-out rewards: one seed for all pictures",
+        'generator(device, "eval", args.seed, i, k)',
+        'generator(device, "eval", args.seed, k)',
+    ),
+    Fault(
+        "held-out rewards: a sum in place of a mean",
+        "(all_reduce(sums) / len(rows))",
+        "all_reduce(sums)",
+    ),
+]
+
+MODEL = [
+    Fault(
+        "play: a float sigma is not multiplied by 1000",
+        "torch.full((n,), 1000 * sigma",
+        "torch.full((n,), sigma",
+    ),
+    Fault(
+        "play: the adapters are set when the function is made",
+        "    def velocity(x, sigma):\n        set_adapters(transformer, adapters)\n",
+        "    set_adapters(transformer, adapters)\n\n    def velocity(x, sigma):\n",
+    ),
+    Fault(
+        "play: each text is repeated in place",
+        "e.repeat(n // len(e), *[1] * (e.dim() - 1))",
+        "e.repeat_interleave(n // len(e), 0)",
+    ),
+    Fault(
+        "play: halves swapped", "without, with_text = v.chunk(2)", "with_text, without = v.chunk(2)"
+    ),
+    Fault("play: guidance of 1 more", "v = without + cfg * (", "v = without + (1 + cfg) * ("),
+    Fault(
+        "add_adapter: all adapters start alike",
+        'f"{args.seed}/{name}".encode()',
+        'f"{args.seed}".encode()',
+    ),
+    Fault(
+        "add_adapter: another start for A", 'init_lora_weights="gaussian"', "init_lora_weights=True"
+    ),
+    Fault(
+        "add_adapter: alpha is the rank",
+        "lora_alpha=args.lora_alpha, init",
+        "lora_alpha=args.lora_rank, init",
+    ),
+    Fault(
+        "adapters: alpha / rank is dropped",
+        "self.scaling[name] * self.lora_B[name].weight",
+        "self.lora_B[name].weight",
+    ),
+    Fault(
+        "adapters: only the last of a stack counts",
+        "y, names = self.base_layer(x), self._active_adapter",
+        "y, names = self.base_layer(x), self._active_adapter[-1:]",
+    ),
+    Fault(
+        "adapters: only the first of a stack counts",
+        "y, names = self.base_layer(x), self._active_adapter",
+        "y, names = self.base_layer(x), self._active_adapter[:1]",
+    ),
+    Fault(
+        "adapters: subtracted",
+        "return y + torch.nn.functional.linear(",
+        "return y - torch.nn.functional.linear(",
+    ),
+    Fault(
+        "train_only: lists swapped",
+        "values()] for name in names]",
+        "values()] for name in names[::-1]]",
+    ),
+    Fault(
+        "train_only: gradients of None",
+        "p.grad = torch.zeros_like(p)",
+        "p.grad = torch.ones_like(p)",
+    ),
+    Fault(
+        "adapter keys: B before A",
+        'if k.endswith(mark) and ".lora_" in k}',
+        'if k.endswith(mark) and ".lora_A" in k}',
+    ),
+    Fault(
+        "update: gradients are scaled up, too",
+        "flat *= min(1, args.max_grad_norm",
+        "flat *= (args.max_grad_norm",
+    ),
+    Fault("update: no clipping", "flat *= min(1, args.max_grad_norm / (norm + 1e-6))", "flat *= 1"),
+    Fault("update: gradients are kept", "    torch._foreach_zero_(grads)\n", ""),
+    Fault(
+        "update: a loss that is not finite is no reason to skip",
+        "math.isfinite(norm) and math.isfinite(loss)",
+        "math.isfinite(norm)",
+    ),
+    Fault(
+        "update: skipped updates are not reset",
+        "skipped[name] = 0 if finite else",
+        "skipped[name] = skipped[name] if finite else",
+    ),
+    Fault(
+        "distance: over the weights in place of the average",
+        "/ norm(ema)).item()",
+        "/ norm(parameters)).item()",
+    ),
+    Fault("generator: the key's end is ignored", "repr(key).encode()", "repr(key[:2]).encode()"),
+    Fault("data order: every pass is alike", 'f"{seed}/pass/{i // length}"', 'f"{seed}/pass"'),
+    Fault(
+        "shard: the last row is dropped",
+        "(rank + 1) * n // world)",
+        "(rank + 1) * (n - 1) // world)",
+    ),
+    Fault(
+        "text: pooled vectors of the prompt before",
+        "for e in zip(*(cache[p] for p in prompts)))",
+        "for e in zip(*(cache[p] for p in prompts[::-1])))",
+    ),
+    Fault(
+        "text: T5's length is ignored",
+        "max_sequence_length=args.max_sequence_length)",
+        "max_sequence_length=256)",
+        ONE,
+    ),
+    Fault("--cache_text: pooled and sequence overlap", "found[:, split:]", "found[:, :-split]"),
+    Fault(
+        "decode: times the scale",
+        "latents / config.scaling_factor",
+        "latents * config.scaling_factor",
+    ),
+    Fault(
+        "decode: pictures in [-1, 1]",
+        "(at_least_float32(pictures) / 2 + .5)",
+        "at_least_float32(pictures)",
+    ),
+    Fault("decode: not cut to [0, 1]", "/ 2 + .5).clamp(0, 1)", "/ 2 + .5)"),
+    Fault(
+        "checkpointing: whichever adapter is active",
+        "(set_adapters(pipe.transformer, adapters), block(*inputs))[1]",
+        "block(*inputs)",
+    ),
+    Fault(
+        "preview: the teacher's pictures",
+        "rollout(play(pipe.transformer, adapters, text), noise[0], levels",
+        "rollout(play(pipe.transformer, [], text), noise[0], levels",
+    ),
+]
+
+FILES = [
+    Fault(
+        "files: fake.pt holds the generator",
+        'dict(zip(state["keys"], content["fake"]))',
+        'dict(zip(state["keys"], content["generator"]))',
+    ),
+    Fault(
+        "files: the checkpoint's step is one too high",
+        '"step": step, "flags"',
+        '"step": step + 1, "flags"',
+    ),
+    Fault("files: nothing is saved at the end", "or step == last or stopping", "or stopping"),
+    Fault(
+        "files: the checkpoint before is not kept",
+        'path[:-3] + ".prev.pt")',
+        'path[:-3] + ".old.pt")',
+    ),
+    Fault("files: checksums are not verified", "zipfile.is_zipfile(path) and", "False and"),
+    Fault(
+        "files: pickled code is run",
+        'map_location="cpu", weights_only=True)\n',
+        'map_location="cpu", weights_only=False)\n',
+        count=2,
+    ),
+    Fault(
+        "resume: the fake's optimiser starts anew",
+        'for name in set(state) - {"keys"}:',
+        'for name in set(state) - {"keys", "F_opt"}:',
+    ),
+    Fault(
+        "resume: the average starts anew",
+        'for name in set(state) - {"keys"}:',
+        'for name in set(state) - {"keys", "ema"}:',
+    ),
+    Fault(
+        "resume: the generator is its average",
+        "[p.data for p in state[name]], saved[name])",
+        '[p.data for p in state[name]], saved["ema" if name == "generator" else name])',
+    ),
+    Fault("resume: with another seed", 'FREE = {"out_dir",', 'FREE = {"seed", "out_dir",'),
+    Fault("resume: with another learning rate", 'FREE = {"out_dir",', 'FREE = {"lr", "out_dir",'),
+    Fault(
+        "resume: one line of the log is doubled",
+        '["step"] < args.start)',
+        '["step"] <= args.start)',
+    ),
+    Fault("resume: prompts may differ", '("prompts content", rows)', '("prompts content", [])'),
+    Fault(
+        "adapter files: the first tensor is not copied",
+        "for key in mine:\n",
+        "for key in list(mine)[1:]:\n",
+    ),
+    Fault(
+        "adapter files: keys too many are ignored",
+        "if wrong or len(saved) > len(mine):",
+        "if wrong:",
+    ),
+    Fault("adapter files: shapes may differ", "or saved[k].shape != mine[k].shape]", "]"),
+    Fault(
+        "adapter files: numbers that are not finite are loaded",
+        "not all(saved[k].isfinite().all() for k in mine)",
+        "False",
+    ),
+    Fault(
+        "adapter files: another alpha is taken",
+        "!= transformer.peft_config[name].lora_alpha:",
+        "< 0:",
+    ),
+    Fault(
+        "find_weights: the hub's subfolder is left out",
+        'hf_hub_download(where, f"{subfolder}/{name}")',
+        "hf_hub_download(where, name)",
+    ),
+    Fault(
+        "find_weights: a run killed while renaming is taken",
+        'if os.path.exists(f"{where}/fake.pt.tmp") and',
+        "if False and",
+    ),
+    Fault(
+        "find_weights: what is missing is no error",
+        "if must and not os.path.exists(path):",
+        "if False:",
+    ),
+]
+
+DRAWING = [
+    Fault(
+        "sample: one seed for all pictures",
+        "manual_seed(seed) for seed in seeds]",
+        "manual_seed(seeds[0]) for seed in seeds]",
+    ),
+    Fault(
+        "sample: the teacher draws noise for every step",
+        "len(levels) - 1 if eta > 0 else 1)",
+        "len(levels) - 1)",
+        equivalent="the first noise is the same, and Euler steps multiply the others by 0",
+    ),
+    Fault(
+        "sample: the first step's noise is the starting noise",
+        "eta, [*noise[1:], *",
+        "eta, [*noise, *",
+    ),
+    Fault("sample: the picture is the last noisy state", "* steps])[-1]", "* steps])[-2]"),
+    Fault(
+        "sample: stage 2 replaces stage 1",
+        "            names.append(name)",
+        "            names = [name]",
+    ),
+    Fault(
+        "sample: the second file is loaded into the first adapter",
+        "load_adapter(pipe.transformer, name, path, saved)",
+        'load_adapter(pipe.transformer, "cold_generator", path, saved)',
+    ),
+    Fault(
+        "sample: the fake score draws",
+        'stage), stage, "generator_ema.pt")\n            saved',
+        'stage), stage, "fake.pt")\n            saved',
+    ),
+    Fault(
+        "sample: the rank is not read from the file",
+        "args.lora_rank = next((v.shape[0] for",
+        "args.lora_rank = next((32 for",
+    ),
+    Fault(
+        "sample: guidance is left out",
+        'negative = encode([""]) if args.cfg != 1 else None',
+        "negative = None",
+    ),
+    Fault(
+        "sample: every batch has the first one's seeds",
+        "range(args.seed + i, args.seed + i + len(prompts))",
+        "range(args.seed, args.seed + len(prompts))",
+    ),
+    Fault(
+        "sample: pictures are scored with other prompts",
+        "reward(images, prompts, [row",
+        "reward(images, prompts[::-1], [row",
+    ),
+    Fault(
+        "sample: pictures are scored with other metadata",
+        'reward(images, prompts, [row["metadata"] for row in batch])',
+        'reward(images, prompts, [row["metadata"] for row in rows[:len(batch)]])',
+    ),
+    Fault(
+        "sample: files are numbered anew in every batch", 'f"{i + j:05d}.png"))', 'f"{j:05d}.png"))'
+    ),
+    Fault(
+        "sample: --compare's teacher has the student's adapters",
+        '[] if who == "teacher" else adapters',
+        "adapters",
+    ),
+    Fault(
+        "sample: --teacher has the student's adapters",
+        "[] if args.teacher else load_generator(pipe, args)",
+        "load_generator(pipe, args)",
+    ),
+    Fault(
+        "sample: the teacher takes 28 steps", '"teacher": dict(steps=50', '"teacher": dict(steps=28'
+    ),
+    Fault(
+        "sample: the teacher's steps are stochastic",
+        '"teacher": dict(steps=50, eta=0.0',
+        '"teacher": dict(steps=50, eta=.9',
+    ),
+    Fault(
+        "sample: the student's steps are Euler's",
+        '"student": dict(steps=4, eta=.9',
+        '"student": dict(steps=4, eta=0.0',
+    ),
+    Fault("sample: the preset's guidance is ignored", 'preset.get("cfg", 4.5)', "4.5"),
+    Fault(
+        "sample: only the first adapter is put together",
+        "layer.pair(adapters)]}",
+        "layer.pair(adapters[:1])]}",
+    ),
+    Fault(
+        "sample: the pictures of a prompt are apart",
+        "[row for row in rows for _ in range(args.num_images)]",
+        "[row for _ in range(args.num_images) for row in rows]",
+    ),
+    Fault(
+        "sample: the teacher has the student's levels",
+        "    if args.teacher:\n        levels",
+        "    if False:\n        levels",
+    ),
+    Fault(
+        "sample: the teacher's scheduler keeps its shift",
+        "from_config(pipe.scheduler.config, **changes)",
+        "from_config(pipe.scheduler.config)",
+    ),
+    Fault(
+        "report: the judge sees other captions",
+        "score += clip(images, texts, None)",
+        "score += clip(images, texts[::-1], None)",
+    ),
+    Fault(
+        "report: every batch has the first one's seeds",
+        "range(FIRST_SEED + i, FIRST_SEED + min(i + BATCH, len(rows)))",
+        "range(FIRST_SEED, FIRST_SEED + min(BATCH, len(rows) - i))",
+    ),
+    Fault(
+        "export: alpha / rank is left out",
+        'p.detach().cpu() * (scale[name] if "lora_B" in k else 1)',
+        "p.detach().cpu()",
+    ),
+    Fault(
+        "export: only the second stage is in the joint file",
+        "concatenated(pipe.transformer, adapters))",
+        "concatenated(pipe.transformer, adapters[-1:]))",
+    ),
+]
+
+REWARDS = [
+    Fault(
+        "rewards: CLIPScore is not divided by 100",
+        "logit_scale.exp().item() / 100",
+        "logit_scale.exp().item()",
+    ),
+    Fault("rewards: HPS v2 crops", "1, padded_pixels)", "1, clip_pixels)"),
+    Fault(
+        "rewards: mean and standard deviation swapped",
+        "def normalise(images, mean=CLIP_MEAN, std=CLIP_STD)",
+        "def normalise(images, mean=CLIP_STD, std=CLIP_MEAN)",
+    ),
+    Fault("rewards: no anti-aliasing", "antialias=True", "antialias=False"),
+    Fault(
+        "rewards: the crop is at the corner",
+        "top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2",
+        "top, left = 0, 0",
+    ),
+    Fault(
+        "rewards: the longer side is cut to size",
+        "(size * height // min(height, width), size * width // min(height, width))",
+        "(size * height // max(height, width), size * width // max(height, width))",
+    ),
+    Fault(
+        "rewards: picture features have length 2",
+        "to(images.dtype), dim=-1)",
+        "to(images.dtype), dim=-1) * 2",
+    ),
+    Fault(
+        "rewards: text features are not normalised",
+        "return F.normalize(features, dim=-1)[0]",
+        "return features[0]",
+    ),
+    Fault(
+        "rewards: features of pictures that have changed",
+        "last[1:3] == [images._version, pixels]",
+        "last[2:3] == [pixels]",
+    ),
+    Fault(
+        "rewards: features of other pixels",
+        "last[1:3] == [images._version, pixels]",
+        "last[1:2] == [images._version]",
+    ),
+    Fault("rewards: ImageReward is not standardised", "/ 1.0333394966054072", "/ 1"),
+    Fault(
+        "rewards: GenEval counts with .3", '.9 if metadata.get("tag") == "counting" else .3', ".3"
+    ),
+    Fault(
+        "rewards: GenEval asks for one object too few",
+        'good = len(these) == want["count"]',
+        'good = len(these) >= want["count"] - 1',
+    ),
+    Fault(
+        "rewards: GenEval ignores what must not be there",
+        '< out["count"] for out in',
+        "< 99 for out in",
+    ),
+    Fault(
+        "rewards: GenEval's left is right",
+        "(x < -.5, x > .5, y < -.5, y > .5)",
+        "(x > .5, x < -.5, y < -.5, y > .5)",
+    ),
+    Fault(
+        "rewards: GenEval's above is below",
+        "(x < -.5, x > .5, y < -.5, y > .5)",
+        "(x < -.5, x > .5, y > .5, y < -.5)",
+    ),
+    Fault(
+        "rewards: GenEval looks at the relation from the other side",
+        "geneval_relations(a[2], b[2])",
+        "geneval_relations(b[2], a[2])",
+    ),
+    Fault(
+        "rewards: one right colour is enough",
+        '.count(want["color"]) == want["count"]',
+        '.count(want["color"]) > 0',
+    ),
+    Fault(
+        "rewards: the least confident objects are asked",
+        "key=lambda o: -o[1]):",
+        "key=lambda o: o[1]):",
+    ),
+    Fault(
+        "rewards: ocr's edit distance starts at 0", "row, last = [i], row", "row, last = [0], row"
+    ),
+    Fault(
+        "rewards: geneval2 takes the arithmetic mean",
+        "p.clamp(min=1e-12).log().mean().exp()",
+        "p.mean()",
+    ),
+    Fault("rewards: a name alone weighs 0", "float(weight or 1)", "float(weight or 0)"),
+    Fault(
+        "rewards: a batch's parts have the first prompts",
+        "prompts[i:i + batch], metadata[i:i + batch])",
+        "prompts[:batch], metadata[i:i + batch])",
+    ),
+    Fault(
+        "rewards: the checker takes the first caption",
+        'row if "include" in row else known.get(prompt)',
+        "next(iter(known.values()))",
+    ),
+    Fault(
+        "rewards: the checker claims a gradient",
+        '"checker": (checker, False, "")',
+        '"checker": (checker, True, "")',
+    ),
+    Fault(
+        "rewards: CLIPScore claims no gradient",
+        '"clipscore": (clipscore, True, CLIP_L)',
+        '"clipscore": (clipscore, False, CLIP_L)',
+    ),
+    Fault("rewards: --reward_path is ignored", "place = places.get(name, hub)", "place = hub"),
+    Fault(
+        "rewards: every weight is 1",
+        "rewards.append(ready(score, name, weight,",
+        "rewards.append(ready(score, name, 1.0,",
+    ),
+    Fault(
+        "prompts: the relation is turned round",
+        'f"{a(x)} {relation} {a(y)}", [one(y), one(x',
+        'f"{a(x)} {relation} {a(y)}", [one(x), one(y',
+    ),
+    Fault(
+        "prompts: colours swapped",
+        "[one(x, color=c), one(y, color=d)])}",
+        "[one(x, color=d), one(y, color=c)])}",
+    ),
+    Fault(
+        "prompts: metadata is that of the line",
+        "return [known[prompt] for prompt in prompts]",
+        "return list(known.values())[:len(prompts)]",
+    ),
+]
+
+
+def group(faults, *first):
+    """These faults, with the tests that are likely to notice any of them."""
+    return [fault._replace(first=first) for fault in faults]
+
+
+def of_smoke(*words):
+    """The tests of test_smoke.py whose names contain one of these words."""
+    return ("test_smoke.py", "-k", " or ".join(words))
+
+
+FAULTS = [
+    *KNOWN,
+    *group(
+        SAMPLER,
+        *of_smoke(
+            "time_shift",
+            "cps_step",
+            "last_step",
+            "arithmetic",
+            "renoising",
+            "target",
+            "log_prob",
+            "scheduler",
+        ),
+    ),
+    *LOSSES,
+    *STAGE_1,
+    *group(STAGE_2_MATHEMATICS, *of_smoke("advantage", "policy_gradient", "shared_noise")),
+    *STAGE_2,
+    *MODEL,
+    *group(
+        FILES,
+        *of_smoke("checkpoint", "resume", "whole", "stacked", "three_commands", "bad_input"),
+    ),
+    *group(
+        DRAWING,
+        "tests/test_teacher_grid.py",
+        *of_smoke(
+            "diffusers_pipeline",
+            "shift",
+            "compare",
+            "levels",
+            "sample_evaluates",
+            "export",
+            "scheduler",
+            "three_commands",
+            "scoreboard",
+        ),
+    ),
+    *group(
+        REWARDS,
+        *of_smoke(
+            "clip", "score", "genevals", "gradient_of", "checker", "prompts", "hps", "image", "ocr"
+        ),
+    ),
+]
