@@ -47,7 +47,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TARGETS = ["attn." + name for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
 PRESETS = {  # defaults that differ; everything else is the same for every model
     "sd35m": dict(pretrained="stabilityai/stable-diffusion-3.5-medium"),
-    "sd3m": dict(pretrained="stabilityai/stable-diffusion-3-medium-diffusers"),
+    "sd3m": dict(pretrained="stabilityai/stable-diffusion-3-medium-diffusers", resolution=1024, cfg=7.0, micro_batch=2),
     "tiny": dict(pretrained=os.path.join(HERE, "assets/tiny"), prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"), device="auto",
                  resolution=32, max_sequence_length=8, cfg=2.0, steps=800, batch_size=64, micro_batch=64, lr=1e-3, fake_lr=1e-3,
                  generator_every=2, ema=.99, sample_every=200, save_every=200, compile=0),
@@ -143,6 +143,7 @@ def main():
     args = arguments()
     device, rank, world = setup(args)
     rows = checked(load_prompts, args.prompts)
+    note_templates(rows, args)
     pipe = load_pipeline(args, device)
     transformer, encode, shape = pipe.transformer, text_encoder(pipe, args, [row["prompt"] for row in rows]), pipe.latent_shape
     roles = {"generator": ["generator"], "fake": ["fake"], "teacher": []}
@@ -645,6 +646,17 @@ def note_prompts(pipe, rows, args):
     for count, what in (long, f"longer than CLIP's {most[0]} or T5's {most[1]} tokens: the rest is not read"), (repeated, "repeated: each counts"):
         if count:
             print(f"note: {count} of {len(prompts)} prompts are {what}", file=sys.stderr, flush=True)
+
+def note_templates(rows, args):
+    """Say so where stage 1 has nothing but the built-in prompts to learn from; rank 0 only.
+
+    The generator learns to draw what it was asked for in training, and those ask for objects of 80 kinds and nothing else.
+    """
+    if args.prompts or os.environ.get("RANK", "0") != "0":
+        return
+    print(f"note: no --prompts, so the generator learns from {len(rows)} built-in ones in GenEval's form (\"{rows[0]['prompt']}\"): "
+          "good for a try and for GenEval; to draw anything else, give --prompts FILE as under \"The real recipe\" in the README",
+          file=sys.stderr, flush=True)
 
 def make_log(args):
     """-> log(bar, images, **numbers): a line in out_dir/log.jsonl and the same numbers in the progress bar; rank 0 only."""

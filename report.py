@@ -171,16 +171,18 @@ def write_scores(rows, seed, results, path):
     lines = [{"image": f"{i:05d}.png", "prompt": prompts[i], **({"tag": tags[i]} if tags[i] else {}), "seed": seed + i, **{r: s[i] for r, s in own.items()},
               **{who: {r: s[i] for r, s in theirs.items()} for who, theirs in others}} for i in range(len(rows))]
     write_atomically({path: "".join(json.dumps(line) + "\n" for line in lines).encode()})
+    by_category = ("geneval", "geneval_soft")
+    width = 28  # of the first column, in which "geneval_soft single_object" is the longest
     if others:
-        print(" " * 24 + "".join(f"{title:22s}" for who, _ in others for title in (first, who, f"{first} - {who}")))
+        print(" " * width + "".join(f"{title:22s}" for who, _ in others for title in (first, who, f"{first} - {who}")))
     for name in own:
         columns, means = [own[name]] + [c for _, theirs in others for c in (theirs[name], [a - b for a, b in zip(own[name], theirs[name])])], []
-        for tag in (None, *(sorted(set(tags)) if name == "geneval" and None not in tags else ())):
+        for tag in (None, *(sorted(set(tags)) if name in by_category and None not in tags else ())):
             here = [i for i in range(len(rows)) if tag in (None, tags[i])]
             means.append([mean_and_error([c[i] for i in here], [prompts[i] for i in here]) for c in columns])
-            print(f"{f'{name} {tag or str()}':24s}" + "".join(f"{f'{m:.4f} +- {e:.4f}':22s}" for m, e in means[-1]).rstrip())
+            print(f"{f'{name} {tag or str()}':{width}s}" + "".join(f"{f'{m:.4f} +- {e:.4f}':22s}" for m, e in means[-1]).rstrip())
         if len(means) > 1:  # this is what GenEval calls its score
-            print(f"{'geneval, categories':24s}" + "".join(f"{sum(m for m, _ in c[1:]) / (len(c) - 1):<22.4f}" for c in zip(*means)).rstrip())
+            print(f"{f'{name}, categories':{width}s}" + "".join(f"{sum(m for m, _ in c[1:]) / (len(c) - 1):<22.4f}" for c in zip(*means)).rstrip())
 
 
 # -------------------------------------------------------------------------------------------------------------- 2. pictures

@@ -199,13 +199,40 @@ def geneval_relations(a, b):
     x, y = beyond / max(np.linalg.norm(offset), 1e-9)
     return {name for name, there in zip(RELATIONS, (x < -.5, x > .5, y < -.5, y > .5)) if there}
 
+def geneval_objects(found, metadata):
+    """What counts as seen -> {class: its objects, the most confident first}.
+
+    found: (class, confidence, box, ...) in any order. The thresholds are GenEval's: a confidence above .3, in the counting
+    category above .9. At most 16 objects of a class; overlapping ones all count (an NMS threshold of 1).
+    """
+    threshold = .9 if metadata.get("tag") == "counting" else .3
+    objects = {}
+    for thing in sorted(found, key=lambda thing: -thing[1]):
+        name, confidence = thing[:2]
+        same = objects.setdefault(name, [])
+        if confidence > threshold and len(same) < 16:
+            same.append(thing)
+    return objects
+
+
+def geneval_placed(place, these, matched):
+    """Whether all pairs of `these` objects and those of the target entry stand in the relation that is asked for -> bool.
+
+    place: [relation, number of the target entry]; matched: the objects of each entry so far, none where it does not hold,
+    so that nothing is in place beside a target that is missing or wrong.
+    """
+    relation, target = place
+    others = matched[target]
+    return bool(others) and all(relation in geneval_relations(a[2], b[2]) for a in these for b in others)
+
+
 def geneval_verdict(found, metadata, colours):
-    """GenEval's rules -> bool: every "include" and no "exclude" of the metadata holds. Only the most confident objects, as many as are asked
-    for, are asked for colour and place. found: (class, confidence, box, ...) in any order; colours(class, objects) -> a colour for each."""
-    objects, least = {}, .9 if metadata.get("tag") == "counting" else .3
-    for o in sorted(found, key=lambda o: -o[1]):  # at most 16 of a class; overlapping ones all count (an NMS threshold of 1)
-        if o[1] > least and len(objects.setdefault(o[0], [])) < 16:
-            objects[o[0]].append(o)
+    """GenEval's rules -> bool: every "include" and no "exclude" of the metadata holds.
+
+    Only the most confident objects, as many as are asked for, are looked at, so that more of them do no harm.
+    found: as in geneval_objects; colours(class, objects) -> a colour for each.
+    """
+    objects = geneval_objects(found, metadata)
     matched = []  # the objects of each "include", none where it does not hold
     for want in metadata["include"]:
         these = objects.get(want["class"], [])[:want["count"]]
@@ -213,16 +240,43 @@ def geneval_verdict(found, metadata, colours):
         if good and "color" in want:
             good = colours(want["class"], these).count(want["color"]) == want["count"]
         if good and "position" in want:
-            relation, others = want["position"][0], matched[want["position"][1]]
-            good = bool(others) and all(relation in geneval_relations(a[2], b[2]) for a in these for b in others)
+            good = geneval_placed(want["position"], these, matched)
         matched.append(these if good else [])
-    return all(matched) and all(len(objects.get(out["class"], [])) < out["count"] for out in metadata.get("exclude", []))
+    too_many = any(len(objects.get(out["class"], [])) >= out["count"] for out in metadata.get("exclude", []))
+    return all(matched) and not too_many
+
+
+def geneval_credit(found, metadata, colours):
+    """The soft form of GenEval's rules, which rewards being nearly right -> a score of at most 1, without a lower bound.
+
+    It is the mean over all parts of all "include" entries: one for the number of objects, one for the colour and one for the
+    place where these are asked for. The number is exact, unlike the verdict's: an object too many costs as much as one too
+    few, which is why "exclude" plays no part. A wrong number makes colour and place 0, since nobody knows which objects are
+    meant. A place is one part, however many pairs of objects it is about. Arguments: as in geneval_verdict.
+    """
+    objects = geneval_objects(found, metadata)
+    parts = []
+    matched = []  # as in geneval_verdict
+    for want in metadata["include"]:
+        these = objects.get(want["class"], [])
+        asked = want["count"]
+        counted = len(these) == asked
+        of_this = [1 - abs(asked - len(these)) / asked]
+        if "color" in want:
+            right = colours(want["class"], these).count(want["color"]) if counted else 0
+            of_this.append(1 - abs(asked - right) / asked)
+        if "position" in want:
+            of_this.append(float(counted and geneval_placed(want["position"], these, matched)))
+        parts += of_this
+        matched.append(these if min(of_this) == 1 else [])
+    return sum(parts) / len(parts)
+
 
 def geneval_wrong(prompt, row):
     """What is wrong with GenEval metadata, or None."""
     include, exclude = row.get("include"), row.get("exclude", [])
     if not include or not isinstance(include, list) or not isinstance(exclude, list):
-        return 'no GenEval metadata: it needs lists, "include" and maybe "exclude", as in GenEval\'s evaluation_metadata.jsonl (or leave geneval out)'
+        return 'no GenEval metadata: it needs lists, "include" and maybe "exclude", as in GenEval\'s evaluation_metadata.jsonl (or leave geneval and geneval_soft out)'
     for i, want in enumerate(include + exclude):
         want = want if isinstance(want, dict) else {}
         place = want.get("position")
@@ -254,24 +308,54 @@ def detect(detector, images):
                 all_found[-1].append((COCO[label], confidence, (x0, y0, x1 + 1, y1 + 1), inside))
     return all_found
 
-def geneval(path, device, dtype, clip_l):
-    """GenEval: 1 where the objects that Mask2Former finds are those asked for, else 0. GenEval's rules; colours by zero-shot CLIP-L."""
+@functools.cache  # geneval and geneval_soft share one detector
+def geneval_eyes(path, device, dtype, clip_l):
+    """Detector and colour classifier -> (models, look(images) -> what `detect` finds, colours(image, class, objects) -> [colour])."""
     detector = load(transformers.Mask2FormerForUniversalSegmentation, path, torch.float32).to(device)
     model, image_features, text_features = clip(clip_l, device, dtype)
     if detector.config.num_labels != len(COCO):
         raise ValueError(f"a detector of {detector.config.num_labels} classes, not COCO's 80")
+    last = []  # the pictures that were looked at last, and what was found
+
+    def look(images):
+        if last and last[0]() is images and last[1] == images._version:
+            return last[2]  # the other of the two rewards has just asked about the same pictures
+        found = detect(detector, images)
+        last[:] = [weakref.ref(images), images._version, found]
+        return found
 
     def colours(image, name, objects):  # the object cut out on grey
-        texts = [text.format(c, name) for c in COLORS for text in ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")]
+        templates = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
+        texts = [template.format(color, name) for color in COLORS for template in templates]
         classifier = F.normalize(text_features(texts).view(len(COLORS), 3, -1).mean(1), dim=-1).to(image)
         cut = [torch.where(mask, image, .6)[None, :, y0:y1, x0:x1] for _, _, (x0, y0, x1, y1), mask in objects]
         return [COLORS[i] for i in (torch.cat([image_features(c) for c in cut]) @ classifier.T).argmax(1).tolist()]
+    return [detector, model], look, colours
+
+
+def geneval_by(rule, path, device, dtype, clip_l):
+    """GenEval's detector and colour classifier, their findings judged by rule(found, metadata, colours) -> score."""
+    models, look, colours = geneval_eyes(path, device, dtype, clip_l)
 
     def score(images, prompts, metadata):
-        right = [geneval_verdict(found, row, functools.partial(colours, x)) for x, row, found in zip(images, metadata, detect(detector, images))]
-        return torch.tensor(right, dtype=images.dtype, device=images.device)
-    score.models, score.wrong = [detector, model], geneval_wrong
+        scores = []
+        for image, row, found in zip(images, metadata, look(images)):
+            scores.append(float(rule(found, row, functools.partial(colours, image))))
+        return torch.tensor(scores, device=images.device)  # float32, as all scores are
+    score.models = models
+    score.wrong = geneval_wrong
     return score
+
+
+def geneval(path, device, dtype, clip_l):
+    """GenEval: 1 where the objects that Mask2Former finds are those asked for, else 0. GenEval's rules; colours by zero-shot CLIP-L."""
+    return geneval_by(geneval_verdict, path, device, dtype, clip_l)
+
+
+def geneval_soft(path, device, dtype, clip_l):
+    """GenEval's soft form, to train on: a picture that is nearly right scores more than one that is all wrong."""
+    return geneval_by(geneval_credit, path, device, dtype, clip_l)
+
 
 def quoted(prompt):
     """The text that a prompt wants to see written, i.e. what it has in quotes first, or None."""
@@ -383,12 +467,14 @@ REWARDS = {  # name: (loader, differentiable, where its weights are: hub name, a
     "imagereward": (imagereward, True, "zai-org/ImageReward"),  # ImageReward.pt
     "aesthetic": (aesthetic, True, "trl-lib/ddpo-aesthetic-predictor"),  # aesthetic-model.pth, which is sac+logos+ava1-l14-linearMSE.pth
     "geneval": (geneval, False, "facebook/mask2former-swin-small-coco-instance"),
+    "geneval_soft": (geneval_soft, False, "facebook/mask2former-swin-small-coco-instance"),
     "ocr": (ocr, False, ""),  # pip install rapidocr onnxruntime: the package brings its weights
     "hpsv3": (hpsv3, False, None),  # a directory that is put together by hand: see the function
     "geneval2": (geneval2, False, "Qwen/Qwen3-VL-8B-Instruct"),
     "judge": (clipscore, True, None),  # a second CLIP that nothing was trained on
     "checker": (checker, False, ""),
 }
+SAME_WEIGHTS = {"geneval_soft": "geneval"}  # a reward without a --reward_path of its own takes that of the other one
 
 def parse_weights(text):
     """"clipscore:1,checker:0.5" -> {"clipscore": 1.0, "checker": 0.5}; a name alone weighs 1. ValueError says what is wrong."""
@@ -419,8 +505,9 @@ def build(weights, device, paths=(), dtype=torch.float32, batch=0):
         raise ValueError(f"a reward path must read name=DIRECTORY (or FILE) with a name of {', '.join(REWARDS)}; got {', '.join(paths)}")
     for name, weight in weights.items():
         load, differentiable, hub = REWARDS[name]
-        place = places.get(name, hub)
-        if place is None or name in places and not os.path.exists(place):
+        given = places.get(name, places.get(SAME_WEIGHTS.get(name)))
+        place = hub if given is None else given
+        if place is None or given is not None and not os.path.exists(place):
             raise ValueError(f"reward {name}: {place or 'no directory given'}: no such directory; give --reward_path {name}=DIRECTORY")
         try:
             score = load(place, str(device), dtype, places.get("clipscore", CLIP_L))

@@ -30,11 +30,12 @@ from rewards import build, load_prompts, move, parse_weights
 
 PRESETS = {
     "sd35m": dict(pretrained="stabilityai/stable-diffusion-3.5-medium", sample_every=25),
-    "sd3m": dict(pretrained="stabilityai/stable-diffusion-3-medium-diffusers", sample_every=25),
+    "sd3m": dict(pretrained="stabilityai/stable-diffusion-3-medium-diffusers", resolution=1024, cfg=7.0, prompts_per_epoch=32, group_size=16,
+                 micro_batch=2, sample_every=25),  # micro_batch: half of SD3.5-M's, since a picture has four times the tokens
     "tiny": dict(pretrained=os.path.join(HERE, "assets/tiny"), prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"), device="auto",
-                 resolution=32, max_sequence_length=8, cfg=2.0, epochs=340, prompts_per_epoch=8, group_size=8, micro_batch=64, lr=5e-4,
-                 fake_lr=1e-3, ema=.97, ema_every=1, rewards="clipscore:1,checker:1", reward_path=[f"clipscore={HERE}/assets/tiny/clip"],
-                 det_weight=.1, dm_weight=.1, sample_every=85, save_every=85, compile=0),
+                 resolution=32, max_sequence_length=8, cfg=2.0, epochs=340, prompts_per_epoch=8, group_size=8, micro_batch=64, lr=1.6e-5,
+                 fake_lr=3.2e-5, ema=.998, ema_every=1, rewards="clipscore:1,checker:1", reward_path=[f"clipscore={HERE}/assets/tiny/clip"],
+                 det_weight=.2, dm_weight=.2, sample_every=85, save_every=85, compile=0),
 }
 PAPER = dict(PAPER_COLD, log_prob="gaussian", advantage_std="group", subset_factor=1, det_weight=1.0, dm_weight=1.0, margin=100.0, dm_steps="drawn")
 
@@ -52,7 +53,7 @@ def arguments():
     add("--lora_init_std", type=float, default=1.0, help="std of a fresh adapter's A; stage 1's is 1/rank")
     add("--ema", type=float, default=.9, help="decay of the generator's average, applied 16 times; see `average_decay`")
     add("--ema_every", type=int, default=8, help="update the average every so many epochs")
-    add("--rewards", default="clipscore:1,pickscore:1,hpsv2:1,geneval:1", help="name:weight,... (see rewards.py)")
+    add("--rewards", default="clipscore:1,pickscore:1,hpsv2:1,geneval_soft:1", help="name:weight,... (see rewards.py)")
     add("--reward_path", action="append", default=[], metavar="NAME=PATH", help="local directory or file of a reward's model")
     add("--reward_dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the reward models; scores are float32")
     add("--reward_batch", type=int, default=0, help="pictures a reward model looks at at once, with gradient then computed twice; 0: micro_batch")
