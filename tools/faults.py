@@ -565,6 +565,26 @@ STAGE_2_MATHEMATICS = [
 
 STAGE_2 = [
     Fault(
+        "stage 2: shift is ignored in training",
+        "levels, negative = sigmas(K, args.shift)",
+        "levels, negative = sigmas(K)",
+    ),
+    Fault(
+        "stage 2: shift is ignored in held-out pictures",
+        "sigmas(args.num_steps, args.shift), torch.zeros(",
+        "sigmas(args.num_steps), torch.zeros(",
+    ),
+    Fault(
+        "stage 2: the seed does not reach the noise",
+        "generator(device, args.seed, epoch)",
+        "generator(device, epoch)",
+    ),
+    Fault(
+        "stage 2: the seed does not reach the shared noise",
+        "device, args.seed, epoch, k) for k",
+        "device, 0, epoch, k) for k",
+    ),
+    Fault(
         "stage 2: S holds the deterministic step",
         "rng.sample(range(K - 1), M)",
         "rng.sample(range(1, K), M)",
@@ -1282,8 +1302,8 @@ REWARDS = [
     ),
     Fault(
         "rewards: GenEval ignores what must not be there",
-        '< out["count"] for out in',
-        "< 99 for out in",
+        '>= out["count"] for out in',
+        ">= 99 for out in",
     ),
     Fault(
         "rewards: GenEval's left is right",
@@ -1307,8 +1327,8 @@ REWARDS = [
     ),
     Fault(
         "rewards: the least confident objects are asked",
-        "key=lambda o: -o[1]):",
-        "key=lambda o: o[1]):",
+        "key=lambda thing: -thing[1]",
+        "key=lambda thing: thing[1]",
     ),
     Fault(
         "rewards: ocr's edit distance starts at 0", "row, last = [i], row", "row, last = [0], row"
@@ -1339,7 +1359,41 @@ REWARDS = [
         '"clipscore": (clipscore, True, CLIP_L)',
         '"clipscore": (clipscore, False, CLIP_L)',
     ),
-    Fault("rewards: --reward_path is ignored", "place = places.get(name, hub)", "place = hub"),
+    Fault("rewards: --reward_path is ignored", "hub if given is None else given", "hub"),
+    Fault(
+        "rewards: geneval_soft counts up to what is asked",
+        "1 - abs(asked - len(these)) / asked]",
+        "1 - max(0, asked - len(these)) / asked]",
+    ),
+    Fault(
+        "rewards: geneval_soft is bounded below",
+        "1 - abs(asked - len(these)) / asked]",
+        "max(0, 1 - abs(asked - len(these)) / asked)]",
+    ),
+    Fault(
+        "rewards: geneval_soft asks for colours where the number is wrong",
+        '(want["color"]) if counted else 0',
+        '(want["color"])',
+    ),
+    Fault(
+        "rewards: geneval_soft asks for places where the number is wrong",
+        "float(counted and geneval_placed(",
+        "float(geneval_placed(",
+    ),
+    Fault("rewards: geneval_soft is a sum", "return sum(parts) / len(parts)", "return sum(parts)"),
+    Fault(
+        "rewards: geneval_soft is a mean over entries",
+        "parts += of_this",
+        "parts.append(sum(of_this) / len(of_this))",
+    ),
+    Fault(
+        "rewards: geneval_soft takes a wrong target", "these if min(of_this) == 1 else []", "these"
+    ),
+    Fault(
+        "rewards: geneval_soft is GenEval's verdict",
+        "of_this = [1 - abs(asked - len(these)) / asked]",
+        "of_this = [float(counted)]",
+    ),
     Fault(
         "rewards: every weight is 1",
         "rewards.append(ready(score, name, weight,",
