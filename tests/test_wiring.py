@@ -92,7 +92,7 @@ def test_shift_reaches_the_held_out_pictures(tmp_path, monkeypatch):
 def test_stage_2_averages_the_weights_of_the_epoch_before_with_the_releases_decay(
     cold, tmp_path, monkeypatch
 ):
-    """The decay is played by .25, at which a swap shows; an update that is skipped stops nothing."""
+    """The decay is played by .25, at which a swap shows; a skipped update stops nothing."""
     asked, after = [], []
     real_update = rtdmd_rl.update
 
@@ -191,6 +191,24 @@ def draw_held_out(folder, prompts, shift=3.0):
 def test_held_out_pictures_of_one_prompt_have_seeds_of_their_own(tmp_path):
     one, other = draw_held_out(tmp_path, ["a circle", "a circle"])
     assert (one - other).abs().max() > 0.01
+
+
+def test_previews_show_the_adapters_that_they_are_asked_for(tmp_path):
+    args = tiny_args(num_steps=4, shift=3.0, eta=0.9, out_dir=str(tmp_path))
+    (tmp_path / "samples").mkdir()
+    pipe = cold_start.load_pipeline(args, CPU)
+    cold_start.add_adapter(pipe.transformer, "generator", args)
+    for p in cold_start.adapter(pipe.transformer, "generator").values():
+        torch.nn.init.constant_(p.data, 0.1)
+    encode = cold_start.text_encoder(pipe, args)
+    rows = [{"prompt": "a circle"}, {"prompt": "a red square"}]
+    for name, adapters in (("base", []), ("again", []), ("generator", ["generator"])):
+        cold_start.preview(pipe, adapters, encode, rows, args, name)
+    base, again, generator = (
+        (tmp_path / f"samples/{name}.png").read_bytes() for name in ("base", "again", "generator")
+    )
+    assert base == again
+    assert base != generator
 
 
 # ---- text, adapters, rewards

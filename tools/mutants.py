@@ -38,7 +38,8 @@ NOT_COPIED = (".git", ".venv", "out", "assets", "__pycache__", ".pytest_cache")
 # has a fault in their place, whatever the fault does.
 LEFT_OUT = (
     "signal or killed or several_processes or ablations or compiled or real_command_line or full_disk"
-    " or rounding_of_the_processor or bench or hacking or flipped_bit or the_diff_of or readme"
+    " or rounding_of_the_processor or bench or hacking or flipped_bit or the_diff_of"
+    " or readme"
 )
 
 
