@@ -26,7 +26,7 @@ ablations: .venv/done
 	touch $@
 
 test: .venv/optional
-	.venv/bin/python -m pytest -q -n 2 test_smoke.py
+	.venv/bin/python -m pytest -q -n 2 test_smoke.py tests
 
 clean:
 	rm -rf out .venv __pycache__

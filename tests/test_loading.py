@@ -84,8 +84,8 @@ def random_lora(seed=0, rank=RANK, modules=None, dtype=torch.float32):
     for module in modules or USUAL:
         r = rank[module] if isinstance(rank, dict) else rank
         linear = base().get_submodule(module)
-        A = torch.randn(r, linear.in_features, generator=g) * 0.1
-        B = torch.randn(linear.out_features, r, generator=g) * 0.1
+        A = torch.randn(r, linear.in_features, generator=g) * 0.3
+        B = torch.randn(linear.out_features, r, generator=g) * 0.3
         lora[module] = (A.to(dtype), B.to(dtype))
     return lora
 
@@ -134,7 +134,7 @@ def loaded(cold_start="", rtdmd="", lora_alpha=None):
 def same(one, two):
     """To float32's rounding, and not because both did nothing."""
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4 * two.abs().max().item())
-    assert (two - velocity(fresh())).abs().max() > 0.05 * two.abs().max()
+    assert (two - velocity(fresh())).abs().max() > 0.02 * two.abs().max()
 
 
 def differ(one, two):
@@ -202,8 +202,9 @@ def test_modules_and_ranks_are_the_files(tmp_path, modules, capsys):
     same(loaded(write(tmp_path / "a.pt", tensors_of(lora)), lora_alpha=6), merged((lora, 6)))
     left_out = [module for module in USUAL if module not in modules]
     said = capsys.readouterr().err
-    assert (f"leaves {len(left_out)} of the usual {len(USUAL)} as they are, first: {left_out[0]}" in said) == bool(left_out)
     assert said.count("\n") == bool(left_out)
+    if left_out:
+        assert f"leaves {len(left_out)} of the usual {len(USUAL)} as they are, first: {left_out[0]}" in said
 
 
 # ---- alpha ---------------------------------------------------------------------------------------------
@@ -280,8 +281,8 @@ def test_the_two_stages_keep_their_own_alphas(tmp_path):
     [
         {},
         {"use_rslora": True},
-        {"rank_pattern": {"attn.to_q": 3}, "alpha_pattern": {"blocks.1.attn.to_k": 5}},
-        {"target_modules": ["to_q", "to_k", "proj"]},
+        {"rank_pattern": {"attn.to_q": 3}, "alpha_pattern": {"1.attn.to_k": 5}},
+        {"target_modules": ["to_q", "to_k", "to_out.0"]},
     ],
     ids=["plain", "rslora", "patterns", "short names"],
 )
@@ -292,7 +293,7 @@ def test_what_peft_saves_computes_here_what_it_computes_in_peft(tmp_path, option
     g = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
         if ".lora_" in name:
-            p.data = torch.randn(p.shape, generator=g) * 0.1
+            p.data = torch.randn(p.shape, generator=g) * 0.3
     with torch.no_grad():
         inputs = {"encoder_hidden_states": TEXT[0], "pooled_projections": TEXT[1], "timestep": torch.full((2,), 750.0)}
         theirs = model(X, **inputs, return_dict=False)[0]
@@ -609,7 +610,7 @@ def test_stage_2_freezes_stage_1_as_its_files_are_and_trains_what_its_flags_say(
         loras[file] = {}
         for module in modules:
             linear = plain.get_submodule(module)
-            A = torch.randn(2, linear.in_features, generator=g) * 0.1
+            A = torch.randn(2, linear.in_features, generator=g) * 0.3
             loras[file][module] = (A, torch.randn(linear.out_features, 2, generator=g) * 0.1)
         write(tmp_path / "checkpoint-7" / file, tensors_of(loras[file], "module."))
     (tmp_path / "checkpoint-7/adapter_config.json").write_text('{"r": 2, "lora_alpha": 8}')
