@@ -271,7 +271,7 @@ def make_parser(description, presets, out_dir, paper):
     add("--dm_gradient", choices=("transition", "score"), default="transition", help="AC-DMD's gradient: difference of two CPS transitions over "
         "their mean size, or the paper's difference of scores, read as the KL's own gradient, summed over elements")
     add("--lora_rank", type=int, default=32, help="rank of the adapters")
-    add("--lora_alpha", type=float, default=64, help="alpha of the adapters; their product is scaled by alpha / rank")
+    add("--lora_alpha", type=float, default=64, help="alpha of the new adapters; their product is scaled by alpha / rank")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
     add("--max_skipped", type=int, default=20, help="stop after so many updates in a row with a loss or gradient that is not finite")
     add("--gradient_checkpointing", action="store_true", help="trade a third of the speed for most of the activations' memory")
