@@ -1294,6 +1294,7 @@ def bad(run, tmp_path_factory):
         (t / name).write_bytes(content)
     torch.save(code, t / "prompts.txt")
     weights = random_adapter(t / "good/generator_ema.pt", 0)
+    (t / "good/adapter_config.json").write_text('{"r": 32, "lora_alpha": 64}')  # else its alpha would be assumed, and a line say so
     first = next(iter(weights))
     changed = lambda value: {**weights, first: value}
     for name, content in {"nokeys": {"net." + k: v for k, v in weights.items()}, "half": dict(list(weights.items())[:9]), "list": [1], "code": code,
@@ -1368,7 +1369,7 @@ INPUTS = [  # program, flags, what the one line says
     (R, "--out_dir {rl} --cold_start {cold} --resume --prompts_per_epoch 5 --eta .8", "(--eta 0.9 -> 0.8)"), (C, "--out_dir {truncated} --resume", "damaged"),
     (C, "--out_dir {code} --resume", "not a file of tensors"), (R, "--out_dir {code} --resume", "not a file of tensors"),
     (R, "--cold_start {t}/none/dir", "stage 1"), (R, "--cold_start nobody/nothing", "nobody/nothing"),
-    (R, "--cold_start {shape}", "x 3 there"), (R, "--cold_start {nokeys}", "31 of its 31 modules"), (R, "--cold_start {half}", "lora_A and no lora_B"),
+    (R, "--cold_start {shape}", "x 3 there"), (R, "--cold_start {nokeys}", "23 of its 23 modules"), (R, "--cold_start {half}", "lora_A and no lora_B"),
     (R, "--cold_start {list}", "holds no adapter"), (R, "--cold_start {truncated}", "damaged"), (R, "--cold_start {code}", "not a file of tensors"),
     (R, "--cold_start {fakecode}", "fake.pt"), (R, "--rewards beauty", "clipscore"), (R, "--rewards clipscore:much", "'much'"), (R, "--rewards ,", "unknown"),
     (R, "--rewards pickscore", "pickscore"), (R, "--rewards judge", "judge"), (R, "--reward_path clipscore={t}/none", "no such directory"),
@@ -1376,7 +1377,7 @@ INPUTS = [  # program, flags, what the one line says
     (R, "--prompts {empty}", "empty"), (S, "", "prompt"), (S, "'  '", "prompt"), (S, "cat dog", "dog"), (S, "cat --stepz 4", "--stepz"),
     (S, "--prompts {empty}", "empty"), (S, "cat --steps 0", "--steps"), (S, "cat --num_images 0", "--num_images"), (S, "cat --eta 2", "--eta"),
     (S, "cat --resolution 20", "divisible"), (S, "cat --device cuda --preset sd35m", "--preset tiny"), (S, "cat --out_dir {file}/out", "--out_dir"),
-    (S, "cat --cold_start {t}/none/dir", "none/dir"), (S, "cat --rtdmd {t}/none/dir", "none/dir"), (S, "cat --cold_start {nokeys}", "31 of its 31 modules"),
+    (S, "cat --cold_start {t}/none/dir", "none/dir"), (S, "cat --rtdmd {t}/none/dir", "none/dir"), (S, "cat --cold_start {nokeys}", "23 of its 23 modules"),
     (S, "cat --rtdmd {half}", "lora_A and no lora_B"), (S, "cat --cold_start {list}", "holds no adapter"), (S, "cat --cold_start {truncated}", "damaged"),
     (S, "cat --cold_start {code}", "not a file of tensors"), (S, "cat --rtdmd {code}", "not a file of tensors"), (S, "cat --rewards beauty", "clipscore"),
     (S, "cat --teacher --rewards checker", "checker"), (S, "cat --pretrained {halfmodel}", "halfmodel"),
@@ -2939,6 +2940,8 @@ def test_every_command_of_the_readme_parses(command, tmp_path, monkeypatch):
     script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+    elif words[:2] == ["python", "-m"]:
+        assert words[2].startswith("tools.") and (ROOT / f"{words[2].replace('.', '/')}.py").is_file()
     elif script is None:
         assert words[0] in ("source", "git", "torchrun", ".venv/bin/pip") or words[:3] == ["python3", "-m", "venv"]
     elif words[script] == "test_smoke.py":
