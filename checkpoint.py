@@ -1,11 +1,13 @@
 """What is on disk: adapter files, in every layout that a user may have.
 
-`find_weights` turns what a user names (a run, a release's checkpoint-N, an export, a peft directory, a
-file, a hub repository) into the path of one file; `read_adapter` turns that file into an `AdapterFile`.
-Nothing here knows the model: cold_start.load_adapter puts an `AdapterFile` into a transformer.
+`find_weights` turns what a user names (a run, a release's checkpoint-N, an export, a peft
+directory, a file, a hub repository) into the path of one file; `read_adapter` turns that file into
+an `AdapterFile`. Nothing here knows the model: cold_start.load_adapter puts an `AdapterFile` into a
+transformer.
 
-The published format is a flat state dict with keys as peft names them on the bare transformer, such as
-`transformer_blocks.0.attn.to_q.lora_A.default.weight`. It says neither rank (the shapes do) nor alpha.
+The published format is a flat state dict with keys as peft names them on the bare transformer, such
+as `transformer_blocks.0.attn.to_q.lora_A.default.weight`. It says neither rank (the shapes do) nor
+alpha.
 """
 
 import contextlib
@@ -21,13 +23,13 @@ import torch
 
 from common import die, note
 
-# Where the stages write unless told otherwise. These two are never taken for a hub repository: whoever
-# registered an owner named `out` would otherwise decide what is drawn in an empty folder.
+# Where the stages write unless told otherwise. These two are never taken for a hub repository:
+# whoever registered an owner named `out` would otherwise decide what is drawn in an empty folder.
 DEFAULT_PLACES = {"cold_start": "out/cold_start", "rtdmd": "out/rtdmd"}
 
-# File names in the order in which they are preferred. {stage}.safetensors is of an export of ours, and
-# comes before the folder {stage}/ of the same export because it needs no alpha. generator.pt is the
-# release's generator before averaging: better than nothing, and said.
+# File names in the order in which they are preferred. {stage}.safetensors is of an export of ours,
+# and comes before the folder {stage}/ of the same export because it needs no alpha. generator.pt is
+# the release's generator before averaging: better than nothing, and said.
 GENERATOR_NAMES = (
     "generator_ema.pt",
     "generator_ema.safetensors",
@@ -41,7 +43,8 @@ FAKE_NAMES = ("fake.pt", "fake_score_net.pt", "fake.safetensors", "fake_score_ne
 ROLE_NAMES = {"generator": GENERATOR_NAMES, "fake": FAKE_NAMES}
 CONFIG_NAME = "adapter_config.json"
 
-# What DDP, torch.compile, peft's own model class and diffusers' pipelines put before a module's name.
+# What DDP, torch.compile, peft's own model class and diffusers' pipelines put before a module's
+# name.
 PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "transformer.")
 ADAPTER_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -54,8 +57,8 @@ def find_weights(where, stage, role="generator", must=True, quiet=False):
 
     where: a file, a directory in one of the known layouts, or a hub repository owner/name. stage:
     "cold_start" or "rtdmd". role: "generator", or "fake", which is looked for beside the generator
-    alone, so that the two are of one moment. quiet: without the notes, where they were printed before.
-    Returns None, or with `must` dies with one line, where there is none.
+    alone, so that the two are of one moment. quiet: without the notes, where they were printed
+    before. Returns None, or with `must` dies with one line, where there is none.
     """
     place = where
     if not os.path.exists(where) and is_hub_id(where):
@@ -73,12 +76,12 @@ def find_weights(where, stage, role="generator", must=True, quiet=False):
 
 
 def is_hub_id(where):
-    """Whether a name that is nothing on this machine may be looked up on the hub: only if a user gave it."""
+    """Whether a name that is no path here may be looked up on the hub: never a default."""
     return HUB_ID.fullmatch(where) is not None and where not in DEFAULT_PLACES.values()
 
 
 def search(place, stage, quiet):
-    """The generator's file in a directory, or None: in it, in its folder {stage}/, in its last checkpoint-N."""
+    """The generator's file in a directory, its {stage}/ or its last checkpoint-N, or None."""
     if not os.path.isdir(place):
         return None
     names = [name.format(stage=stage) for name in GENERATOR_NAMES]
@@ -91,9 +94,8 @@ def search(place, stage, quiet):
         if checkpoints:
             # The largest N whatever it holds: an older one in its place would go unnoticed.
             if len(checkpoints) > 1 and not quiet:
-                others = len(checkpoints) - 1
                 last = os.path.basename(checkpoints[-1])
-                note(f"{folder}: {last} is taken, the last of {others + 1}; name another one to have that")
+                note(f"{folder}: {last} is taken, the last of {len(checkpoints)}")
             return first_file(checkpoints[-1], names)
     return None
 
@@ -117,7 +119,7 @@ def checkpoint_folders(folder):
 
 
 def refuse_mixed(folder):
-    """Die where a kill came between the two renames of `save_checkpoint`: the files are of two steps."""
+    """Die where a kill came between the two renames of `save_checkpoint`: files of two steps."""
     fake_waits = os.path.exists(os.path.join(folder, "fake.pt.tmp"))
     generator_waits = os.path.exists(os.path.join(folder, "generator_ema.pt.tmp"))
     if fake_waits and not generator_waits:
@@ -147,33 +149,39 @@ def what_was_sought(stage, role="generator"):
     names = ", ".join(name.format(stage=stage) for name in ROLE_NAMES[role])
     number = {"cold_start": 1, "rtdmd": 2}[stage]
     return (
-        f"looked for {names}, there and in {stage}/ and checkpoint-N/. Run stage {number} first, or name "
-        "a directory, an adapter file or a hub repository (sample.py: '' leaves it out)"
+        f"looked for {names}, there and in {stage}/ and checkpoint-N/. Run stage {number} first, "
+        "or name a directory, an adapter file or a hub repository (sample.py: '' leaves it out)"
     )
 
 
 def download(where, stage, quiet=False):
     """The local folder with a hub repository's adapter files.
 
-    Offline it is the hub's cache. A download is announced, and only what `find_weights` could take is
-    fetched. Dies with one line where there is no such repository, no permission, no network and nothing
-    cached, or nothing to take.
+    Offline it is the hub's cache. A download is announced, and only what `find_weights` could take
+    is fetched. Dies with one line where there is no such repository, no permission, no network and
+    nothing cached, or nothing to take.
     """
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    gated = f"{where} is gated: accept the licence on huggingface.co/{where}, then hf auth login"
     try:
         names = HfApi().list_repo_files(where)
     except GatedRepoError:
-        die(f"{where} is gated: accept the licence on huggingface.co/{where}, then hf auth login")
+        die(gated)
     except RepositoryNotFoundError:
-        die(f"{where}: nothing of that name on this machine, and no such repository on the hub (or log in: hf auth login)")
+        die(
+            f"{where}: nothing of that name on this machine, and no such repository on the hub "
+            "(a private one: hf auth login)"
+        )
     except Exception as e:  # no network in one of many ways: what the cache has is still good
         try:
             return snapshot_download(where, local_files_only=True)
         except Exception:
-            reason = (str(e) or repr(e)).splitlines()[0][:120]
-            die(f"{where}: nothing of that name on this machine or in the hub's cache, and the hub cannot be asked ({reason})")
+            die(
+                f"{where}: nothing of that name on this machine or in the hub's cache, "
+                f"and the hub cannot be asked ({first_line(e)})"
+            )
     wanted = takeable(names, stage)
     if not any(name.endswith((".pt", ".safetensors", ".bin")) for name in wanted):
         die(f"{where}, a hub repository, holds {shortened(names)}; {what_was_sought(stage)}")
@@ -182,13 +190,19 @@ def download(where, stage, quiet=False):
         if new and not quiet:
             note(f"downloading {shortened(new)} from huggingface.co/{where}")
         return snapshot_download(where, allow_patterns=wanted)
-    except Exception as e:  # lost network, full disk, gated files in an open repository
-        reason = (str(e) or repr(e)).splitlines()[0][:120]
-        die(f"{where}: cannot be downloaded from the hub ({reason})", status=1)
+    except GatedRepoError:  # whose list of files is open
+        die(gated)
+    except Exception as e:  # lost network, full disk
+        die(f"{where}: cannot be downloaded from the hub ({first_line(e)})", status=1)
+
+
+def first_line(error):
+    """What an exception says, short enough for one line of ours."""
+    return (str(error) or repr(error)).splitlines()[0][:120]
 
 
 def takeable(names, stage):
-    """Those of a repository's file names that `find_weights` may look at: of checkpoint-N the last alone."""
+    """The files of a repository that `find_weights` may look at: of checkpoint-N the last alone."""
     known = {name.format(stage=stage) for name in (*GENERATOR_NAMES, *FAKE_NAMES, CONFIG_NAME)}
     folders = ["", f"{stage}/"]
     for folder in list(folders):
@@ -224,7 +238,7 @@ class Alpha:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """One LoRA as a file holds it: {module: (A [rank, in], B [out, rank])} in the file's own dtype."""
+    """One LoRA as a file holds it: {module: (A [rank, in], B [out, rank])} in the file's dtype."""
 
     path: str
     weights: dict
@@ -250,9 +264,9 @@ class AdapterFile:
 
 
 def read(path, what, hint=""):
-    """torch.load of tensors and plain values alone, with the checksums verified, which it does not do.
+    """torch.load of tensors and plain values alone, with the checksums verified, as it does not.
 
-    Dies with one line, to which `hint` is added, where the file is missing, damaged or holds anything else.
+    Dies with one line, to which `hint` is added, where the file is missing, damaged or foreign.
     """
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
@@ -261,48 +275,48 @@ def read(path, what, hint=""):
     except FileNotFoundError:
         die(f"{what} {path}: no such file")
     except Exception as e:  # torch raises a dozen different ones for a damaged or foreign file
-        reason = (str(e) or "empty").splitlines()[0][:120]
-        die(f"{what} {path}: damaged, or not a file of tensors ({reason}){hint}")
+        die(f"{what} {path}: damaged, or not a file of tensors ({first_line(e)}){hint}")
 
 
 def read_tensors(path):
-    """What an adapter file holds, as it is -> (its content, its metadata); .safetensors alone have those."""
+    """What an adapter file holds -> (its content, its metadata: {} but for .safetensors)."""
     if not path.endswith(".safetensors"):
         return read(path, "adapter"), {}
     from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+            tensors = {key: file.get_tensor(key) for key in list(file.keys())}
             return tensors, file.metadata() or {}
     except Exception as e:  # foreign, cut short, missing
-        reason = (str(e) or repr(e)).splitlines()[0][:120]
-        die(f"adapter {path}: damaged, or not a file of tensors ({reason})")
+        die(f"adapter {path}: damaged, or not a file of tensors ({first_line(e)})")
 
 
 def read_adapter(path):
     """An adapter file of any of the known kinds -> AdapterFile.
 
-    Dies with one line that names what is wrong: a key that is no LoRA matrix, two adapters in one file, A
-    without B, shapes that disagree, numbers that are not finite.
+    Dies with one line that names what is wrong: a key that is no LoRA matrix, two adapters in one
+    file, A without B, shapes that disagree, numbers that are not finite.
     """
     content, metadata = read_tensors(path)
     if not isinstance(content, dict) or not any(".lora_" in str(key) for key in content):
-        die(f"{path}: holds no adapter: not one key is like transformer_blocks.0.attn.to_q.lora_A.weight")
+        example = "transformer_blocks.0.attn.to_q.lora_A.weight"
+        die(f"{path}: holds no adapter: not one key is like {example}")
     sides = {"A": {}, "B": {}}
     seen_adapters = set()
     in_diffusers_format = True
     for key, tensor in content.items():
         match = ADAPTER_KEY.fullmatch(str(key))
         if match is None or not torch.is_tensor(tensor) or not tensor.is_floating_point():
-            die(f"{path}: {key} is no LoRA matrix (lora_A or lora_B), so the file cannot be loaded as a whole")
+            die(f"{path}: {key} is no LoRA matrix (lora_A or lora_B); nothing of the file is taken")
+        side, adapter = match["side"], match["adapter"]
         module, foreign_prefix = bare_name(match["module"])
-        if module in sides[match["side"]]:
-            names = " and ".join(sorted(str(name) for name in {*seen_adapters, match["adapter"]}))
-            die(f"{path}: holds lora_{match['side']} of {module} twice (adapters: {names}); keep one of them")
-        sides[match["side"]][module] = tensor
-        seen_adapters.add(match["adapter"])
-        in_diffusers_format &= foreign_prefix.endswith("transformer.") and match["adapter"] is None
+        if module in sides[side]:
+            names = " and ".join(sorted(str(name) for name in {*seen_adapters, adapter}))
+            die(f"{path}: holds lora_{side} of {module} twice (adapters: {names}); keep one")
+        sides[side][module] = tensor
+        seen_adapters.add(adapter)
+        in_diffusers_format &= foreign_prefix.endswith("transformer.") and adapter is None
     weights = paired(path, sides["A"], sides["B"])
     return AdapterFile(path, weights, alpha_of(path, weights, metadata, in_diffusers_format))
 
@@ -328,14 +342,14 @@ def paired(path, A_of, B_of):
         for module in has:
             if module not in lacks:
                 other = "B" if side == "A" else "A"
-                die(f"{path}: {module} has its lora_{side} and no lora_{other}; the file is not whole")
+                die(f"{path}: {module} has its lora_{side} and no lora_{other}")
     for module, A in A_of.items():
         B = B_of[module]
         if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
             shapes = f"lora_A {list(A.shape)} and lora_B {list(B.shape)}"
             die(f"{path}: {module}: {shapes} are not [rank, in] and [out, rank]")
         if not (A.float().isfinite().all() and B.float().isfinite().all()):
-            die(f"{path}: {module} holds numbers that are not finite; it is of a run that went wrong")
+            die(f"{path}: {module} holds numbers that are not finite; that run went wrong")
     return {module: (A, B_of[module]) for module, A in A_of.items()}
 
 
@@ -343,9 +357,10 @@ def paired(path, A_of, B_of):
 def alpha_of(path, weights, metadata, in_diffusers_format):
     """The alpha that the file or something beside it says, or None.
 
-    In this order: the file's metadata, adapter_config.json beside it, ckpt.pt of the run that made it.
-    A file in diffusers' own format without metadata means alpha = rank: its writers put alpha into B, as
-    every export of ours does.
+    In this order: the file's metadata, adapter_config.json beside it, ckpt.pt of the run that made
+    it. A file in diffusers' own format without metadata means alpha = rank: its writers put alpha
+    into B, as every export of ours does. Dies where what says it is damaged or contradicts the
+    file.
     """
     folder = os.path.dirname(path)
     if "lora_adapter_metadata" in metadata:
@@ -353,7 +368,8 @@ def alpha_of(path, weights, metadata, in_diffusers_format):
         config = {key.removeprefix("transformer."): value for key, value in config.items()}
         return alpha_of_config(path, weights, config, "its metadata")
     if "lora_alpha" in metadata:
-        return alpha_of_config(path, weights, {"lora_alpha": metadata["lora_alpha"]}, "its metadata")
+        config = {"lora_alpha": metadata["lora_alpha"]}
+        return alpha_of_config(path, weights, config, "its metadata")
     config_path = os.path.join(folder, CONFIG_NAME)
     if os.path.exists(config_path):
         with open(config_path, encoding="utf-8", errors="replace") as file:
@@ -361,9 +377,11 @@ def alpha_of(path, weights, metadata, in_diffusers_format):
         return alpha_of_config(path, weights, config, config_path)
     for name in ("ckpt.pt", "ckpt.prev.pt"):
         # A damaged or foreign ckpt.pt is no reason to refuse the weights beside it.
+        checkpoint_path = os.path.join(folder, name)
         with contextlib.suppress(Exception):
-            saved = torch.load(os.path.join(folder, name), map_location="cpu", weights_only=True, mmap=True)
-            return Alpha(float(saved["flags"]["lora_alpha"]), os.path.join(folder, name))
+            # mapped, not read: of hundreds of megabytes one number is wanted
+            saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
+            return Alpha(float(saved["flags"]["lora_alpha"]), checkpoint_path)
     if in_diffusers_format:
         return Alpha(None, "diffusers' format, in which alpha is part of B")
     return None
@@ -381,7 +399,7 @@ def json_or_die(text, what):
 
 
 def alpha_of_config(path, weights, config, source):
-    """Alpha of peft's configuration; dies where that is of another kind of adapter, or of another rank."""
+    """Alpha of peft's configuration; dies where that is of another kind of adapter or rank."""
     try:
         alpha = float(config["lora_alpha"])
         patterns = {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()}
@@ -407,10 +425,10 @@ def pattern_value(patterns, module, default):
 
 
 def settled_alpha(file, given, assumed):
-    """The alpha to use -> Alpha: what the user gave, else what the file's surroundings say, else `assumed`.
+    """The alpha to use: the user's, else what is said in or beside the file, else `assumed`.
 
-    Says in one line where the user contradicts them, where they differ from what is usual, and where
-    nothing is known.
+    Says in one line where the user contradicts them, where they differ from what is usual, and
+    where nothing is known.
     """
     known = file.alpha
     if given is not None:
@@ -422,7 +440,10 @@ def settled_alpha(file, given, assumed):
             note(f"{file.path}: --lora_alpha {given:g} is used, though {known.source} says {known}")
         return chosen
     if known is None:
-        note(f"{file.path} does not say its alpha, nor does anything beside it: {assumed:g} is assumed (--lora_alpha)")
+        note(
+            f"{file.path} does not say its alpha, nor does anything beside it: "
+            f"{assumed:g} is assumed (--lora_alpha)"
+        )
         return Alpha(assumed, "assumed")
     if known.value != assumed or known.rslora or known.of_modules:
         note(f"{file.path}: alpha is {known}, says {known.source}")

@@ -1,4 +1,4 @@
-"""What every program here needs and what knows neither model nor method: how it ends on a user's mistake, and how it speaks."""
+"""What knows neither model nor method: how a program ends on a user's mistake, how it speaks."""
 
 import os
 import sys
@@ -12,8 +12,8 @@ def is_rank_0():
 def die(message, status=2, local=False):
     """End the program with one line on stderr and no traceback.
 
-    Exit status 2 is for bad input, 1 for a failure under way. Under torchrun only rank 0 speaks, unless
-    the trouble is `local`: one rank's alone. Raises SystemExit.
+    Exit status 2 is for bad input, 1 for a failure under way. Under torchrun only rank 0 speaks,
+    unless the trouble is `local`: one rank's alone. Raises SystemExit.
     """
     if local or is_rank_0():
         program = os.path.basename(sys.argv[0])

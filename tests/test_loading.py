@@ -1,7 +1,9 @@
-"""Adapter files as users have them: which are found, which are taken, and that what is taken does what it says.
+"""Adapter files as users have them: which are found, which are taken, and that what is taken does
+what it says.
 
-Almost every test compares the FUNCTION, the velocity that a small transformer computes, with merged weights
-W + alpha / rank B A or with plain peft: numbers in the right place under a wrong alpha would not show.
+Almost every test compares the FUNCTION, the velocity that a small transformer computes, with merged
+weights W + alpha / rank B A or with plain peft: numbers in the right place under a wrong alpha
+would not show.
 """
 
 import argparse
@@ -32,7 +34,9 @@ import rtdmd_rl
 import sample
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore::UserWarning:peft")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Already found a `peft_config`", "ignore::UserWarning:peft"
+)
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets/tiny"
 RANK = 4
@@ -115,12 +119,13 @@ def velocity(transformer, *names):
 
 
 def merged(*loras):
-    """The velocity with W + alpha / rank B A for each (lora, alpha); alpha may be {module: alpha}."""
+    """The velocity with W + alpha / rank B A for each (lora, alpha)."""
     transformer = fresh()
     for lora, alpha in loras:
         for module, (A, B) in lora.items():
-            a = alpha[module] if isinstance(alpha, dict) else alpha
-            transformer.get_submodule(module).weight.data += a / len(A) * (B.float() @ A.float())
+            transformer.get_submodule(module).weight.data += (
+                alpha / len(A) * (B.float() @ A.float())
+            )
     return velocity(transformer)
 
 
@@ -159,7 +164,8 @@ def one_line(capsys):
     return err
 
 
-# ---- one file: prefixes, names, precision, format ---------------------------------------------------
+# ---- one file: prefixes, names, precision, format
+# ---------------------------------------------------
 PREFIXES = (
     "",
     "module.",
@@ -177,7 +183,9 @@ PREFIXES = (
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("adapter", ["default", None, "student"])
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_a_file_does_the_same_under_every_prefix_name_precision_and_format(tmp_path, prefix, adapter, dtype, suffix):
+def test_a_file_does_the_same_under_every_prefix_name_precision_and_format(
+    tmp_path, prefix, adapter, dtype, suffix
+):
     lora = random_lora(dtype=dtype)
     path = write(tmp_path / f"generator_ema{suffix}", tensors_of(lora, prefix, adapter))
     # diffusers' own files have that prefix and no adapter's name, and alpha inside of B
@@ -193,7 +201,11 @@ def test_blocks_that_were_compiled_one_by_one_leave_their_mark_in_the_middle(tmp
 
 @pytest.mark.parametrize(
     "modules",
-    [USUAL[:3], [*USUAL, *matrices(".attn2.to_q", ".attn2.to_out.0")], matrices(".attn2.to_v", ".ff.net.2", "proj_out")],
+    [
+        USUAL[:3],
+        [*USUAL, *matrices(".attn2.to_q", ".attn2.to_out.0")],
+        matrices(".attn2.to_v", ".ff.net.2", "proj_out"),
+    ],
     ids=["fewer", "attn2 too", "others"],
 )
 def test_modules_and_ranks_are_the_files(tmp_path, modules, capsys):
@@ -204,10 +216,14 @@ def test_modules_and_ranks_are_the_files(tmp_path, modules, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == bool(left_out)
     if left_out:
-        assert f"leaves {len(left_out)} of the usual {len(USUAL)} as they are, first: {left_out[0]}" in said
+        assert (
+            f"leaves {len(left_out)} of the usual {len(USUAL)} as they are, first: {left_out[0]}"
+            in said
+        )
 
 
-# ---- alpha ---------------------------------------------------------------------------------------------
+# ---- alpha
+# ---------------------------------------------------------------------------------------------
 def test_alpha_that_nothing_says_is_assumed_and_said(tmp_path, capsys):
     lora = random_lora()
     same(loaded(write(tmp_path / "a.pt", tensors_of(lora))), merged((lora, 64)))
@@ -225,7 +241,11 @@ def alpha_in_config(folder, lora):
 
 def alpha_in_metadata(folder, lora):
     config = {"transformer.r": RANK, "transformer.lora_alpha": 24}
-    write(folder / "generator_ema.safetensors", tensors_of(lora), {"lora_adapter_metadata": json.dumps(config)})
+    write(
+        folder / "generator_ema.safetensors",
+        tensors_of(lora),
+        {"lora_adapter_metadata": json.dumps(config)},
+    )
     (folder / "generator_ema.pt").unlink()
 
 
@@ -234,7 +254,9 @@ def alpha_in_plain_metadata(folder, lora):
     (folder / "generator_ema.pt").unlink()
 
 
-@pytest.mark.parametrize("say", [alpha_in_ckpt, alpha_in_config, alpha_in_metadata, alpha_in_plain_metadata])
+@pytest.mark.parametrize(
+    "say", [alpha_in_ckpt, alpha_in_config, alpha_in_metadata, alpha_in_plain_metadata]
+)
 def test_alpha_is_taken_from_where_it_is_said_unless_the_flag_says_another(tmp_path, capsys, say):
     lora = random_lora()
     write(tmp_path / "generator_ema.pt", tensors_of(lora))
@@ -287,7 +309,7 @@ def test_the_two_stages_keep_their_own_alphas(tmp_path):
     ids=["plain", "rslora", "patterns", "short names"],
 )
 def test_what_peft_saves_computes_here_what_it_computes_in_peft(tmp_path, options, safe, capsys):
-    """peft's own directory, with its rank, alpha, variant and patterns; the truth is peft's own forward."""
+    """peft's own directory, with its variants and patterns; the truth is peft's own forward."""
     config = {"r": RANK, "lora_alpha": 20, "target_modules": list(cold_start.TARGETS), **options}
     model = peft.get_peft_model(copy.deepcopy(base()), peft.LoraConfig(**config))
     g = torch.Generator().manual_seed(0)
@@ -295,7 +317,11 @@ def test_what_peft_saves_computes_here_what_it_computes_in_peft(tmp_path, option
         if ".lora_" in name:
             p.data = torch.randn(p.shape, generator=g) * 0.3
     with torch.no_grad():
-        inputs = {"encoder_hidden_states": TEXT[0], "pooled_projections": TEXT[1], "timestep": torch.full((2,), 750.0)}
+        inputs = {
+            "encoder_hidden_states": TEXT[0],
+            "pooled_projections": TEXT[1],
+            "timestep": torch.full((2,), 750.0),
+        }
         theirs = model(X, **inputs, return_dict=False)[0]
     model.save_pretrained(tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
@@ -306,13 +332,32 @@ def test_what_peft_saves_computes_here_what_it_computes_in_peft(tmp_path, option
     assert "assumed" not in capsys.readouterr().err
 
 
-# ---- layouts ---------------------------------------------------------------------------------------------
+# ---- layouts
+# ---------------------------------------------------------------------------------------------
 # name: files, what the user names, stage, the file that is meant, the fake score's file
 LAYOUTS = {
     "run": (["generator_ema.pt", "fake.pt"], ".", "cold_start", "generator_ema.pt", "fake.pt"),
-    "release's names": (["generator.pt", "generator_ema.pt", "fake_score_net.pt"], ".", "cold_start", "generator_ema.pt", "fake_score_net.pt"),
-    "safetensors": (["generator_ema.safetensors", "fake_score_net.safetensors"], ".", "rtdmd", "generator_ema.safetensors", "fake_score_net.safetensors"),
-    "not averaged": (["generator.pt", "fake_score_net.pt"], ".", "rtdmd", "generator.pt", "fake_score_net.pt"),
+    "release's names": (
+        ["generator.pt", "generator_ema.pt", "fake_score_net.pt"],
+        ".",
+        "cold_start",
+        "generator_ema.pt",
+        "fake_score_net.pt",
+    ),
+    "safetensors": (
+        ["generator_ema.safetensors", "fake_score_net.safetensors"],
+        ".",
+        "rtdmd",
+        "generator_ema.safetensors",
+        "fake_score_net.safetensors",
+    ),
+    "not averaged": (
+        ["generator.pt", "fake_score_net.pt"],
+        ".",
+        "rtdmd",
+        "generator.pt",
+        "fake_score_net.pt",
+    ),
     "repository": (
         ["cold_start/generator_ema.pt", "cold_start/fake.pt", "rtdmd/generator_ema.pt"],
         ".",
@@ -320,7 +365,13 @@ LAYOUTS = {
         "cold_start/generator_ema.pt",
         "cold_start/fake.pt",
     ),
-    "repository, stage 2": (["cold_start/generator_ema.pt", "cold_start/fake.pt", "rtdmd/generator_ema.pt"], ".", "rtdmd", "rtdmd/generator_ema.pt", None),
+    "repository, stage 2": (
+        ["cold_start/generator_ema.pt", "cold_start/fake.pt", "rtdmd/generator_ema.pt"],
+        ".",
+        "rtdmd",
+        "rtdmd/generator_ema.pt",
+        None,
+    ),
     "export": (
         ["pytorch_lora_weights.safetensors", "cold_start.safetensors", "rtdmd.safetensors"],
         ".",
@@ -329,23 +380,56 @@ LAYOUTS = {
         None,
     ),
     "checkpoints": (
-        ["checkpoint-900/generator_ema.pt", "checkpoint-1000/generator_ema.pt", "checkpoint-1000/fake_score_net.pt", "checkpoint-last/generator_ema.pt"],
+        [
+            "checkpoint-900/generator_ema.pt",
+            "checkpoint-1000/generator_ema.pt",
+            "checkpoint-1000/fake_score_net.pt",
+            "checkpoint-last/generator_ema.pt",
+        ],
         ".",
         "cold_start",
         "checkpoint-1000/generator_ema.pt",
         "checkpoint-1000/fake_score_net.pt",
     ),
     "one checkpoint of several": (
-        ["checkpoint-900/generator_ema.pt", "checkpoint-1000/generator_ema.pt", "checkpoint-1000/fake.pt"],
+        [
+            "checkpoint-900/generator_ema.pt",
+            "checkpoint-1000/generator_ema.pt",
+            "checkpoint-1000/fake.pt",
+        ],
         "checkpoint-900",
         "cold_start",
         "checkpoint-900/generator_ema.pt",
         None,
     ),
-    "checkpoints in a stage's folder": (["rtdmd/checkpoint-5/generator_ema.pt"], ".", "rtdmd", "rtdmd/checkpoint-5/generator_ema.pt", None),
-    "the file": (["a/mine.pt", "a/generator_ema.pt", "a/fake.pt"], "a/mine.pt", "cold_start", "a/mine.pt", "a/fake.pt"),
-    "a safetensors file": (["a/mine.safetensors"], "a/mine.safetensors", "rtdmd", "a/mine.safetensors", None),
-    "the fake score elsewhere": (["cold_start/generator_ema.pt", "fake.pt"], ".", "cold_start", "cold_start/generator_ema.pt", None),
+    "checkpoints in a stage's folder": (
+        ["rtdmd/checkpoint-5/generator_ema.pt"],
+        ".",
+        "rtdmd",
+        "rtdmd/checkpoint-5/generator_ema.pt",
+        None,
+    ),
+    "the file": (
+        ["a/mine.pt", "a/generator_ema.pt", "a/fake.pt"],
+        "a/mine.pt",
+        "cold_start",
+        "a/mine.pt",
+        "a/fake.pt",
+    ),
+    "a safetensors file": (
+        ["a/mine.safetensors"],
+        "a/mine.safetensors",
+        "rtdmd",
+        "a/mine.safetensors",
+        None,
+    ),
+    "the fake score elsewhere": (
+        ["cold_start/generator_ema.pt", "fake.pt"],
+        ".",
+        "cold_start",
+        "cold_start/generator_ema.pt",
+        None,
+    ),
 }
 
 
@@ -369,15 +453,25 @@ def test_every_layout_is_found_and_the_fake_score_beside_its_generator(tmp_path,
     "files, where, words",
     [
         ([], ".", ["holds nothing", "generator_ema.pt", "cold_start.safetensors", "checkpoint-N"]),
-        (["rtdmd.safetensors", "notes.txt"], ".", ["holds notes.txt, rtdmd.safetensors", "looked for generator_ema.pt"]),
+        (
+            ["rtdmd.safetensors", "notes.txt"],
+            ".",
+            ["holds notes.txt, rtdmd.safetensors", "looked for generator_ema.pt"],
+        ),
         (["pytorch_lora_weights.safetensors"], ".", ["holds pytorch_lora_weights.safetensors"]),
         (["checkpoint-1/generator_ema.pt", "checkpoint-2/optimizer.pt"], ".", ["checkpoint-2"]),
         (["fake.pt"], ".", ["holds fake.pt"]),
-        ([], "nowhere/at/all", ["nowhere/at/all", "no such file or directory", "Run stage 1 first"]),
+        (
+            [],
+            "nowhere/at/all",
+            ["nowhere/at/all", "no such file or directory", "Run stage 1 first"],
+        ),
     ],
     ids=["empty", "other stage", "both in one", "last checkpoint without", "fake alone", "nowhere"],
 )
-def test_where_nothing_is_found_one_line_says_what_is_there_and_what_was_looked_for(tmp_path, capsys, files, where, words):
+def test_where_nothing_is_found_one_line_says_what_is_there_and_what_was_looked_for(
+    tmp_path, capsys, files, where, words
+):
     for file in files:
         write(tmp_path / file, tensors_of(random_lora()))
     with pytest.raises(SystemExit) as end:
@@ -386,7 +480,8 @@ def test_where_nothing_is_found_one_line_says_what_is_there_and_what_was_looked_
     assert end.value.code == 2 and all(word in line for word in words), line
 
 
-# ---- wrong files ---------------------------------------------------------------------------------------------
+# ---- wrong files
+# ---------------------------------------------------------------------------------------------
 class Code:
     """A pickle that runs code when it is loaded: it creates a file."""
 
@@ -416,25 +511,55 @@ def wrong_files():
         "a whole model": ({"proj_out.weight": torch.ones(2)}, ["holds no adapter"]),
         "B lost": (without_B, [first, "lora_A and no lora_B"]),
         "A lost": (without_A, [first, "lora_B and no lora_A"]),
-        "a stray matrix": (changed(**{"proj_out.weight": torch.ones(2, 2)}), ["proj_out.weight is no LoRA"]),
-        "dora": (changed(**{f"{first}.lora_magnitude_vector": torch.ones(2)}), ["lora_magnitude_vector is no LoRA"]),
+        "a stray matrix": (
+            changed(**{"proj_out.weight": torch.ones(2, 2)}),
+            ["proj_out.weight is no LoRA"],
+        ),
+        "dora": (
+            changed(**{f"{first}.lora_magnitude_vector": torch.ones(2)}),
+            ["lora_magnitude_vector is no LoRA"],
+        ),
         "a bias": (changed(**{f"{first}.lora_B.bias": torch.ones(2)}), ["lora_B.bias is no LoRA"]),
         "a number": (changed(**{A: 3}), [A, "no LoRA"]),
         "integers": (changed(**{A: torch.ones(RANK, in_, dtype=torch.int8)}), [A, "no LoRA"]),
         "nan": (changed(**{A: torch.full((RANK, in_), math.nan)}), [first, "not finite"]),
-        "infinity": (changed(**{B: torch.full((out, RANK), math.inf, dtype=torch.bfloat16)}), [first, "not finite"]),
-        "ranks disagree": (changed(**{A: torch.ones(RANK + 1, in_)}), [first, f"lora_A [{RANK + 1}, {in_}]"]),
+        "infinity": (
+            changed(**{B: torch.full((out, RANK), math.inf, dtype=torch.bfloat16)}),
+            [first, "not finite"],
+        ),
+        "ranks disagree": (
+            changed(**{A: torch.ones(RANK + 1, in_)}),
+            [first, f"lora_A [{RANK + 1}, {in_}]"],
+        ),
         "no matrix": (changed(**{A: torch.ones(RANK, in_, 1, 1)}), [first, "are not [rank, in]"]),
-        "rank 0": (changed(**{A: torch.ones(0, in_), B: torch.ones(out, 0)}), [first, "are not [rank, in]"]),
-        "too wide": (changed(**{A: torch.ones(RANK, in_ + 1)}), [first, f"is {out} x {in_ + 1} there and {out} x {in_} in this"]),
-        "too high": (changed(**{B: torch.ones(out + 1, RANK)}), [first, f"is {out + 1} x {in_} there"]),
+        "rank 0": (
+            changed(**{A: torch.ones(0, in_), B: torch.ones(out, 0)}),
+            [first, "are not [rank, in]"],
+        ),
+        "too wide": (
+            changed(**{A: torch.ones(RANK, in_ + 1)}),
+            [first, f"is {out} x {in_ + 1} there and {out} x {in_} in this"],
+        ),
+        "too high": (
+            changed(**{B: torch.ones(out + 1, RANK)}),
+            [first, f"is {out + 1} x {in_} there"],
+        ),
         "another model's": (
             changed(**tensors_of({"transformer_blocks.77.attn.to_q": lora[first]})),
             [f"1 of its {len(lora) + 1} modules", "transformer_blocks.77.attn.to_q"],
         ),
-        "text encoder's": (changed(**tensors_of({"text_encoder.layers.0.q_proj": lora[first]})), ["text_encoder.layers.0"]),
-        "not a matrix of the model": (changed(**tensors_of({"pos_embed.proj": lora[first]})), ["pos_embed.proj"]),
-        "two adapters": ({**good, **tensors_of(lora, adapter="fake")}, ["twice", "default and fake"]),
+        "text encoder's": (
+            changed(**tensors_of({"text_encoder.layers.0.q_proj": lora[first]})),
+            ["text_encoder.layers.0"],
+        ),
+        "not a matrix of the model": (
+            changed(**tensors_of({"pos_embed.proj": lora[first]})),
+            ["pos_embed.proj"],
+        ),
+        "two adapters": (
+            {**good, **tensors_of(lora, adapter="fake")},
+            ["twice", "default and fake"],
+        ),
         "two prefixes": ({**good, **tensors_of(lora, "module.")}, ["twice"]),
     }
 
@@ -447,12 +572,26 @@ def refused(folder, out, capsys, words):
     pipe = SimpleNamespace(transformer=fresh())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "load_pipeline", lambda *_: pipe)
-        flags = ["a circle", "--preset", "tiny", "--device", "cpu", "--lora_alpha", 8, "--rtdmd", "", "--cold_start", folder]
+        flags = [
+            "a circle",
+            "--preset",
+            "tiny",
+            "--device",
+            "cpu",
+            "--lora_alpha",
+            8,
+            "--rtdmd",
+            "",
+            "--cold_start",
+            folder,
+        ]
         status = program(sample.main, *flags, "--out_dir", out)
     line = one_line(capsys)
     assert status == 2 and all(word in line for word in words), line
     assert not [path for path in out.rglob("*") if path.is_file()]
-    assert not pipe.transformer.lora_layers and not hasattr(pipe.transformer, "peft_config")  # nothing in part
+    assert not pipe.transformer.lora_layers and not hasattr(
+        pipe.transformer, "peft_config"
+    )  # nothing in part
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -468,7 +607,11 @@ def test_a_damaged_file_or_one_with_code_is_one_line(tmp_path, capsys):
     path = tmp_path / "in/generator_ema.pt"
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
-    for content, words in ((flipped, ["a checksum is wrong"]), (whole[:3000], ["damaged"]), (b"", ["damaged"])):
+    for content, words in (
+        (flipped, ["a checksum is wrong"]),
+        (whole[:3000], ["damaged"]),
+        (b"", ["damaged"]),
+    ):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
         refused(tmp_path / "in", tmp_path / "out", capsys, [str(path), *words])
@@ -488,7 +631,10 @@ def test_a_damaged_file_or_one_with_code_is_one_line(tmp_path, capsys):
         ("[4, 64]", ["adapter_config.json is no JSON object"]),
         ('{"r": 4}', ["does not say a usable lora_alpha"]),
         ('{"r": 8, "lora_alpha": 64}', ["has rank 4, but", "says 8"]),
-        ('{"r": 4, "rank_pattern": {"attn.to_k": 8}, "lora_alpha": 64}', ["attn.to_k has rank 4, but", "says 8"]),
+        (
+            '{"r": 4, "rank_pattern": {"attn.to_k": 8}, "lora_alpha": 64}',
+            ["attn.to_k has rank 4, but", "says 8"],
+        ),
         ('{"r": 4, "lora_alpha": 64, "peft_type": "LOHA"}', ["no plain LoRA"]),
         ('{"r": 4, "lora_alpha": 64, "use_dora": true}', ["no plain LoRA"]),
     ],
@@ -506,10 +652,15 @@ def test_files_of_two_steps_are_refused(tmp_path, capsys):
     refused(tmp_path / "in/generator_ema.pt", tmp_path / "out", capsys, ["different steps"])
 
 
-# ---- several adapters at once ----------------------------------------------------------------------------------
+# ---- several adapters at once
+# ----------------------------------------------------------------------------------
 def test_adapters_of_different_modules_are_stacked_and_each_matrix_has_those_it_has(tmp_path):
     one = random_lora(1, rank=2, modules=USUAL[::2])
-    two = random_lora(2, rank={m: 1 + i % 3 for i, m in enumerate([*USUAL[1:], *matrices(".attn2.to_q")])}, modules=[*USUAL[1:], *matrices(".attn2.to_q")])
+    two = random_lora(
+        2,
+        rank={m: 1 + i % 3 for i, m in enumerate([*USUAL[1:], *matrices(".attn2.to_q")])},
+        modules=[*USUAL[1:], *matrices(".attn2.to_q")],
+    )
     for name, lora in (("one", one), ("two", two)):
         write(tmp_path / name / "generator_ema.pt", tensors_of(lora))
     both = loaded(tmp_path / "one", tmp_path / "two", lora_alpha=6)
@@ -517,7 +668,9 @@ def test_adapters_of_different_modules_are_stacked_and_each_matrix_has_those_it_
     differ(both, merged((two, 6)))
     # one role alone, and none, on matrices that carry both
     pipe = SimpleNamespace(transformer=fresh())
-    args = SimpleNamespace(cold_start=str(tmp_path / "one"), rtdmd=str(tmp_path / "two"), lora_alpha=6)
+    args = SimpleNamespace(
+        cold_start=str(tmp_path / "one"), rtdmd=str(tmp_path / "two"), lora_alpha=6
+    )
     first, second = sample.load_generator(pipe, args)
     same(velocity(pipe.transformer, first), merged((one, 6)))
     same(velocity(pipe.transformer, second), merged((two, 6)))
@@ -528,82 +681,128 @@ def test_adapters_of_different_modules_and_ranks_are_exported_as_one(tmp_path):
     """diffusers' own loader is the witness."""
     one = random_lora(1, rank=2, modules=USUAL[::2])
     two = random_lora(2, rank={m: 1 + i % 3 for i, m in enumerate(USUAL[1:])}, modules=USUAL[1:])
-    pipe = SimpleNamespace(transformer=fresh(), save_lora_weights=StableDiffusion3Pipeline.save_lora_weights)
+    pipe = SimpleNamespace(
+        transformer=fresh(), save_lora_weights=StableDiffusion3Pipeline.save_lora_weights
+    )
     for name, lora, alpha in (("one", one, 6), ("two", two, 9)):
-        cold_start.load_adapter(pipe.transformer, name, str(write(tmp_path / f"{name}.pt", tensors_of(lora))), given_alpha=alpha)
+        cold_start.load_adapter(
+            pipe.transformer,
+            name,
+            str(write(tmp_path / f"{name}.pt", tensors_of(lora))),
+            given_alpha=alpha,
+        )
     export.save_for_diffusers(pipe, str(tmp_path), ["one", "two"])
     exported = load_file(tmp_path / "pytorch_lora_weights.safetensors")
-    assert len({min(t.shape) for t in exported.values()}) == 1  # one rank: older loaders know no other kind
+    assert (
+        len({min(t.shape) for t in exported.values()}) == 1
+    )  # one rank: older loaders know no other kind
     truth = merged((one, 6), (two, 9))
     theirs = copy.deepcopy(base())
-    theirs.load_lora_adapter(str(tmp_path), weight_name="pytorch_lora_weights.safetensors", prefix="transformer")
+    theirs.load_lora_adapter(
+        str(tmp_path), weight_name="pytorch_lora_weights.safetensors", prefix="transformer"
+    )
     same(velocity_of_plain(theirs), truth)
-    bare = {key: tensor for key, tensor in exported.items()}  # the same without metadata, as older versions of ours
+    # the same without metadata, as older versions of ours wrote it
     theirs = copy.deepcopy(base())
-    theirs.load_lora_adapter(bare, prefix="transformer")
+    theirs.load_lora_adapter(dict(exported), prefix="transformer")
     same(velocity_of_plain(theirs), truth)
 
 
 def velocity_of_plain(transformer):
     """Without anything of ours."""
     with torch.no_grad():
-        inputs = {"encoder_hidden_states": TEXT[0], "pooled_projections": TEXT[1], "timestep": torch.full((2,), 750.0)}
+        inputs = {
+            "encoder_hidden_states": TEXT[0],
+            "pooled_projections": TEXT[1],
+            "timestep": torch.full((2,), 750.0),
+        }
         return transformer(X, **inputs, return_dict=False)[0]
 
 
-# ---- exported, then loaded ---------------------------------------------------------------------------------------
+# ---- exported, then loaded
+# ---------------------------------------------------------------------------------------
+def write_export(cold_start, rtdmd, folder):
+    """What sample.py --export writes of these two."""
+    save = StableDiffusion3Pipeline.save_lora_weights
+    pipe = SimpleNamespace(transformer=fresh(), save_lora_weights=save)
+    args = argparse.Namespace(
+        cold_start=str(cold_start),
+        rtdmd=str(rtdmd),
+        export=str(folder),
+        export_merged=None,
+        lora_alpha=None,
+        pretrained="base",
+        steps=4,
+        shift=3.0,
+        eta=0.9,
+        resolution=32,
+        max_sequence_length=8,
+    )
+    export.export(pipe, sample.load_generator(pipe, args), args, [], {})
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Two stages with ranks and alphas of their own, exported by sample.py -> folder, the truth, the two."""
+    """Two stages with ranks and alphas of their own, exported -> folder, runs, the truth."""
     t = tmp_path_factory.mktemp("exported")
-    one, two = random_lora(1, rank=2), random_lora(2, rank=8, modules=USUAL[:5], dtype=torch.bfloat16)
+    one, two = (
+        random_lora(1, rank=2),
+        random_lora(2, rank=8, modules=USUAL[:5], dtype=torch.bfloat16),
+    )
     for name, lora, alpha in (("cold_start", one, 8.0), ("rtdmd", two, 24.0)):
         write(t / "runs" / name / "generator_ema.pt", tensors_of(lora))
         torch.save({"flags": {"lora_alpha": alpha}}, t / "runs" / name / "ckpt.pt")
-    pipe = SimpleNamespace(transformer=fresh(), save_lora_weights=StableDiffusion3Pipeline.save_lora_weights)
-    args = argparse.Namespace(
-        cold_start=str(t / "runs/cold_start"), rtdmd=str(t / "runs"), lora_alpha=None, export=str(t / "out"), export_merged=None,
-        pretrained="base", steps=4, shift=3.0, eta=0.9, resolution=32, max_sequence_length=8,
-    )  # fmt: skip
-    export.export(pipe, sample.load_generator(pipe, args), args, [], {})
-    return SimpleNamespace(folder=t / "out", runs=t / "runs", one=one, two=two, truth=merged((one, 8), (two, 24)))
+    write_export(t / "runs/cold_start", t / "runs", t / "out")
+    return SimpleNamespace(
+        folder=t / "out", runs=t / "runs", one=one, two=two, truth=merged((one, 8), (two, 24))
+    )
 
 
 def test_an_export_is_taken_as_it_is_with_its_alphas(exported, capsys):
     same(loaded(exported.folder, exported.folder), exported.truth)
-    same(loaded(exported.folder / "cold_start.safetensors", exported.folder / "rtdmd.safetensors"), exported.truth)
+    same(
+        loaded(exported.folder / "cold_start.safetensors", exported.folder / "rtdmd.safetensors"),
+        exported.truth,
+    )
     same(loaded(exported.folder / "cold_start", exported.folder / "rtdmd"), exported.truth)
     same(loaded(exported.folder / "pytorch_lora_weights.safetensors"), exported.truth)
     assert "assumed" not in capsys.readouterr().err
     for name in ("cold_start", "rtdmd"):
-        file, source = exported.folder / name / "generator_ema.pt", exported.runs / name / "generator_ema.pt"
+        file, source = (
+            exported.folder / name / "generator_ema.pt",
+            exported.runs / name / "generator_ema.pt",
+        )
         assert file.read_bytes() == source.read_bytes()
 
 
 def test_an_export_made_before_alpha_was_written_into_it_is_taken_too(exported, tmp_path):
     for name in ("cold_start", "rtdmd"):
-        save_file(load_file(exported.folder / f"{name}.safetensors"), tmp_path / f"{name}.safetensors")
+        save_file(
+            load_file(exported.folder / f"{name}.safetensors"), tmp_path / f"{name}.safetensors"
+        )
         (tmp_path / name).mkdir()
         shutil.copy(exported.folder / name / "generator_ema.pt", tmp_path / name)
     same(loaded(tmp_path, tmp_path), exported.truth)
 
 
 def test_an_export_of_an_export_is_the_same(exported, tmp_path):
-    pipe = SimpleNamespace(transformer=fresh(), save_lora_weights=StableDiffusion3Pipeline.save_lora_weights)
-    args = argparse.Namespace(
-        cold_start=str(exported.folder), rtdmd=str(exported.folder / "rtdmd"), lora_alpha=None, export=str(tmp_path / "out"),
-        export_merged=None, pretrained="base", steps=4, shift=3.0, eta=0.9, resolution=32, max_sequence_length=8,
-    )  # fmt: skip
-    export.export(pipe, sample.load_generator(pipe, args), args, [], {})
+    write_export(exported.folder, exported.folder / "rtdmd", tmp_path / "out")
     same(loaded(tmp_path / "out", tmp_path / "out"), exported.truth)
     same(loaded(tmp_path / "out/cold_start", tmp_path / "out/rtdmd"), exported.truth)
 
 
-# ---- stage 2 on any of these ---------------------------------------------------------------------------------------
-def test_stage_2_freezes_stage_1_as_its_files_are_and_trains_what_its_flags_say(tmp_path, monkeypatch, capsys):
-    """Rank 2, a few modules, alpha 8, the release's names and prefix; the new adapters have rank 32 and alpha 64."""
+# ---- stage 2 on any of these
+# ---------------------------------------------------------------------------------------
+def test_stage_2_freezes_stage_1_as_its_files_are_and_trains_what_its_flags_say(
+    tmp_path, monkeypatch, capsys
+):
+    """Stage 1: rank 2, a few modules, alpha 8, the release's names. The new adapters: 32 and 64."""
     plain = SD3Transformer2DModel.from_pretrained(TINY / "transformer")
-    modules = ["transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_out.0", "transformer_blocks.1.ff.net.2"]
+    modules = [
+        "transformer_blocks.0.attn.to_q",
+        "transformer_blocks.1.attn.to_out.0",
+        "transformer_blocks.1.ff.net.2",
+    ]
     g = torch.Generator().manual_seed(0)
     loras = {}
     for file in ("generator_ema.pt", "fake_score_net.pt"):
@@ -622,11 +821,17 @@ def test_stage_2_freezes_stage_1_as_its_files_are_and_trains_what_its_flags_say(
         return pipes[-1]
 
     monkeypatch.setattr(rtdmd_rl, "load_pipeline", load_pipeline)
-    flags = "--preset tiny --device cpu --sample_every 0 --epochs 1 --prompts_per_epoch 1 --group_size 2 --rewards checker".split()
-    assert program(rtdmd_rl.main, *flags, "--cold_start", tmp_path, "--out_dir", tmp_path / "out") == 0
+    flags = ["--preset", "tiny", "--device", "cpu", "--sample_every", 0, "--rewards", "checker"]
+    flags += ["--epochs", 1, "--prompts_per_epoch", 1, "--group_size", 2]
+    assert (
+        program(rtdmd_rl.main, *flags, "--cold_start", tmp_path, "--out_dir", tmp_path / "out") == 0
+    )
     assert "has no fake" not in capsys.readouterr().out
     transformer = pipes[0].transformer
-    embeds = torch.ones(2, 8, plain.config.joint_attention_dim), torch.ones(2, plain.config.pooled_projection_dim)
+    embeds = (
+        torch.ones(2, 8, plain.config.joint_attention_dim),
+        torch.ones(2, plain.config.pooled_projection_dim),
+    )
     for name, file in (("cold_generator", "generator_ema.pt"), ("cold_fake", "fake_score_net.pt")):
         merged_one = copy.deepcopy(plain)
         for module, (A, B) in loras[file].items():
@@ -640,18 +845,25 @@ def test_stage_2_freezes_stage_1_as_its_files_are_and_trains_what_its_flags_say(
         differ(ours, untouched)
         assert all(not p.requires_grad for p in cold_start.adapter(transformer, name).values())
     new = torch.load(tmp_path / "out/generator_ema.pt", weights_only=True)
-    usual = [n for n, m in plain.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(tuple("." + t for t in cold_start.TARGETS))]
+    usual = [
+        n
+        for n, m in plain.named_modules()
+        if isinstance(m, torch.nn.Linear) and n.endswith(tuple("." + t for t in cold_start.TARGETS))
+    ]
     assert {key.partition(".lora_")[0] for key in new} == set(usual)
     assert {tensor.shape[0] for key, tensor in new.items() if "lora_A" in key} == {32}
     assert transformer.get_submodule(usual[0]).scaling["generator"] == 2
 
 
-# ---- the hub: only where the user names it ----------------------------------------------------------------------------
+# ---- the hub: only where the user names it
+# ----------------------------------------------------------------------------
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A hub with one repository -> its record of calls; the machine is an empty folder."""
     monkeypatch.chdir(tmp_path)
-    record = SimpleNamespace(asked=[], fetched=[], files=["cold_start/generator_ema.pt"], error=None)
+    record = SimpleNamespace(
+        asked=[], fetched=[], files=["cold_start/generator_ema.pt"], error=None
+    )
     lora = random_lora()
 
     def list_repo_files(self, repo):
@@ -673,15 +885,27 @@ def hub(monkeypatch, tmp_path):
     return record
 
 
-@pytest.mark.parametrize("main, flags", [(sample.main, ["a circle"]), (sample.main, ["a circle", "--cold_start", ""]), (rtdmd_rl.main, [])], ids=str)
+@pytest.mark.parametrize(
+    "main, flags",
+    [
+        (sample.main, ["a circle"]),
+        (sample.main, ["a circle", "--cold_start", ""]),
+        (rtdmd_rl.main, []),
+    ],
+    ids=str,
+)
 def test_a_default_is_never_looked_up_on_the_hub(hub, capsys, main, flags, monkeypatch):
-    monkeypatch.setattr(sys.modules[main.__module__], "load_pipeline", lambda *_: cold_start.load_pipeline(*_))
+    monkeypatch.setattr(
+        sys.modules[main.__module__], "load_pipeline", lambda *_: cold_start.load_pipeline(*_)
+    )
     assert program(main, *flags, "--preset", "tiny", "--device", "cpu", "--out_dir", "made") == 2
     line = one_line(capsys)
     assert "no such file or directory" in line and "out/" in line and hub.asked == hub.fetched == []
 
 
-@pytest.mark.parametrize("where", ["./runs/mine", "a/b/c", "runs/mine/", "mine", "/runs/mine", "~/mine", "../runs"])
+@pytest.mark.parametrize(
+    "where", ["./runs/mine", "a/b/c", "runs/mine/", "mine", "/runs/mine", "~/mine", "../runs"]
+)
 def test_what_can_only_be_a_path_is_never_looked_up_on_the_hub(hub, capsys, where):
     with pytest.raises(SystemExit):
         checkpoint.find_weights(where, "cold_start")
@@ -689,12 +913,22 @@ def test_what_can_only_be_a_path_is_never_looked_up_on_the_hub(hub, capsys, wher
 
 
 def test_a_repository_that_the_user_names_is_downloaded_and_that_is_said(hub, capsys):
-    hub.files = ["README.md", "cold_start/generator_ema.pt", "cold_start/ckpt.pt", "rtdmd/generator_ema.pt"]
+    hub.files = [
+        "README.md",
+        "cold_start/generator_ema.pt",
+        "cold_start/ckpt.pt",
+        "rtdmd/generator_ema.pt",
+    ]
     hub.files += ["cold_start/checkpoint-9/fake.pt", "cold_start/checkpoint-10/fake.pt"]
     same(loaded("owner/name", lora_alpha=8), hub.truth)
-    assert hub.fetched == [("owner/name", ["cold_start/generator_ema.pt", "cold_start/checkpoint-10/fake.pt"], False)]
+    assert hub.fetched == [
+        ("owner/name", ["cold_start/generator_ema.pt", "cold_start/checkpoint-10/fake.pt"], False)
+    ]
     line = one_line(capsys)
-    assert "downloading cold_start/generator_ema.pt, cold_start/checkpoint-10/fake.pt from huggingface.co/owner/name" in line
+    assert (
+        "downloading cold_start/generator_ema.pt, cold_start/checkpoint-10/fake.pt "
+        "from huggingface.co/owner/name" in line
+    )
 
 
 def test_what_is_in_the_cache_is_not_announced_as_a_download(hub, capsys, monkeypatch):
@@ -710,9 +944,11 @@ def response(kind, message):
 
 
 def test_a_repository_that_cannot_be_had_is_one_line(hub, capsys, monkeypatch):
+    gated = response(GatedRepoError, "403 long story")
+    missing = response(RepositoryNotFoundError, "404 long story")
     for error, words in (
-        (response(GatedRepoError, "403 long story"), ["owner/name is gated", "hf auth login"]),
-        (response(RepositoryNotFoundError, "404 long story"), ["owner/name", "no such repository"]),
+        (gated, ["owner/name is gated", "hf auth login"]),
+        (missing, ["owner/name", "no such repository"]),
     ):
         hub.error = error
         with pytest.raises(SystemExit) as end:
@@ -723,6 +959,15 @@ def test_a_repository_that_cannot_be_had_is_one_line(hub, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         checkpoint.find_weights("owner/name", "cold_start")
     assert "holds README.md, model.bin.index.json" in one_line(capsys) and hub.fetched == []
+
+    def refuse(repo, **_):
+        raise gated
+
+    hub.files = ["cold_start/generator_ema.pt"]  # a list that anyone may read, of files that not
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(SystemExit) as end:
+        checkpoint.find_weights("owner/name", "cold_start", quiet=True)
+    assert "owner/name is gated" in one_line(capsys) and end.value.code == 2
 
 
 def test_offline_the_cache_is_used_and_its_lack_is_one_line(tmp_path, capsys, monkeypatch):
@@ -741,7 +986,8 @@ def test_offline_the_cache_is_used_and_its_lack_is_one_line(tmp_path, capsys, mo
     assert capsys.readouterr().err == ""
 
 
-# ---- python -m tools.inspect_adapter -------------------------------------------------------------------------------------
+# ---- python -m tools.inspect_adapter
+# -------------------------------------------------------------------------------------
 def inspected(where):
     command = [sys.executable, "-m", "tools.inspect_adapter", str(where)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -750,7 +996,9 @@ def inspected(where):
 
 def published_like(std, largest_B):
     """A file as the published ones are described, at a narrow width."""
-    modules = [f"transformer_blocks.{i}.{target}" for i in range(24) for target in cold_start.TARGETS]
+    modules = [
+        f"transformer_blocks.{i}.{target}" for i in range(24) for target in cold_start.TARGETS
+    ]
     modules.remove("transformer_blocks.23.attn.to_add_out")
     g = torch.Generator().manual_seed(0)
     lora = {}
@@ -767,19 +1015,42 @@ def test_inspect_says_of_every_file_what_it_holds_and_whether_the_published_ones
     status, out, err = inspected(tmp_path)
     assert status == 0 and err == ""
     blocks = out.split(str(tmp_path))[1:]
-    assert [block.splitlines()[0] for block in blocks] == ["/cold_start/generator_ema.pt", "/rtdmd/generator_ema.pt"]
+    assert [block.splitlines()[0] for block in blocks] == [
+        "/cold_start/generator_ema.pt",
+        "/rtdmd/generator_ema.pt",
+    ]
     for block in blocks:
-        assert block.count("as expected of the published files") == 6 and "published files:" not in block
+        assert (
+            block.count("as expected of the published files") == 6
+            and "published files:" not in block
+        )
         assert "191 (382 tensors)" in block and "alpha         not said" in block
     # each number wrong by itself
     lora = published_like(0.3, 0.1)
-    lora["transformer_blocks.0.attn2.to_q"] = tuple(m.float() for m in lora["transformer_blocks.0.attn.to_q"])
-    lora["transformer_blocks.0.attn.to_q"] = (torch.ones(2, 40).bfloat16(), torch.zeros(40, 2).bfloat16())
+    lora["transformer_blocks.0.attn2.to_q"] = tuple(
+        m.float() for m in lora["transformer_blocks.0.attn.to_q"]
+    )
+    lora["transformer_blocks.0.attn.to_q"] = (
+        torch.ones(2, 40).bfloat16(),
+        torch.zeros(40, 2).bfloat16(),
+    )
     write(tmp_path / "other/rtdmd/generator.pt", tensors_of(lora))
     (tmp_path / "other/rtdmd/adapter_config.json").write_text(json.dumps({"lora_alpha": 24}))
     status, out, err = inspected(tmp_path / "other")
-    assert status == 0 and err == "" and "as expected" not in out and out.count("published files:") == 6
-    for words in ("192 (384 tensors)", "attn, attn2", "2 (1 modules), 32 (191 modules)", "bfloat16, float32", "about 0.001 (rtdmd)", "alpha         24, says"):
+    assert (
+        status == 0
+        and err == ""
+        and "as expected" not in out
+        and out.count("published files:") == 6
+    )
+    for words in (
+        "192 (384 tensors)",
+        "attn, attn2",
+        "2 (1 modules), 32 (191 modules)",
+        "bfloat16, float32",
+        "about 0.001 (rtdmd)",
+        "alpha         24, says",
+    ):
         assert words in out, out
 
 
@@ -788,27 +1059,43 @@ def test_inspect_measures_what_is_there(tmp_path, capsys):
 
     lora = random_lora()
     lora[USUAL[2]][1][3, 1] = -7.5
-    found = inspect_adapter.measured(checkpoint.read_adapter(str(write(tmp_path / "a.pt", tensors_of(lora)))))
+    found = inspect_adapter.measured(
+        checkpoint.read_adapter(str(write(tmp_path / "a.pt", tensors_of(lora))))
+    )
     A = torch.cat([A.flatten() for A, _ in lora.values()])
     assert found["std_A"] == pytest.approx(A.std().item(), rel=1e-5) and found["largest_B"] == 7.5
     # the stage decides which B is expected: what fits stage 1 does not fit stage 2
-    verdicts = {stage: inspect_adapter.largest_verdict({"largest_B": 0.011}, stage)[0] for stage in ("cold_start", "rtdmd", None)}
+    verdicts = {
+        stage: inspect_adapter.largest_verdict({"largest_B": 0.011}, stage)[0]
+        for stage in ("cold_start", "rtdmd", None)
+    }
     assert verdicts == {"cold_start": True, "rtdmd": False, None: True}
 
 
 def test_inspect_finds_all_that_a_folder_has_and_refuses_in_one_line(tmp_path):
-    files = ["checkpoint-2/generator.pt", "checkpoint-2/generator_ema.pt", "checkpoint-2/fake_score_net.pt", "checkpoint-10/generator_ema.pt", "fake.pt"]
+    files = [
+        "checkpoint-2/generator.pt",
+        "checkpoint-2/generator_ema.pt",
+        "checkpoint-2/fake_score_net.pt",
+        "checkpoint-10/generator_ema.pt",
+        "fake.pt",
+    ]
     for file in files:
         write(tmp_path / file, tensors_of(random_lora()))
     out = inspected(tmp_path)[1]
-    assert sorted(line for line in out.splitlines() if line.startswith(str(tmp_path))) == sorted(str(tmp_path / file) for file in files)
+    assert sorted(line for line in out.splitlines() if line.startswith(str(tmp_path))) == sorted(
+        str(tmp_path / file) for file in files
+    )
     (tmp_path / "empty").mkdir()
-    for where, words in ((tmp_path / "empty", "holds nothing"), (tmp_path / "nowhere", "no such file or directory")):
+    for where, words in (
+        (tmp_path / "empty", "holds nothing"),
+        (tmp_path / "nowhere", "no such file or directory"),
+    ):
         status, out, err = inspected(where)
         assert (status, out, err.count("\n")) == (2, "", 1) and words in err
 
 
-# ---- who imports whom -------------------------------------------------------------------------------------------------------
+# ---- who imports whom
 def imported(path):
     """Names of the modules that a file imports, anywhere in it."""
     names = set()
@@ -824,4 +1111,8 @@ def test_common_and_checkpoint_are_below_everything_else_and_nothing_imports_too
     ours = {path.stem for path in ROOT.glob("*.py")}
     assert imported(ROOT / "common.py") & ours == set()
     assert imported(ROOT / "checkpoint.py") & ours == {"common"}
-    assert not [path.name for path in ROOT.glob("*.py") if path.name != "test_smoke.py" and "tools" in imported(path)]
+    assert not [
+        path.name
+        for path in ROOT.glob("*.py")
+        if path.name != "test_smoke.py" and "tools" in imported(path)
+    ]
