@@ -62,7 +62,7 @@ def find_weights(where, stage, role="generator", must=True, quiet=False):
     """
     place = where
     if not os.path.exists(where) and is_hub_id(where):
-        place = download(where, stage, quiet)
+        place = download(where, (stage,), quiet)
     path = place if os.path.isfile(place) else search(place, stage, quiet)
     if path is not None:
         refuse_mixed(os.path.dirname(path))
@@ -154,8 +154,8 @@ def what_was_sought(stage, role="generator"):
     )
 
 
-def download(where, stage, quiet=False):
-    """The local folder with a hub repository's adapter files.
+def download(where, stages, quiet=False):
+    """The local folder with a hub repository's adapter files of these stages.
 
     Offline it is the hub's cache. A download is announced, and only what `find_weights` could take
     is fetched. Dies with one line where there is no such repository, no permission, no network and
@@ -182,9 +182,10 @@ def download(where, stage, quiet=False):
                 f"{where}: nothing of that name on this machine or in the hub's cache, "
                 f"and the hub cannot be asked ({first_line(e)})"
             )
-    wanted = takeable(names, stage)
+    allowed = {name for stage in stages for name in takeable(names, stage)}
+    wanted = [name for name in names if name in allowed]
     if not any(name.endswith((".pt", ".safetensors", ".bin")) for name in wanted):
-        die(f"{where}, a hub repository, holds {shortened(names)}; {what_was_sought(stage)}")
+        die(f"{where}, a hub repository, holds {shortened(names)}; {what_was_sought(stages[0])}")
     try:
         new = [name for name in wanted if not isinstance(try_to_load_from_cache(where, name), str)]
         if new and not quiet:

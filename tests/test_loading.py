@@ -165,7 +165,6 @@ def one_line(capsys):
 
 
 # ---- one file: prefixes, names, precision, format
-# ---------------------------------------------------
 PREFIXES = (
     "",
     "module.",
@@ -223,7 +222,6 @@ def test_modules_and_ranks_are_the_files(tmp_path, modules, capsys):
 
 
 # ---- alpha
-# ---------------------------------------------------------------------------------------------
 def test_alpha_that_nothing_says_is_assumed_and_said(tmp_path, capsys):
     lora = random_lora()
     same(loaded(write(tmp_path / "a.pt", tensors_of(lora))), merged((lora, 64)))
@@ -333,7 +331,6 @@ def test_what_peft_saves_computes_here_what_it_computes_in_peft(tmp_path, option
 
 
 # ---- layouts
-# ---------------------------------------------------------------------------------------------
 # name: files, what the user names, stage, the file that is meant, the fake score's file
 LAYOUTS = {
     "run": (["generator_ema.pt", "fake.pt"], ".", "cold_start", "generator_ema.pt", "fake.pt"),
@@ -481,7 +478,6 @@ def test_where_nothing_is_found_one_line_says_what_is_there_and_what_was_looked_
 
 
 # ---- wrong files
-# ---------------------------------------------------------------------------------------------
 class Code:
     """A pickle that runs code when it is loaded: it creates a file."""
 
@@ -653,7 +649,6 @@ def test_files_of_two_steps_are_refused(tmp_path, capsys):
 
 
 # ---- several adapters at once
-# ----------------------------------------------------------------------------------
 def test_adapters_of_different_modules_are_stacked_and_each_matrix_has_those_it_has(tmp_path):
     one = random_lora(1, rank=2, modules=USUAL[::2])
     two = random_lora(
@@ -720,7 +715,6 @@ def velocity_of_plain(transformer):
 
 
 # ---- exported, then loaded
-# ---------------------------------------------------------------------------------------
 def write_export(cold_start, rtdmd, folder):
     """What sample.py --export writes of these two."""
     save = StableDiffusion3Pipeline.save_lora_weights
@@ -792,7 +786,6 @@ def test_an_export_of_an_export_is_the_same(exported, tmp_path):
 
 
 # ---- stage 2 on any of these
-# ---------------------------------------------------------------------------------------
 def test_stage_2_freezes_stage_1_as_its_files_are_and_trains_what_its_flags_say(
     tmp_path, monkeypatch, capsys
 ):
@@ -856,7 +849,6 @@ def test_stage_2_freezes_stage_1_as_its_files_are_and_trains_what_its_flags_say(
 
 
 # ---- the hub: only where the user names it
-# ----------------------------------------------------------------------------
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A hub with one repository -> its record of calls; the machine is an empty folder."""
@@ -987,7 +979,6 @@ def test_offline_the_cache_is_used_and_its_lack_is_one_line(tmp_path, capsys, mo
 
 
 # ---- python -m tools.inspect_adapter
-# -------------------------------------------------------------------------------------
 def inspected(where):
     command = [sys.executable, "-m", "tools.inspect_adapter", str(where)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -1093,6 +1084,15 @@ def test_inspect_finds_all_that_a_folder_has_and_refuses_in_one_line(tmp_path):
     ):
         status, out, err = inspected(where)
         assert (status, out, err.count("\n")) == (2, "", 1) and words in err
+
+
+def test_inspect_takes_a_repository_with_one_stage_alone(hub, capsys):
+    from tools import inspect_adapter
+
+    paths = inspect_adapter.adapter_files("owner/name")
+    assert [Path(path).parts[-3:] for path in paths] == [("hub", "cold_start", "generator_ema.pt")]
+    assert hub.fetched == [("owner/name", ["cold_start/generator_ema.pt"], False)]
+    assert "downloading" in one_line(capsys)
 
 
 # ---- who imports whom

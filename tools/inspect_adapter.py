@@ -53,21 +53,18 @@ def adapter_files(where):
     """Paths of all adapter files that `where` means; dies with one line where there are none."""
     if os.path.isfile(where):
         return [where]
+    place = where
     if not os.path.exists(where) and is_hub_id(where):
-        # one repository has one folder in the hub's cache, whichever stage is asked for
-        places = {download(where, stage) for stage in STAGES}
-    else:
-        places = {where}
+        place = download(where, STAGES)
     names = [name.format(stage=stage) for stage in STAGES for name in GENERATOR_NAMES]
     names += [*FAKE_NAMES, "pytorch_lora_weights.safetensors"]
     paths = []
-    for place in sorted(places):
-        for folder in (place, *(os.path.join(place, stage) for stage in STAGES)):
-            for inside in (folder, *checkpoint_folders(folder)):
-                for name in dict.fromkeys(names):
-                    path = os.path.join(inside, name)
-                    if os.path.isfile(path):
-                        paths.append(path)
+    for folder in (place, *(os.path.join(place, stage) for stage in STAGES)):
+        for inside in (folder, *checkpoint_folders(folder)):
+            for name in dict.fromkeys(names):
+                path = os.path.join(inside, name)
+                if os.path.isfile(path):
+                    paths.append(path)
     if not paths:
         there = "no such file or directory"
         if os.path.isdir(where):
