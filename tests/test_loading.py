@@ -348,6 +348,13 @@ LAYOUTS = {
         "generator_ema.safetensors",
         "fake_score_net.safetensors",
     ),
+    "the average in another format": (
+        ["generator.pt", "generator_ema.safetensors"],
+        ".",
+        "rtdmd",
+        "generator_ema.safetensors",
+        None,
+    ),
     "not averaged": (
         ["generator.pt", "fake_score_net.pt"],
         ".",
@@ -902,6 +909,21 @@ def test_what_can_only_be_a_path_is_never_looked_up_on_the_hub(hub, capsys, wher
     with pytest.raises(SystemExit):
         checkpoint.find_weights(where, "cold_start")
     assert "no such file or directory" in one_line(capsys) and hub.asked == []
+
+
+def test_a_folder_here_comes_before_a_repository_of_its_name(hub, tmp_path):
+    lora = random_lora(5)
+    write(tmp_path / "owner/name/generator_ema.pt", tensors_of(lora))
+    same(loaded("owner/name", lora_alpha=8), merged((lora, 8)))
+    assert hub.asked == []
+
+
+def test_an_empty_name_is_not_this_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "generator_ema.pt", tensors_of(random_lora()))
+    with pytest.raises(SystemExit):
+        checkpoint.find_weights("", "cold_start")
+    assert "'': no such file or directory" in one_line(capsys)
 
 
 def test_a_repository_that_the_user_names_is_downloaded_and_that_is_said(hub, capsys):
