@@ -92,7 +92,7 @@ def evaluate(pipe, encode, clips, rows, adapters, levels, eta, cfg=1.0):
 
 def load_tiny(pretrained, device, **more):
     """-> (flags, pipeline, text encoder, [CLIPScore, judge]) of the tiny model, for `evaluate`"""
-    args = SimpleNamespace(**{**PRESETS["tiny"], "pretrained": pretrained, "seed": 0, "lora_rank": 32, "lora_alpha": 64, **more})
+    args = SimpleNamespace(**{**PRESETS["tiny"], "pretrained": pretrained, "seed": 0, "lora_rank": 32, "lora_alpha": None, **more})
     pipe = load_pipeline(args, device)
     clips = build("clipscore,judge", device, [f"clipscore={pretrained}/clip", f"judge={pretrained}/judge"])
     return args, pipe, text_encoder(pipe, args), clips
@@ -412,10 +412,9 @@ def train_and_score(args, run, seed, device):
 def fake_quality(args, run, seed, device, out):
     """Train F on a frozen generator (seed 0's cold start) with one gamma -> {noise level s: relative rms error in % against the reference}."""
     device, reference = torch.device(device), place(args, "reference", 0) + "/fake.pt"
-    tiny, pipe, encode, _ = load_tiny(PRESETS["tiny"]["pretrained"], device, seed=seed, cold_start=place(args, "1", 0), rtdmd="")
+    tiny, pipe, encode, _ = load_tiny(PRESETS["tiny"]["pretrained"], device, seed=seed, cold_start=place(args, "1", 0), rtdmd="", lora_alpha=64)
     frozen, transformer, levels, rows = load_generator(pipe, tiny), pipe.transformer, sigmas(), load_prompts(PRESETS["tiny"]["prompts"])
-    for name in ("fake", "reference"):
-        add_adapter(transformer, name, tiny)
+    add_adapter(transformer, "fake", tiny)
     parameters, = train_only(transformer, "fake")
     gamma, steps = {"reference": (0, 5 * args.steps), "reference again": (0, 5 * args.steps), "fake start": (0, 0)}.get(run) or (
         float(run[5:]), -(-args.steps // 2))
@@ -444,7 +443,7 @@ def fake_quality(args, run, seed, device, out):
     if run == "reference":
         os.makedirs(out, exist_ok=True)
         torch.save({k: p.detach().cpu() for k, p in adapter(transformer, "fake").items()}, out + "/fake.pt")
-    load_adapter(transformer, "reference", reference)
+    load_adapter(transformer, "reference", reference, given_alpha=tiny.lora_alpha)
     error, size = torch.zeros(5), torch.zeros(5)
     with torch.no_grad():
         for i in range(4):
