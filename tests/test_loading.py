@@ -891,7 +891,7 @@ def hub(monkeypatch, tmp_path):
         (sample.main, ["a circle", "--cold_start", ""]),
         (rtdmd_rl.main, []),
     ],
-    ids=str,
+    ids=["sample.py", "sample.py without stage 1", "rtdmd_rl.py"],
 )
 def test_a_default_is_never_looked_up_on_the_hub(hub, capsys, main, flags, monkeypatch):
     monkeypatch.setattr(
