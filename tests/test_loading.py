@@ -15,6 +15,7 @@ import math
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -789,14 +790,16 @@ def test_an_export_has_the_published_layout_whatever_it_is_made_from(tmp_path, n
     """Ranks and alphas that differ between modules, too."""
     ranks = {module: 2 + i % 2 for i, module in enumerate(USUAL)}
     lora = random_lora(rank=ranks)
-    write(tmp_path / "in" / name, tensors_of(lora, prefix, None))
+    write(tmp_path / "in" / name, tensors_of(lora, prefix, adapter))
     config = {"lora_alpha": 8, "alpha_pattern": {"attn.to_q": 20}}
     (tmp_path / "in/adapter_config.json").write_text(json.dumps(config))
     alphas = {module: 20 if module.endswith("attn.to_q") else 8 for module in USUAL}
     truth = merged(*(({module: lora[module]}, alphas[module]) for module in USUAL))
     same(loaded(tmp_path / "in" / name), truth)
     write_export(tmp_path / "in" / name, "", tmp_path / "out")
-    content = torch.load(tmp_path / "out/cold_start/generator_ema.pt", weights_only=True)
+    published = tmp_path / "out/cold_start/generator_ema.pt"
+    assert zipfile.is_zipfile(published)  # torch.save's format, whose checksums are verified
+    content = torch.load(published, weights_only=True)
     assert set(content) == set(tensors_of(lora))
     same(loaded(tmp_path / "out"), truth)
     same(loaded(tmp_path / "out/cold_start"), truth)
