@@ -784,9 +784,10 @@ def test_an_exported_file_says_its_alpha_itself(exported):
 
 
 @pytest.mark.parametrize(
-    "name, prefix", [("a.pt", "module."), ("a.safetensors", ""), ("a.bin", "")]
+    "name, prefix, adapter",
+    [("a.pt", "module.", "default"), ("a.safetensors", "", "default"), ("a.bin", "", None)],
 )
-def test_an_export_has_the_published_layout_whatever_it_is_made_from(tmp_path, name, prefix):
+def test_an_export_has_the_published_layout(tmp_path, name, prefix, adapter):
     """Ranks and alphas that differ between modules, too."""
     ranks = {module: 2 + i % 2 for i, module in enumerate(USUAL)}
     lora = random_lora(rank=ranks)
@@ -923,12 +924,9 @@ def hub(monkeypatch, tmp_path):
         (sample.main, ["a circle", "--cold_start", ""]),
         (rtdmd_rl.main, []),
     ],
-    ids=str,
+    ids=["both stages", "stage 2", "training"],
 )
-def test_a_default_is_never_looked_up_on_the_hub(hub, capsys, main, flags, monkeypatch):
-    monkeypatch.setattr(
-        sys.modules[main.__module__], "load_pipeline", lambda *_: cold_start.load_pipeline(*_)
-    )
+def test_a_default_is_never_looked_up_on_the_hub(hub, capsys, main, flags):
     assert program(main, *flags, "--preset", "tiny", "--device", "cpu", "--out_dir", "made") == 2
     line = one_line(capsys)
     assert "no such file or directory" in line and "out/" in line and hub.asked == hub.fetched == []
