@@ -26,7 +26,6 @@ import signal
 import sys
 import time
 import warnings
-import zipfile
 from datetime import timedelta
 from importlib.metadata import version
 
@@ -40,6 +39,8 @@ from transformers.utils import logging as transformers_logging
 
 warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters on one base is what we want
 
+from checkpoint import find_weights, read, read_adapter, settled_alpha
+from common import checked, die, note
 from cps import ambient_target, at_least_float32, cps_step, renoise, sigmas
 from rewards import load_prompts
 
@@ -239,20 +240,6 @@ def main():
 
 
 # ----------------------------------------------------------------------------- 3. plumbing, shared with stage 2 and sample.py
-def die(message, status=2, local=False):
-    """One line on stderr, no traceback, exit status 2 for bad input, 1 for a failure under way. Under torchrun only rank 0 speaks,
-    unless the trouble is `local`: one rank's alone."""
-    if local or os.environ.get("RANK", "0") == "0":
-        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    sys.exit(status)
-
-def checked(function, *inputs):
-    """function(*inputs), its ValueError (rewards.py raises them with a line that says what to do) turned into `die`."""
-    try:
-        return function(*inputs)
-    except ValueError as e:
-        die(e)
-
 def make_parser(description, presets, out_dir, paper):
     """Parser with the flags that stage 1 and stage 2 share; the values of the preset, and with --paper those of `paper`, become defaults
     -> (parser, parser.add_argument)"""
@@ -286,7 +273,7 @@ def make_parser(description, presets, out_dir, paper):
     add("--dm_gradient", choices=("transition", "score"), default="transition", help="AC-DMD's gradient: difference of two CPS transitions over "
         "their mean size, or the paper's difference of scores, read as the KL's own gradient, summed over elements")
     add("--lora_rank", type=int, default=32, help="rank of the adapters")
-    add("--lora_alpha", type=float, default=64, help="alpha of the adapters; their product is scaled by alpha / rank")
+    add("--lora_alpha", type=float, default=64, help="alpha of the new adapters; their product is scaled by alpha / rank")
     add("--adapter_dtype", choices=("float32", "bfloat16"), default="float32", help="precision of adapters, gradients, Adam's moments and "
         "average; bfloat16 is the release's, in which updates below half a step of bf16 are lost")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
@@ -408,16 +395,69 @@ def add_adapter(transformer, name, args, init_std=None, dtype=torch.float32):
     moves by lr an update whatever its gradient, so that the weights move by lr times A.
     """
     from peft import LoraConfig
-    from peft.tuners.lora import LoraLayer
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{args.seed}/{name}".encode()).digest()[:4], "big"))  # the same on all ranks
     transformer.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian", target_modules=TARGETS), name)
-    transformer.lora_layers = [m for m in transformer.modules() if isinstance(m, LoraLayer)]
-    for layer in transformer.lora_layers:
-        layer.__class__ = lora_linear()
+    adopt_layers(transformer)
     for key, p in adapter(transformer, name).items():
         p.data = p.data.to(dtype)
         if init_std is not None and ".lora_A." in key:
             p.data *= init_std * args.lora_rank
+
+def load_adapter(transformer, name, path, given_alpha=None, assumed_alpha=64.0):
+    """Put the adapter in a file under `name`, in float32: with the file's own modules and ranks, TARGETS or not.
+
+    given_alpha: the user's own word, which wins; assumed_alpha: what is taken where nothing beside the file
+    says it. Dies with one line if a single module has no place in this transformer; says in one line which
+    of the modules that our stages train the file leaves out.
+    """
+    from peft import LoraConfig
+
+    file = read_adapter(path)
+    check_places(transformer, file)
+    alpha = settled_alpha(file, given_alpha, assumed_alpha)
+    usual = file.usual_rank
+    usual_alpha = alpha.of("", usual)
+    alphas = {module: alpha.of(module, rank) for module, rank in file.ranks.items()}
+    config = LoraConfig(
+        r=usual,
+        lora_alpha=usual_alpha,
+        rank_pattern={module: rank for module, rank in file.ranks.items() if rank != usual},
+        alpha_pattern={module: value for module, value in alphas.items() if value != usual_alpha},
+        target_modules=list(file.weights),
+    )
+    transformer.add_adapter(config, name)
+    adopt_layers(transformer)
+    for module, (A, B) in file.weights.items():
+        layer = transformer.get_submodule(module)
+        for matrix, values in ((layer.lora_A[name].weight, A), (layer.lora_B[name].weight, B)):
+            matrix.data = at_least_float32(values).to(matrix.device, copy=True)
+
+def check_places(transformer, file):
+    """Die unless every module of an AdapterFile is a matrix of this transformer, of the same shape. A note where it leaves some out."""
+    matrices = {}  # {name: [out, in]}; a matrix that has an adapter already keeps its own name
+    for module_name, module in transformer.named_modules():
+        matrix = getattr(module, "base_layer", module)
+        if isinstance(matrix, torch.nn.Linear) and ".lora_" not in module_name:
+            matrices[module_name] = list(matrix.weight.shape)
+    lost = [module for module in file.weights if module not in matrices]
+    if lost:
+        die(f"{file.path}: {len(lost)} of its {len(file.weights)} modules are not in this model, first: {lost[0]}. Is it of another model?")
+    for module, (A, B) in file.weights.items():
+        if [B.shape[0], A.shape[1]] != matrices[module]:
+            die(f"{file.path}: {module} is {B.shape[0]} x {A.shape[1]} there and {matrices[module][0]} x {matrices[module][1]} in this model. "
+                "Is it of another model?")
+    usual = [module for module in matrices if module.endswith(tuple("." + target for target in TARGETS))]
+    missing = [module for module in usual if module not in file.weights]
+    if missing:
+        note(f"{file.path} adapts {len(file.weights)} modules and leaves {len(missing)} of the usual {len(usual)} as they are, first: {missing[0]}")
+
+def adopt_layers(transformer):
+    """Give every adapted matrix our forward, and the transformer a list of them."""
+    from peft.tuners.lora import LoraLayer
+
+    transformer.lora_layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+    for layer in transformer.lora_layers:
+        layer.__class__ = lora_linear()
 
 @functools.cache
 def lora_linear():
@@ -429,13 +469,18 @@ def lora_linear():
     class LoraLinear(Linear):
         fixed = {}  # {adapters: their pair}, where it no longer changes (sample.py)
 
+        def present(self, names):
+            """Those of the adapters that this matrix has: files may adapt other matrices than our flags do."""
+            return [name for name in names if name in self.lora_A]
+
         def pair(self, names):
+            names = self.present(names)
             return (torch.cat([self.lora_A[name].weight for name in names]),
                     torch.cat([self.scaling[name] * self.lora_B[name].weight for name in names], 1))
 
         def forward(self, x):
             y, names = self.base_layer(x), self._active_adapter
-            if not names:
+            if not self.present(names):
                 return y
             A, B = self.fixed.get(tuple(names)) or self.pair(names)
             A, B = A.to(x.dtype), B.to(x.dtype)  # bf16 adapters in a float32 model; autocast rounds as before
@@ -746,17 +791,6 @@ def save_checkpoint(args, state, step):
             sync(f"{args.out_dir}/log.jsonl")  # it must not be behind the checkpoint
         write_atomically({f"{args.out_dir}/{name}": as_bytes(torch.save, thing) for name, thing in things.items()})
 
-def read(path, what, hint=""):
-    """torch.load without unpickling anything but tensors and plain values, and with the checksums verified, which it does not do."""
-    try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("a checksum is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        die(f"{what} {path}: no such file")
-    except Exception as e:  # torch raises a dozen different ones for a damaged or foreign file
-        die(f"{what} {path}: damaged, or not a file of tensors ({(str(e) or 'empty').splitlines()[0][:120]}){hint}")
-
 def load_checkpoint(args, state, rows, transformer):
     """With --resume put the last checkpoint into state -> the step to go on with; 0 if there is none. Dies if it is damaged, or of another
     program, model, prompts or flags; and in any case if the disk has no room for checkpoints."""
@@ -795,39 +829,6 @@ def load_checkpoint(args, state, rows, transformer):
         print(f"going on from {paths[0]}, step {saved['step']}{changed and f'; changed since ({changed}): the same results up to rounding'}"
               + ", but for the random numbers, which are each device's own" * ("device" in changed), flush=True)
     return saved["step"]
-
-def find_weights(where, subfolder, name, must=True):
-    """Path of where/name, or of subfolder/name in the hub repository `where`. If there is none: None, or with `must`, die."""
-    path, reason = os.path.join(where, name), "no such file"
-    if os.path.exists(f"{where}/fake.pt.tmp") and not os.path.exists(f"{where}/generator_ema.pt.tmp"):
-        die(f"{where}: killed between renaming its two files, which are now of different steps; continue that run with --resume")
-    if not os.path.exists(where) and where.count("/") == 1:
-        from huggingface_hub import hf_hub_download
-        try:
-            return hf_hub_download(where, f"{subfolder}/{name}")
-        except Exception as e:  # offline, no such repository, no such file, no permission
-            reason = f"neither that file nor {subfolder}/{name} in a hub repository: {str(e).splitlines()[0][:120]}"
-    if must and not os.path.exists(path):
-        die(f"{path}: {reason}; run {'stage 2' if subfolder == 'rtdmd' else 'stage 1'} first, or name the directory of a run (sample.py: '' leaves it out)")
-    return path if os.path.exists(path) else None
-
-def load_adapter(transformer, name, path, saved=None):
-    """Fill one adapter from a file in the published format (saved: what `read` gave for it, if it has been read already); dies unless every
-    key and shape matches."""
-    saved, mine = read(path, "adapter") if saved is None else saved, adapter(transformer, name)
-    saved = saved if isinstance(saved, dict) else {}
-    wrong = [k for k in mine if not torch.is_tensor(saved.get(k)) or saved[k].shape != mine[k].shape]
-    if not wrong and not all(saved[k].isfinite().all() for k in mine):
-        die(f"{path}: holds numbers that are not finite; it is of a run that went wrong")
-    if wrong or len(saved) > len(mine):
-        die(f"{path}: {len(mine) - len(wrong)} of this model's {len(mine)} adapter tensors match in name and shape, the file has {len(saved)}; first "
-            f"difference: {next(iter(wrong or set(saved) - set(mine)))}. Is it of another model, or made with another --lora_rank?")
-    for key in mine:
-        mine[key].data.copy_(saved[key])
-    with contextlib.suppress(Exception):  # the file does not say its alpha; the checkpoint of the run that made it does, if it is there and whole
-        flags = torch.load(os.path.join(os.path.dirname(path), "ckpt.pt"), map_location="cpu", weights_only=True, mmap=True)["flags"]
-        if flags["lora_alpha"] != transformer.peft_config[name].lora_alpha:
-            die(f"{path}: trained with --lora_alpha {flags['lora_alpha']:g}, not {transformer.peft_config[name].lora_alpha:g}; give that")
 
 def decode(pipe, latents):
     """Latents [B,C,h,w] -> pictures [B,3,H,W] in [0,1], float32, differentiable."""

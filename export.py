@@ -2,7 +2,8 @@
 
     DIR/pytorch_lora_weights.safetensors       both stages as ONE LoRA: pipe.load_lora_weights(DIR)
     DIR/cold_start.safetensors, rtdmd.safetensors     each as its own, to be loaded under two names and activated together
-    DIR/cold_start/generator_ema.pt, rtdmd/...        the published layout: pushed to the hub, DIR is what --cold_start and --rtdmd take
+    DIR/cold_start/generator_ema.pt, rtdmd/...        the published layout, each with an adapter_config.json that says its alpha. DIR, or a
+                                                      hub repository with its content, is what --cold_start and --rtdmd take
     DIR/cps.py, README.md                      the sampler, and how to use all this
 
     DIR2/  a pipeline directory: the base with both stages added to the weights of its transformer, cps.py, README.md
@@ -13,7 +14,8 @@ import shutil
 
 import torch
 
-from cold_start import FREE, HERE, adapter, die, find_weights, read
+from checkpoint import CONFIG_NAME, read_adapter
+from cold_start import FREE, HERE, die, find_weights, read
 from cps import sigmas
 
 STAGES = {"cold_generator": "cold_start", "generator": "rtdmd"}  # adapter, as sample.load_generator names it: stage
@@ -35,27 +37,69 @@ def check_exports(args):
 
 
 def concatenated(transformer, names):
-    """Several adapters as one whose rank is the sum of theirs -> {"<module>.lora_A.weight": [R,in], "<module>.lora_B.weight": [out,R]}.
+    """Several adapters as one -> {"<module>.lora_A.weight": [R,in], "<module>.lora_B.weight": [out,R]}.
 
     The A are stacked; the B, times alpha / rank, put side by side, so that B A is the sum of the updates. A loader has to take
-    alpha = rank, which all do with a file that names no alpha.
+    alpha = rank, which all do with a file that names no alpha. R is the same for all modules, since some loaders know one rank a
+    file: where a module has fewer adapters or smaller ones, zeros fill up.
     """
-    scale = {name: transformer.peft_config[name].lora_alpha / transformer.peft_config[name].r for name in names}
-    parts = [{k.replace(".default", ""): p.detach().cpu() * (scale[name] if "lora_B" in k else 1) for k, p in adapter(transformer, name).items()}
-             for name in names]
-    return {k: torch.cat([part[k] for part in parts], 1 if "lora_B" in k else 0).contiguous() for k in parts[0]}
+    parts = {}
+    for module, layer in transformer.named_modules():
+        present = [name for name in names if name in getattr(layer, "lora_A", {})]
+        if present:
+            A = torch.cat([layer.lora_A[name].weight.detach() for name in present])
+            B = torch.cat([layer.scaling[name] * layer.lora_B[name].weight.detach() for name in present], 1)
+            parts[module] = A.cpu(), B.cpu()
+    rank = max(len(A) for A, _ in parts.values())
+    tensors = {}
+    for module, (A, B) in parts.items():
+        missing = rank - len(A)
+        tensors[f"{module}.lora_A.weight"] = torch.nn.functional.pad(A, (0, 0, 0, missing)).contiguous()
+        tensors[f"{module}.lora_B.weight"] = torch.nn.functional.pad(B, (0, missing)).contiguous()
+    return tensors
+
+
+def save_for_diffusers(pipe, folder, names, file_name=None):
+    """Adapters as one LoRA file that `load_lora_weights` reads. Its metadata says alpha = rank: alpha is in B."""
+    tensors = concatenated(pipe.transformer, names)
+    modules = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    rank = len(tensors[modules[0] + ".lora_A.weight"])
+    config = {"r": rank, "lora_alpha": rank, "target_modules": modules}
+    pipe.save_lora_weights(folder, tensors, weight_name=file_name, transformer_lora_adapter_metadata=config)
+
+
+def save_published(transformer, name, source, folder):
+    """The published layout: generator_ema.pt with the numbers of its source, and peft's adapter_config.json, which says the alpha."""
+    os.makedirs(folder)
+    file = read_adapter(source)
+    tensors = file.published()
+    if source.endswith(".pt") and list(read(source, "adapter")) == list(tensors):
+        shutil.copy(source, f"{folder}/generator_ema.pt")
+    else:
+        torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}, f"{folder}/generator_ema.pt")
+    drawn_with = transformer.peft_config[name]
+    config = {
+        "peft_type": "LORA",
+        "r": drawn_with.r,
+        "lora_alpha": drawn_with.lora_alpha,
+        "rank_pattern": drawn_with.rank_pattern,
+        "alpha_pattern": drawn_with.alpha_pattern,
+        "target_modules": list(file.weights),
+    }
+    with open(f"{folder}/{CONFIG_NAME}", "w", encoding="utf-8") as f:
+        json.dump(config, f, indent=2)
 
 
 def export(pipe, adapters, args, rows, results):
     """Write what --export and --export_merged ask for, each under a temporary name that is renamed when all is there. Comes last in a
     program: merging changes the transformer. Dies with one line if a disk is full or a path cannot be written; nothing is left then."""
     def lora(folder):
-        pipe.save_lora_weights(folder, concatenated(pipe.transformer, adapters))  # under the name that load_lora_weights(folder) looks for
+        save_for_diffusers(pipe, folder, adapters)  # under the name that load_lora_weights(folder) looks for
         for name in adapters:
             stage = STAGES[name]
-            pipe.save_lora_weights(folder, concatenated(pipe.transformer, [name]), weight_name=f"{stage}.safetensors")
-            os.makedirs(f"{folder}/{stage}")
-            shutil.copy(find_weights(getattr(args, stage), stage, "generator_ema.pt"), f"{folder}/{stage}")
+            save_for_diffusers(pipe, folder, [name], f"{stage}.safetensors")
+            source = find_weights(getattr(args, stage), stage, quiet=True)
+            save_published(pipe.transformer, name, source, f"{folder}/{stage}")
 
     def merged(folder):
         pipe.transformer.float().fuse_lora(adapter_names=adapters)  # in bf16 the small updates of stage 2 would be rounded away
@@ -76,6 +120,11 @@ def export(pipe, adapters, args, rows, results):
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
             print(f"{path}: {', '.join(sorted(os.listdir(path)))}", flush=True)
+
+
+def folder_of(where, stage):
+    """The folder of the weights that `where` means."""
+    return os.path.dirname(find_weights(where, stage, quiet=True))
 
 
 def made_with(where):
@@ -113,7 +162,7 @@ def model_card(args, stages, merged, rows, results):
             "The two stages are stacked. As two adapters, in place of the line with `load_lora_weights`:", "", "```python",
             *(f'pipe.load_lora_weights("DIR", weight_name="{stage}.safetensors", adapter_name="{stage}")' for stage in stages),
             f"pipe.set_adapters({names})  # both; the second in the first one's place would lose stage 1", "```", ""]),
-        "## How it was made", "", *(f"- {stage}: {made_with(getattr(args, stage))}" for stage in stages), "",
+        "## How it was made", "", *(f"- {stage}: {made_with(folder_of(getattr(args, stage), stage))}" for stage in stages), "",
         *(["## Scores", "", f"Means over {len(rows)} pictures.", "", "| | reward | mean |", "|---|---|---|", *scores, ""] if scores else []),
         "## Licence", "", f"These weights derive from `{args.pretrained}` and fall under its licence (Stable Diffusion 3 and 3.5: the Stability AI Community "
         "License). `cps.py` is under Apache-2.0. Reward models and prompts have licences of their own.", ""])

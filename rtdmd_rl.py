@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from checkpoint import DEFAULT_PLACES
 from cold_start import (HERE, PAPER as PAPER_COLD, adapter, add_adapter, all_reduce, checked, data_order, decode, die, distance, evaluated,
                         fake_score_loss, find_weights, generator, generator_loss, graphed, guarded, load_adapter, load_checkpoint, load_pipeline,
                         make_log, make_parser, note_prompts, parse, play, preview, renoise_time, rollout, save_grid, save_or_stop, setup, shard,
@@ -42,7 +43,7 @@ PAPER = dict(PAPER_COLD, log_prob="gaussian", advantage_std="group", subset_fact
 
 def arguments():
     parser, add = make_parser("Stage 2: RTDMD, reinforcement of the 4-step generator.", PRESETS, "out/rtdmd", PAPER)
-    add("--cold_start", default="out/cold_start", help="stage 1's out_dir, or a hub repository with cold_start/generator_ema.pt")
+    add("--cold_start", default=DEFAULT_PLACES["cold_start"], help="stage 1's out_dir, an export, a release's checkpoint-N, an adapter file, a hub repository")
     add("--epochs", type=int, default=1000, help="epochs; one update of G and of F each")
     add("--prompts_per_epoch", type=int, default=48, help="prompts an epoch over all GPUs together")
     add("--group_size", type=int, default=24, help="pictures of each prompt; they may lie on any GPUs")
@@ -144,14 +145,16 @@ def main():
     transformer, encode, shape = pipe.transformer, text_encoder(pipe, args, [row["prompt"] for row in [*rows, *eval_rows]]), pipe.latent_shape
     # Stage 1's adapters are frozen and the new ones stacked on them; the teacher is still the plain base.
     roles = {"generator": ["cold_generator", "generator"], "fake": ["cold_fake", "fake"], "teacher": []}
-    for name in ("cold_generator", "generator", "cold_fake", "fake"):
+    # They have the modules, rank and alpha of their files; the new ones those of the flags.
+    for name in ("generator", "fake"):
         add_adapter(transformer, name, args, args.lora_init_std, getattr(torch, args.adapter_dtype))
-    load_adapter(transformer, "cold_generator", find_weights(args.cold_start, "cold_start", "generator_ema.pt"))
-    fake_file = find_weights(args.cold_start, "cold_start", "fake.pt", must=False)
+    generator_file = find_weights(args.cold_start, "cold_start")
+    load_adapter(transformer, "cold_generator", generator_file, assumed_alpha=args.lora_alpha)
+    fake_file = find_weights(args.cold_start, "cold_start", "fake", must=False, quiet=True)
     if fake_file:
-        load_adapter(transformer, "cold_fake", fake_file)
+        load_adapter(transformer, "cold_fake", fake_file, assumed_alpha=args.lora_alpha)
     elif rank == 0:
-        print(f"{args.cold_start} has no fake.pt: the fake score starts from the teacher and needs some epochs to catch up", flush=True)
+        print(f"{args.cold_start} has no fake.pt or fake_score_net.pt: the fake score starts from the teacher and needs some epochs to catch up", flush=True)
     G_params, F_params = train_only(transformer, "generator", "fake")
     G_opt = torch.optim.AdamW(G_params, lr=args.lr, betas=(.9, .999), weight_decay=args.weight_decay, fused=device.type == "cuda")
     F_opt = torch.optim.AdamW(F_params, lr=args.fake_lr, betas=(.9, .999), weight_decay=0, fused=device.type == "cuda")

@@ -18,8 +18,9 @@ import time
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from cold_start import (add_adapter, checked, decode, die, find_weights, graphed, guarded, load_adapter, load_pipeline, note_prompts, parse, play, read,
-                        rollout, save_grid, setup, text_encoder, write_atomically)
+from checkpoint import DEFAULT_PLACES
+from cold_start import (checked, decode, die, find_weights, graphed, guarded, load_adapter, load_pipeline, note_prompts, parse, play, rollout,
+                        save_grid, setup, text_encoder, write_atomically)
 from cps import sigmas
 from export import STAGES, check_exports, export
 from rewards import build, load_prompts
@@ -50,11 +51,8 @@ def load_generator(pipe, args):
     names = []
     for name, stage in STAGES.items():
         if getattr(args, stage):
-            path = find_weights(getattr(args, stage), stage, "generator_ema.pt")
-            saved = read(path, "adapter")
-            args.lora_rank = next((v.shape[0] for k, v in saved.items() if "lora_A" in k), 1) if isinstance(saved, dict) else 1
-            add_adapter(pipe.transformer, name, args)
-            load_adapter(pipe.transformer, name, path, saved)
+            path = find_weights(getattr(args, stage), stage)
+            load_adapter(pipe.transformer, name, path, given_alpha=args.lora_alpha)
             names.append(name)
     pipe.transformer.requires_grad_(False)
     return names
@@ -87,8 +85,9 @@ def arguments():
     add("prompt", nargs="?", default="", help="what to draw")
     add("--preset", choices=list(PRESETS), default="sd35m", help="set of default flags")
     add("--pretrained", help="diffusers directory or hub id of the base model")
-    add("--cold_start", default="out/cold_start", help="stage 1's out_dir, or a hub repository; '' to leave it out")
-    add("--rtdmd", default="out/rtdmd", help="stage 2's out_dir, or a hub repository; '' to draw with stage 1 alone")
+    add("--cold_start", default=DEFAULT_PLACES["cold_start"], help="stage 1's out_dir, an export, a release's checkpoint-N, an adapter file, a hub "
+        "repository; '' to leave it out")
+    add("--rtdmd", default=DEFAULT_PLACES["rtdmd"], help="stage 2's, in the same way; '' to draw with stage 1 alone")
     add("--teacher", action="store_true", help="draw with the base alone: many steps, guidance, no adapters")
     add("--compare", action="store_true", help="draw with both, from the same seeds, and score them side by side; the teacher's go to out_dir/teacher")
     add("--prompts", default="", help="file with a prompt a line, or jsonl with \"prompt\" and metadata for rewards; -: stdin, each line as it comes")
@@ -100,7 +99,7 @@ def arguments():
     add("--eta", type=float, help="stochasticity of the CPS steps in [0, 1] (default: 0.9, teacher 0: Euler)")
     add("--shift", type=float, help="SD3 time shift of the sampling grid (default: 3, teacher: the base's own)")
     add("--cfg", type=float, help="guidance scale (default: 1, none; teacher: the preset's)")
-    add("--lora_alpha", type=float, default=64, help="alpha that the adapters were trained with; the files do not say it")
+    add("--lora_alpha", type=float, help="alpha of the adapters, whatever their files' surroundings say (default: what they say, else 64)")
     add("--resolution", type=int, default=512, help="height and width in pixels")
     add("--max_sequence_length", type=int, default=128, help="T5 tokens of a prompt")
     add("--rewards", default="", help="name,name,...: score the pictures, print means, write scores.jsonl")
@@ -176,7 +175,7 @@ def draw_all(args, pipe, encode, adapters, rows, rewards, device):
         levels = sigmas(args.steps, args.shift)
     negative = encode([""]) if args.cfg != 1 else None
     os.makedirs(args.out_dir, exist_ok=True)
-    for layer in pipe.transformer.lora_layers if adapters else ():  # put together and rounded once, not in every pass
+    for layer in (layer for layer in pipe.transformer.lora_layers if layer.present(adapters)):  # put together and rounded once, not in every pass
         layer.fixed = {tuple(adapters): [m.to(pipe.transformer.dtype) for m in layer.pair(adapters)]}
 
     @torch.no_grad()

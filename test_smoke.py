@@ -1293,11 +1293,11 @@ def bad(run, tmp_path_factory):
     for name, content in texts.items():
         (t / name).write_bytes(content)
     torch.save(code, t / "prompts.txt")
-    random_adapter(t / "rank16/generator_ema.pt", 0, rank=16)
     weights = random_adapter(t / "good/generator_ema.pt", 0)
+    (t / "good/adapter_config.json").write_text('{"r": 32, "lora_alpha": 64}')  # else its alpha would be assumed, and a line say so
     first = next(iter(weights))
     changed = lambda value: {**weights, first: value}
-    for name, content in {"nokeys": {"module." + k: v for k, v in weights.items()}, "half": dict(list(weights.items())[:9]), "list": [1], "code": code,
+    for name, content in {"nokeys": {"net." + k: v for k, v in weights.items()}, "half": dict(list(weights.items())[:9]), "list": [1], "code": code,
                           "shape": changed(torch.zeros(32, 3)), "notensor": changed(3), "nan": changed(weights[first] * math.nan)}.items():
         (t / name).mkdir()
         for file in ("generator_ema.pt", "ckpt.pt"):
@@ -1368,17 +1368,17 @@ INPUTS = [  # program, flags, what the one line says
     (C, "--out_dir {cold} --resume --batch_size 5 --generator_every 2 --lr 5e-4", "(--lr 0.001 -> 0.0005)"),
     (R, "--out_dir {rl} --cold_start {cold} --resume --prompts_per_epoch 5 --eta .8", "(--eta 0.9 -> 0.8)"), (C, "--out_dir {truncated} --resume", "damaged"),
     (C, "--out_dir {code} --resume", "not a file of tensors"), (R, "--out_dir {code} --resume", "not a file of tensors"),
-    (R, "--cold_start {t}/none/dir", "stage 1"), (R, "--cold_start nobody/nothing", "nobody/nothing"), (R, "--cold_start {rank16}", "--lora_rank"),
-    (R, "--cold_start {shape}", "--lora_rank"), (R, "--cold_start {nokeys}", "0 of this model's"), (R, "--cold_start {half}", "9 of this model's"),
-    (R, "--cold_start {list}", "0 of this model's"), (R, "--cold_start {truncated}", "damaged"), (R, "--cold_start {code}", "not a file of tensors"),
+    (R, "--cold_start {t}/none/dir", "stage 1"), (R, "--cold_start nobody/nothing", "nobody/nothing"),
+    (R, "--cold_start {shape}", "x 3 there"), (R, "--cold_start {nokeys}", "23 of its 23 modules"), (R, "--cold_start {half}", "lora_A and no lora_B"),
+    (R, "--cold_start {list}", "holds no adapter"), (R, "--cold_start {truncated}", "damaged"), (R, "--cold_start {code}", "not a file of tensors"),
     (R, "--cold_start {fakecode}", "fake.pt"), (R, "--rewards beauty", "clipscore"), (R, "--rewards clipscore:much", "'much'"), (R, "--rewards ,", "unknown"),
     (R, "--rewards pickscore", "pickscore"), (R, "--rewards judge", "judge"), (R, "--reward_path clipscore={t}/none", "no such directory"),
     (R, "--reward_path clipscore", "name=DIRECTORY"), (R, "--subset 0", "--subset"), (R, "--subset 4", "--subset"), (R, "--num_steps 1", "--subset"),
     (R, "--prompts {empty}", "empty"), (S, "", "prompt"), (S, "'  '", "prompt"), (S, "cat dog", "dog"), (S, "cat --stepz 4", "--stepz"),
     (S, "--prompts {empty}", "empty"), (S, "cat --steps 0", "--steps"), (S, "cat --num_images 0", "--num_images"), (S, "cat --eta 2", "--eta"),
     (S, "cat --resolution 20", "divisible"), (S, "cat --device cuda --preset sd35m", "--preset tiny"), (S, "cat --out_dir {file}/out", "--out_dir"),
-    (S, "cat --cold_start {t}/none/dir", "none/dir"), (S, "cat --rtdmd {t}/none/dir", "none/dir"), (S, "cat --cold_start {nokeys}", "0 of this model's"),
-    (S, "cat --rtdmd {half}", "9 of"), (S, "cat --cold_start {list}", "0 of this model's"), (S, "cat --cold_start {truncated}", "damaged"),
+    (S, "cat --cold_start {t}/none/dir", "none/dir"), (S, "cat --rtdmd {t}/none/dir", "none/dir"), (S, "cat --cold_start {nokeys}", "23 of its 23 modules"),
+    (S, "cat --rtdmd {half}", "lora_A and no lora_B"), (S, "cat --cold_start {list}", "holds no adapter"), (S, "cat --cold_start {truncated}", "damaged"),
     (S, "cat --cold_start {code}", "not a file of tensors"), (S, "cat --rtdmd {code}", "not a file of tensors"), (S, "cat --rewards beauty", "clipscore"),
     (S, "cat --teacher --rewards checker", "checker"), (S, "cat --pretrained {halfmodel}", "halfmodel"),
     (C, "--preset", "--preset"), (C, "--shift 0", "--shift"), (C, "--lr nan", "--lr"), (C, "--gamma nan", "--gamma"), (C, "--ema 2", "--ema"),
@@ -1399,7 +1399,6 @@ INPUTS = [  # program, flags, what the one line says
     (T, "--stepz 4", "--stepz"), (T, "stray", "stray"), (T, "--seed four", "'four'"), (T, "--seed -1", "--seed"), (T, "--seed 99999999999999999999", "--seed"),
     (T, "--device toaster", "toaster"), (T, "--device cuda", "CUDA"), (T, "--device mps", "mps"), (T, "--device meta", "meta"), (T, "--out_dir ''", "--out_dir"),
     (T, "--out_dir {file}/out", "--out_dir"), (T, "--random_sd35m {file}/out", "file/out"), (T, "--random_sd35m ''", "--out_dir"),
-    (S, "cat --cold_start {cold} --lora_alpha 32", "trained with --lora_alpha 64, not 32"),
     (P, "", "give one of"), (P, "--ablations table5", "table5"), (P, "--curves {t}/none", "log.jsonl"), (P, "--ablations --seeds 0", "positive"),
     (P, "{t} --curves {t}", "give one of"), (P, "{t} --runs {t}", "--figures DIR"), (P, "{t}/none", "cold_start/ holds no finished run"), (P, "{good}", "no finished run"),
     (P, "{report_log}", "no readable log.jsonl"), (P, "{report_code}", "not a file of tensors"), (P, "{report_code} --pretrained {t}/none/dir", "none/dir"),
@@ -1544,7 +1543,7 @@ def test_killed_at_any_call_while_saving_a_whole_checkpoint_is_left_and_no_mixtu
         assert saved["step"] in (2, 3) and all((saved[name][0] == saved["step"]).all() for name in ("generator", "fake", "ema"))
         generator, fake = (cold_start.read(f"{tmp_path}/{f}", "adapter")["key"][0, 0].item() for f in ADAPTERS)
         try:
-            cold_start.find_weights(str(tmp_path), "cold_start", "generator_ema.pt")
+            cold_start.find_weights(str(tmp_path), "cold_start")
             assert generator == fake and generator in (2, 3)
         except SystemExit:
             assert (generator, fake) == (3, 2) and "--resume" in capsys.readouterr().err
@@ -2941,6 +2940,8 @@ def test_every_command_of_the_readme_parses(command, tmp_path, monkeypatch):
     script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+    elif words[:2] == ["python", "-m"]:
+        assert words[2].startswith("tools.") and (ROOT / f"{words[2].replace('.', '/')}.py").is_file()
     elif script is None:
         assert words[0] in ("source", "git", "torchrun", ".venv/bin/pip") or words[:3] == ["python3", "-m", "venv"]
     elif words[script] == "test_smoke.py":

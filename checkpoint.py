@@ -1,0 +1,451 @@
+"""What is on disk: adapter files, in every layout that a user may have.
+
+`find_weights` turns what a user names (a run, a release's checkpoint-N, an export, a peft
+directory, a file, a hub repository) into the path of one file; `read_adapter` turns that file into
+an `AdapterFile`. Nothing here knows the model: cold_start.load_adapter puts an `AdapterFile` into a
+transformer.
+
+The published format is a flat state dict with keys as peft names them on the bare transformer, such
+as `transformer_blocks.0.attn.to_q.lora_A.default.weight`. It says neither rank (the shapes do) nor
+alpha.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import zipfile
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+from common import die, note
+
+# Where the stages write unless told otherwise. These two are never taken for a hub repository:
+# whoever registered an owner named `out` would otherwise decide what is drawn in an empty folder.
+DEFAULT_PLACES = {"cold_start": "out/cold_start", "rtdmd": "out/rtdmd"}
+
+# File names in the order in which they are preferred. {stage}.safetensors is of an export of ours,
+# and comes before the folder {stage}/ of the same export because it needs no alpha. generator.pt is
+# the release's generator before averaging: better than nothing, and said.
+GENERATOR_NAMES = (
+    "generator_ema.pt",
+    "generator_ema.safetensors",
+    "{stage}.safetensors",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "generator.pt",
+    "generator.safetensors",
+)
+FAKE_NAMES = ("fake.pt", "fake_score_net.pt", "fake.safetensors", "fake_score_net.safetensors")
+ROLE_NAMES = {"generator": GENERATOR_NAMES, "fake": FAKE_NAMES}
+CONFIG_NAME = "adapter_config.json"
+
+# What DDP, torch.compile, peft's own model class and diffusers' pipelines put before a module's
+# name.
+PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "transformer.")
+ADAPTER_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+# ---- find: from what the user names to one file -------------------------------------------------
+def find_weights(where, stage, role="generator", must=True, quiet=False):
+    """Path of the adapter file that `where` means.
+
+    where: a file, a directory in one of the known layouts, or a hub repository owner/name. stage:
+    "cold_start" or "rtdmd". role: "generator", or "fake", which is looked for beside the generator
+    alone, so that the two are of one moment. quiet: without the notes, where they were printed
+    before. Returns None, or with `must` dies with one line, where there is none.
+    """
+    place = where
+    if not os.path.exists(where) and is_hub_id(where):
+        place = download(where, (stage,), quiet)
+    path = place if os.path.isfile(place) else search(place, stage, quiet)
+    if path is not None:
+        refuse_mixed(os.path.dirname(path))
+        if role == "fake":
+            path = first_file(os.path.dirname(path), FAKE_NAMES)
+        elif os.path.splitext(os.path.basename(path))[0] == "generator" and not quiet:
+            note(f"{path} is taken, which is the generator before averaging")
+    if path is None and must:
+        die(f"{where or repr(where)}: {what_is_there(place)}; {what_was_sought(stage, role)}")
+    return path
+
+
+def is_hub_id(where):
+    """Whether a name that is no path here may be looked up on the hub: never a default."""
+    return HUB_ID.fullmatch(where) is not None and where not in DEFAULT_PLACES.values()
+
+
+def search(place, stage, quiet):
+    """The generator's file in a directory, its {stage}/ or its last checkpoint-N, or None."""
+    if not os.path.isdir(place):
+        return None
+    names = [name.format(stage=stage) for name in GENERATOR_NAMES]
+    for folder in (place, os.path.join(place, stage)):
+        path = first_file(folder, names)
+        if path is not None:
+            return path
+    for folder in (place, os.path.join(place, stage)):
+        checkpoints = checkpoint_folders(folder)
+        if checkpoints:
+            # The largest N whatever it holds: an older one in its place would go unnoticed.
+            if len(checkpoints) > 1 and not quiet:
+                last = os.path.basename(checkpoints[-1])
+                note(f"{folder}: {last} is taken, the last of {len(checkpoints)}")
+            return first_file(checkpoints[-1], names)
+    return None
+
+
+def first_file(folder, names):
+    """Path of the first of these names that is a file in the folder, or None."""
+    for name in names:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            return path
+    return None
+
+
+def checkpoint_folders(folder):
+    """Paths of the folders checkpoint-N in a folder, by N."""
+    if not os.path.isdir(folder):
+        return []
+    names = [name for name in os.listdir(folder) if CHECKPOINT_FOLDER.fullmatch(name)]
+    names.sort(key=lambda name: int(name.rpartition("-")[2]))
+    return [os.path.join(folder, name) for name in names]
+
+
+def refuse_mixed(folder):
+    """Die where a kill came between the two renames of `save_checkpoint`: files of two steps."""
+    fake_waits = os.path.exists(os.path.join(folder, "fake.pt.tmp"))
+    generator_waits = os.path.exists(os.path.join(folder, "generator_ema.pt.tmp"))
+    if fake_waits and not generator_waits:
+        die(
+            f"{folder}: killed between renaming its two files, which are now of different steps; "
+            "continue that run with --resume"
+        )
+
+
+def what_is_there(place):
+    """What a place holds, for the message that it does not hold what was looked for."""
+    if not os.path.exists(place):
+        return "no such file or directory"
+    return "holds " + shortened(sorted(os.listdir(place)))
+
+
+def shortened(names, most=8):
+    """The first few of many names as one string."""
+    if not names:
+        return "nothing"
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def what_was_sought(stage, role="generator"):
+    """What was looked for, and what a user can do."""
+    names = ", ".join(name.format(stage=stage) for name in ROLE_NAMES[role])
+    number = {"cold_start": 1, "rtdmd": 2}[stage]
+    return (
+        f"looked for {names}, there and in {stage}/ and checkpoint-N/. Run stage {number} first, "
+        "or name a directory, an adapter file or a hub repository (sample.py: '' leaves it out)"
+    )
+
+
+def download(where, stages, quiet=False):
+    """The local folder with a hub repository's adapter files of these stages.
+
+    Offline it is the hub's cache. A download is announced, and only what `find_weights` could take
+    is fetched. Dies with one line where there is no such repository, no permission, no network and
+    nothing cached, or nothing to take.
+    """
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    gated = f"{where} is gated: accept the licence on huggingface.co/{where}, then hf auth login"
+    try:
+        names = HfApi().list_repo_files(where)
+    except GatedRepoError:
+        die(gated)
+    except RepositoryNotFoundError:
+        die(
+            f"{where}: nothing of that name on this machine, and no such repository on the hub "
+            "(a private one: hf auth login)"
+        )
+    except Exception as e:  # no network in one of many ways: what the cache has is still good
+        try:
+            return snapshot_download(where, local_files_only=True)
+        except Exception:
+            die(
+                f"{where}: nothing of that name on this machine or in the hub's cache, "
+                f"and the hub cannot be asked ({first_line(e)})"
+            )
+    allowed = {name for stage in stages for name in takeable(names, stage)}
+    wanted = [name for name in names if name in allowed]
+    if not any(name.endswith((".pt", ".safetensors", ".bin")) for name in wanted):
+        die(f"{where}, a hub repository, holds {shortened(names)}; {what_was_sought(stages[0])}")
+    try:
+        new = [name for name in wanted if not isinstance(try_to_load_from_cache(where, name), str)]
+        if new and not quiet:
+            note(f"downloading {shortened(new)} from huggingface.co/{where}")
+        return snapshot_download(where, allow_patterns=wanted)
+    except GatedRepoError:  # whose list of files is open
+        die(gated)
+    except Exception as e:  # lost network, full disk
+        die(f"{where}: cannot be downloaded from the hub ({first_line(e)})", status=1)
+
+
+def first_line(error):
+    """What an exception says, short enough for one line of ours."""
+    return (str(error) or repr(error)).splitlines()[0][:120]
+
+
+def takeable(names, stage):
+    """The files of a repository that `find_weights` may look at: of checkpoint-N the last alone."""
+    known = {name.format(stage=stage) for name in (*GENERATOR_NAMES, *FAKE_NAMES, CONFIG_NAME)}
+    folders = ["", f"{stage}/"]
+    for folder in list(folders):
+        inside = [name[len(folder) :].split("/")[0] for name in names if name.startswith(folder)]
+        numbers = [int(m[1]) for m in map(CHECKPOINT_FOLDER.fullmatch, inside) if m]
+        if numbers:
+            folders.append(f"{folder}checkpoint-{max(numbers)}/")
+    allowed = {folder + name for folder in folders for name in known}
+    return [name for name in names if name in allowed]
+
+
+# ---- read: from a file to matrices ---------------------------------------------------------------
+@dataclass(frozen=True)
+class Alpha:
+    """What the products B A are scaled by, alpha / rank, and who says so."""
+
+    value: float | None  # None: each module's own rank, so that the product counts as it is
+    source: str
+    of_modules: dict = field(default_factory=dict)  # peft's alpha_pattern: exceptions by module
+    rslora: bool = False  # peft's rank-stabilised variant divides by the root of the rank
+
+    def of(self, module, rank):
+        """The alpha of one module, such that alpha / rank is the factor, whatever the variant."""
+        alpha = pattern_value(self.of_modules, module, rank if self.value is None else self.value)
+        return alpha * math.sqrt(rank) if self.rslora else alpha
+
+    def __str__(self):
+        text = "the rank" if self.value is None else f"{self.value:g}"
+        text += " (rslora)" if self.rslora else ""
+        text += " and others for some modules" if self.of_modules else ""
+        return text
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """One LoRA as a file holds it: {module: (A [rank, in], B [out, rank])} in the file's dtype."""
+
+    path: str
+    weights: dict
+    alpha: Alpha | None  # None: neither the file nor anything beside it says it
+
+    @property
+    def ranks(self):
+        """{module: rank}"""
+        return {module: len(A) for module, (A, _) in self.weights.items()}
+
+    @property
+    def usual_rank(self):
+        """The rank of most of its modules."""
+        return Counter(self.ranks.values()).most_common(1)[0][0]
+
+    def published(self):
+        """The tensors under the keys of the published format."""
+        tensors = {}
+        for module, (A, B) in self.weights.items():
+            tensors[f"{module}.lora_A.default.weight"] = A
+            tensors[f"{module}.lora_B.default.weight"] = B
+        return tensors
+
+
+def read(path, what, hint=""):
+    """torch.load of tensors and plain values alone, with the checksums verified, as it does not.
+
+    Dies with one line, to which `hint` is added, where the file is missing, damaged or foreign.
+    """
+    try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        die(f"{what} {path}: no such file")
+    except Exception as e:  # torch raises a dozen different ones for a damaged or foreign file
+        die(f"{what} {path}: damaged, or not a file of tensors ({first_line(e)}){hint}")
+
+
+def read_tensors(path):
+    """What an adapter file holds -> (its content, its metadata: {} but for .safetensors)."""
+    if not path.endswith(".safetensors"):
+        return read(path, "adapter"), {}
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {key: file.get_tensor(key) for key in list(file.keys())}
+            return tensors, file.metadata() or {}
+    except Exception as e:  # foreign, cut short, missing
+        die(f"adapter {path}: damaged, or not a file of tensors ({first_line(e)})")
+
+
+def read_adapter(path):
+    """An adapter file of any of the known kinds -> AdapterFile.
+
+    Dies with one line that names what is wrong: a key that is no LoRA matrix, two adapters in one
+    file, A without B, shapes that disagree, numbers that are not finite.
+    """
+    content, metadata = read_tensors(path)
+    if not isinstance(content, dict) or not any(".lora_" in str(key) for key in content):
+        example = "transformer_blocks.0.attn.to_q.lora_A.weight"
+        die(f"{path}: holds no adapter: not one key is like {example}")
+    sides = {"A": {}, "B": {}}
+    seen_adapters = set()
+    in_diffusers_format = True
+    for key, tensor in content.items():
+        match = ADAPTER_KEY.fullmatch(str(key))
+        if match is None or not torch.is_tensor(tensor) or not tensor.is_floating_point():
+            die(f"{path}: {key} is no LoRA matrix (lora_A or lora_B); nothing of the file is taken")
+        side, adapter = match["side"], match["adapter"]
+        module, foreign_prefix = bare_name(match["module"])
+        if module in sides[side]:
+            names = " and ".join(sorted(str(name) for name in {*seen_adapters, adapter}))
+            die(f"{path}: holds lora_{side} of {module} twice (adapters: {names}); keep one")
+        sides[side][module] = tensor
+        seen_adapters.add(adapter)
+        in_diffusers_format &= foreign_prefix.endswith("transformer.") and adapter is None
+    weights = paired(path, sides["A"], sides["B"])
+    return AdapterFile(path, weights, alpha_of(path, weights, metadata, in_diffusers_format))
+
+
+def bare_name(module):
+    """A module's name without what wrappers put before it -> (name, what was cut off)."""
+    name = module
+    cut = True
+    while cut:
+        cut = False
+        for prefix in PREFIXES:
+            if name.startswith(prefix):
+                name = name[len(prefix) :]
+                cut = True
+    prefix = module[: len(module) - len(name)]
+    # torch.compile of single blocks leaves its mark in the middle
+    return name.replace("._orig_mod.", "."), prefix
+
+
+def paired(path, A_of, B_of):
+    """{module: (A, B)}; dies where they are not pairs of finite matrices that can be multiplied."""
+    for side, has, lacks in (("A", A_of, B_of), ("B", B_of, A_of)):
+        for module in has:
+            if module not in lacks:
+                other = "B" if side == "A" else "A"
+                die(f"{path}: {module} has its lora_{side} and no lora_{other}")
+    for module, A in A_of.items():
+        B = B_of[module]
+        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
+            shapes = f"lora_A {list(A.shape)} and lora_B {list(B.shape)}"
+            die(f"{path}: {module}: {shapes} are not [rank, in] and [out, rank]")
+        if not (A.float().isfinite().all() and B.float().isfinite().all()):
+            die(f"{path}: {module} holds numbers that are not finite; that run went wrong")
+    return {module: (A, B_of[module]) for module, A in A_of.items()}
+
+
+# ---- alpha: what the weights do not say ----------------------------------------------------------
+def alpha_of(path, weights, metadata, in_diffusers_format):
+    """The alpha that the file or something beside it says, or None.
+
+    In this order: the file's metadata, adapter_config.json beside it, ckpt.pt of the run that made
+    it. A file in diffusers' own format without metadata means alpha = rank: its writers put alpha
+    into B, as every export of ours does. Dies where what says it is damaged or contradicts the
+    file.
+    """
+    folder = os.path.dirname(path)
+    if "lora_adapter_metadata" in metadata:
+        config = json_or_die(metadata["lora_adapter_metadata"], f"{path}: its metadata")
+        config = {key.removeprefix("transformer."): value for key, value in config.items()}
+        return alpha_of_config(path, weights, config, "its metadata")
+    if "lora_alpha" in metadata:
+        config = {"lora_alpha": metadata["lora_alpha"]}
+        return alpha_of_config(path, weights, config, "its metadata")
+    config_path = os.path.join(folder, CONFIG_NAME)
+    if os.path.exists(config_path):
+        with open(config_path, encoding="utf-8", errors="replace") as file:
+            config = json_or_die(file.read(), config_path)
+        return alpha_of_config(path, weights, config, config_path)
+    for name in ("ckpt.pt", "ckpt.prev.pt"):
+        # A damaged or foreign ckpt.pt is no reason to refuse the weights beside it.
+        checkpoint_path = os.path.join(folder, name)
+        with contextlib.suppress(Exception):
+            # mapped, not read: of hundreds of megabytes one number is wanted
+            saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
+            return Alpha(float(saved["flags"]["lora_alpha"]), checkpoint_path)
+    if in_diffusers_format:
+        return Alpha(None, "diffusers' format, in which alpha is part of B")
+    return None
+
+
+def json_or_die(text, what):
+    """A JSON object; dies where it is none."""
+    try:
+        content = json.loads(text)
+    except ValueError as e:
+        die(f"{what} is damaged: {e}")
+    if not isinstance(content, dict):
+        die(f"{what} is no JSON object")
+    return content
+
+
+def alpha_of_config(path, weights, config, source):
+    """Alpha of peft's configuration; dies where that is of another kind of adapter or rank."""
+    try:
+        alpha = float(config["lora_alpha"])
+        patterns = {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()}
+        rank_of = {key: int(value) for key, value in (config.get("rank_pattern") or {}).items()}
+        rank = config.get("r")
+    except (KeyError, TypeError, ValueError):
+        die(f"{path}: {source} does not say a usable lora_alpha")
+    if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora"):
+        die(f"{path}: {source} says that this is no plain LoRA")
+    for module, (A, _) in weights.items():
+        said = pattern_value(rank_of, module, rank)
+        if said is not None and said != len(A):
+            die(f"{path}: {module} has rank {len(A)}, but {source} says {said}")
+    return Alpha(alpha, source, patterns, bool(config.get("use_rslora")))
+
+
+def pattern_value(patterns, module, default):
+    """The value of the first of peft's patterns that matches a module's name, or the default."""
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return value
+    return default
+
+
+def settled_alpha(file, given, assumed):
+    """The alpha to use: the user's, else what is said in or beside the file, else `assumed`.
+
+    Says in one line where the user contradicts them, where they differ from what is usual, and
+    where nothing is known.
+    """
+    known = file.alpha
+    if given is not None:
+        chosen = Alpha(given, "--lora_alpha", rslora=known is not None and known.rslora)
+        differs = known is not None and any(
+            known.of(module, rank) != chosen.of(module, rank) for module, rank in file.ranks.items()
+        )
+        if differs:
+            note(f"{file.path}: --lora_alpha {given:g} is used, though {known.source} says {known}")
+        return chosen
+    if known is None:
+        note(
+            f"{file.path} does not say its alpha, nor does anything beside it: "
+            f"{assumed:g} is assumed (--lora_alpha)"
+        )
+        return Alpha(assumed, "assumed")
+    if known.value != assumed or known.rslora or known.of_modules:
+        note(f"{file.path}: alpha is {known}, says {known.source}")
+    return known
