@@ -13,8 +13,10 @@ import torch
 
 import cold_start
 import cps
+import report
 import rewards
 import rtdmd_rl
+import sample
 
 TINY = Path(__file__).resolve().parent.parent / "assets/tiny"
 CPU = torch.device("cpu")
@@ -209,6 +211,62 @@ def test_previews_show_the_adapters_that_they_are_asked_for(tmp_path):
     )
     assert base == again
     assert base != generator
+
+
+def test_the_scoreboards_pictures_have_seeds_of_their_own_and_their_own_captions(monkeypatch):
+    """More pictures than a batch holds: the second batch does not repeat the first."""
+    drawn, judged = [], []
+
+    def draw(v, seeds, shape, levels, eta, device):
+        drawn.extend(seeds)
+        return torch.zeros(len(seeds), *shape)
+
+    def judge(images, texts, metadata):
+        judged.extend(texts)
+        return torch.zeros(len(images))
+
+    judge.name = "judge"
+    monkeypatch.setattr(report, "draw", draw)
+    monkeypatch.setattr(report, "BATCH", 4)
+    pipe = cold_start.load_pipeline(tiny_args(), CPU)
+    encode = cold_start.text_encoder(pipe, tiny_args())
+    rows = report.report_captions(1)
+    numbers, pictures = report.evaluate(pipe, encode, [judge], rows, [], cps.sigmas(), 0.9)
+    assert drawn == list(range(report.FIRST_SEED, report.FIRST_SEED + 6))
+    assert judged == [row["prompt"] for row in rows]
+    assert len(pictures) == 6
+    assert numbers["judge"] == 0
+
+
+# ---- sample.py
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_every_picture_of_a_prompt_has_a_seed_of_its_own(batch_size, tmp_path, monkeypatch):
+    """Whatever the batches: picture i is drawn from seed + i."""
+    seeds = []
+    real_noise_of = sample.noise_of
+
+    def noise_of(these, *rest):
+        seeds.extend(these)
+        return real_noise_of(these, *rest)
+
+    monkeypatch.setattr(sample, "noise_of", noise_of)
+    flags = ["a circle", "--preset", "tiny", "--device", "cpu", "--cold_start", "", "--rtdmd", ""]
+    more = ["--num_images", 3, "--seed", 5, "--batch_size", batch_size]
+    run(sample, *flags, *more, "--out_dir", tmp_path / "out")
+    assert seeds == [5, 6, 7]
+
+
+# ---- resume
+@pytest.mark.parametrize(("flag", "value"), [("--seed", 1), ("--lr", 0.5), ("--cfg", 9)])
+def test_a_run_goes_on_with_its_own_flags_alone(flag, value, tmp_path, capsys):
+    out_dir = tmp_path / "out"
+    run(cold_start, *STAGE_1, "--out_dir", out_dir)
+    before = (out_dir / "ckpt.pt").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        run(cold_start, *STAGE_1, "--resume", flag, value, "--out_dir", out_dir)
+    assert end.value.code == 2
+    assert flag in capsys.readouterr().err
+    assert (out_dir / "ckpt.pt").read_bytes() == before
 
 
 # ---- text, adapters, rewards
