@@ -305,3 +305,72 @@ def test_scores_of_a_clip_are_its_logits_over_the_releases_divisor(name, divisor
     score = loader("path", "cpu", torch.float32, "clip_l")
     assert differentiable
     assert score(image, ["a circle"], [{}]).item() == pytest.approx(100 * 0.6 / divisor)
+
+
+def test_clip_looks_again_at_pictures_that_changed_and_at_other_pixels_of_the_same():
+    """It keeps the features of the last pictures, which several rewards ask for."""
+    _, image_features, _ = rewards.clip(str(TINY / "clip"), "cpu", torch.float32)
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first = image_features(images)
+        padded = image_features(images, rewards.padded_pixels)
+        assert torch.equal(image_features(images.clone()), first)
+        assert torch.equal(image_features(images.clone(), rewards.padded_pixels), padded)
+        assert not torch.allclose(first, padded)
+        images.mul_(0.5)
+        assert torch.equal(image_features(images), image_features(images.clone()))
+        assert not torch.allclose(image_features(images), first)
+
+
+@pytest.mark.parametrize(
+    ("read", "share"),
+    [
+        ("hello", 1.0),
+        ("xxhelloxx", 1.0),  # it stands among other text
+        ("hallo", 0.8),
+        ("xhallo", 0.6),  # a letter too many before it counts
+        ("hallox", 0.6),  # and one behind it
+        ("ello", 0.8),
+        ("", 0.0),
+        ("zzzzzzzzzz", 0.0),  # not below 0
+    ],
+)
+def test_ocrs_edit_distance_by_hand(read, share, monkeypatch):
+    def engine(picture):
+        return SimpleNamespace(txts=(read,) if read else None)
+
+    package = SimpleNamespace(RapidOCR=lambda **_: engine)
+    monkeypatch.setitem(sys.modules, "rapidocr", package)
+    score = rewards.ocr("", "cpu", torch.float32, "")
+    found = score(torch.zeros(1, 3, 8, 8), ['a sign that says "Hello"'], [{}])
+    assert found.item() == pytest.approx(share)
+
+
+def test_the_rewards_with_a_gradient_are_those_of_the_release_and_its_like():
+    with_gradient = {name for name, (_, yes, _) in rewards.REWARDS.items() if yes}
+    looking_only = {"geneval", "geneval_soft", "ocr", "hpsv3", "geneval2", "checker"}
+    expected = {"clipscore", "pickscore", "hpsv2", "imagereward", "aesthetic", "judge"}
+    assert not with_gradient & looking_only
+    assert with_gradient >= expected
+
+
+def words_of(entry):
+    """An "include" entry in words: a red circle, an apple."""
+    words = " ".join(filter(None, (entry.get("color"), entry["class"])))
+    article = "an" if words[0] in "aeiou" else "a"
+    return f"{article} {words}"
+
+
+def test_the_built_in_prompts_say_what_their_metadata_ask_for():
+    for row in rewards.geneval_prompts(600):
+        metadata = row["metadata"]
+        include = metadata["include"]
+        if metadata["tag"] == "position":
+            relation, target = include[1]["position"]
+            assert target == 0
+            expected = f"{words_of(include[1])} {relation} {words_of(include[0])}"
+        elif metadata["tag"] == "counting":
+            continue  # test_smoke.py
+        else:
+            expected = " and ".join(words_of(entry) for entry in include)
+        assert row["prompt"] == f"a photo of {expected}"

@@ -1543,7 +1543,17 @@ FAULTS = [
     *group(
         REWARDS,
         *of_names(
-            "clip", "score", "genevals", "gradient_of", "checker", "prompts", "hps", "image", "ocr"
+            "test_wiring",
+            "test_geneval",
+            "clip",
+            "score",
+            "genevals",
+            "gradient_of",
+            "checker",
+            "prompts",
+            "hps",
+            "image",
+            "ocr",
         ),
     ),
 ]
