@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import checkpoint
 import cold_start
 import cps
 import report
@@ -374,3 +375,16 @@ def test_the_built_in_prompts_say_what_their_metadata_ask_for():
         else:
             expected = " and ".join(words_of(entry) for entry in include)
         assert row["prompt"] == f"a photo of {expected}"
+
+
+@pytest.mark.parametrize(
+    ("module", "value"),
+    [
+        ("attn.to_q", 3.0),
+        ("transformer_blocks.0.attn.to_q", 3.0),
+        ("transformer_blocks.0.cross_attn.to_q", 1.0),  # only the end of a part of the name
+        ("transformer_blocks.0.attn.to_q_extra", 1.0),  # only its beginning
+    ],
+)
+def test_pefts_patterns_mean_whole_parts_of_a_modules_name(module, value):
+    assert checkpoint.pattern_value({"attn.to_q": 3.0}, module, 1.0) == value

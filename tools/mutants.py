@@ -365,7 +365,7 @@ def main():
 
     survivors = [line["name"] for line in lines if line["result"] == "SURVIVED"]
     summary = {
-        "faults": len(lines),
+        "planted": len(lines),
         "caught": sum(line["result"] == "caught" for line in lines),
         "survived": len(survivors),
         "equivalent": sum(line["result"] == "equivalent" for line in lines),
