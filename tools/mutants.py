@@ -7,7 +7,7 @@
 
 One fault at a time is planted in a copy of the repository. A child process, forked from one that
 has imported torch and its like but none of our files, runs tests on the copy until the first
-failure: those that the fault's group names, then tests/test_oracle.py, then all that are quick. The
+failure: those that the fault's group names, then CORE, then all that are quick. The
 copy without a fault has to pass them before that.
 
 Exit status: 0 if every fault was caught, 1 if one survived, 2 if the list does not fit the code or
@@ -43,6 +43,10 @@ LEFT_OUT = (
 )
 
 
+# What notices most faults in the least time.
+CORE = ("tests/test_oracle.py", "tests/test_wiring.py")
+
+
 class Stage(NamedTuple):
     """Tests that are run together, as arguments of pytest."""
 
@@ -60,14 +64,14 @@ class Outcome(NamedTuple):
 
 
 def stages_of(tests):
-    """The stages to run: those tests alone, or first the oracle, then the other fast tests."""
+    """The stages to run: those tests alone, or first CORE, then the other fast tests."""
     if tests:
         return [Stage("given", tests)]
-    stages = []
-    oracle = "tests/test_oracle.py"
-    if (ROOT / oracle).exists():
-        stages.append(Stage("oracle", [oracle]))
-    others = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if p.name != "test_oracle.py"]
+    core = [name for name in CORE if (ROOT / name).exists()]
+    stages = [Stage("core", core)] if core else []
+    others = [
+        p for p in sorted((ROOT / "tests").glob("test_*.py")) if f"tests/{p.name}" not in core
+    ]
     names = [str(path.relative_to(ROOT)) for path in others]
     if (ROOT / "test_smoke.py").exists():
         names.append("test_smoke.py")
@@ -313,9 +317,7 @@ def arguments():
         default=[],
         help="faults whose names contain this; may be given again",
     )
-    add(
-        "--tests", nargs="+", default=[], help="run these in place of the oracle and the fast tests"
-    )
+    add("--tests", nargs="+", default=[], help="run these in place of those")
     add("--check", action="store_true", help="only see whether the list fits the code")
     add("--out_dir", default=str(ROOT / "out"), help="where mutants.json and mutants.md go")
     return parser.parse_args()
