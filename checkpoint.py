@@ -11,17 +11,24 @@ alpha.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import re
+import shutil
+import sys
+import time
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 
-import torch
+from importlib.metadata import version
 
-from common import die, note
+import torch
+import torch.distributed as dist
+
+from common import all_reduce, as_bytes, die, note, stop, sync, write_atomically
 
 # Where the stages write unless told otherwise. These two are never taken for a hub repository:
 # whoever registered an owner named `out` would otherwise decide what is drawn in an empty folder.
@@ -449,3 +456,75 @@ def settled_alpha(file, given, assumed):
     if known.value != assumed or known.rslora or known.of_modules:
         note(f"{file.path}: alpha is {known}, says {known.source}")
     return known
+
+
+# ---- the checkpoints of a run ------------------------------------------------------------------
+FREE = {"out_dir", "resume", "device", "micro_batch", "steps", "epochs", "start", "cache_text", "preset", "gradient_checkpointing", "sample_every",
+        "save_every", "save_minutes", "saved_at", "max_skipped", "made_with", "reward_batch", "offload_rewards", "eval_rewards", "eval_every",
+        "eval_prompts", "eval_images", "compile", "graphs", "wandb", "low_memory", "bench"}  # may change on --resume: the result is the same, but for its length
+
+
+def save_or_stop(args, state, step, last):
+    """Save if it is time to. After SIGTERM, SIGINT or SIGHUP also say how to go on, and exit with status 0: all ranks, at the same step."""
+    stopping = stop["agreed"] and step < last
+    if step % args.save_every == 0 or step == last or stopping or 0 < 60 * args.save_minutes < time.time() - args.saved_at:
+        save_checkpoint(args, state, step)
+        args.saved_at = time.time()
+    if stopping:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped by a signal and saved after {step} of {last}; the same command with --resume goes on", flush=True)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(0)
+
+
+def save_checkpoint(args, state, step):
+    """generator_ema.pt and fake.pt (flat, published format) and ckpt.pt, from which --resume goes on exactly: random numbers and the order
+    of the prompts are functions of (seed, step), so that the step is all there is to save of them. Rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        content = {k: v.state_dict() if hasattr(v, "state_dict") else [p.detach().cpu() for p in v] for k, v in state.items() if k != "keys"}
+        things = {"generator_ema.pt": dict(zip(state["keys"], content["ema"])), "fake.pt": dict(zip(state["keys"], content["fake"])),
+                  "ckpt.pt": {**content, "step": step, "flags": vars(args)}}
+        if os.path.exists(f"{args.out_dir}/log.jsonl"):
+            sync(f"{args.out_dir}/log.jsonl")  # it must not be behind the checkpoint
+        write_atomically({f"{args.out_dir}/{name}": as_bytes(torch.save, thing) for name, thing in things.items()})
+
+
+def load_checkpoint(args, state, rows, transformer):
+    """With --resume put the last checkpoint into state -> the step to go on with; 0 if there is none. Dies if it is damaged, or of another
+    program, model, prompts or flags; and in any case if the disk has no room for checkpoints."""
+    paths = [p for p in (f"{args.out_dir}/ckpt.pt", f"{args.out_dir}/ckpt.prev.pt") if os.path.exists(p)]
+    # 3 lists of weights and 4 of moments in ckpt.pt, 2 beside it; all that under temporary names, and once more for ckpt.prev.pt
+    need, room = (3 - len(paths)) * 9 * 4 * sum(p.numel() for p in state["generator"]), shutil.disk_usage(args.out_dir).free
+    if room < need:
+        die(f"--out_dir {args.out_dir} has {room / 1e9:.2f} GB free, the checkpoints need {need / 1e9:.2f}")
+    # what the flags do not show: the frozen weights (the first 64 of each, as bf16 rounds them on any device) and the prompts
+    frozen = [(k, p.flatten()[:64].bfloat16().tolist()) for k, p in transformer.named_parameters() if not p.requires_grad]
+    for name, content in ("pretrained or cold_start content", frozen), ("prompts content", rows):
+        setattr(args, name, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12])
+    args.made_with = {**{name: version(name) for name in ("torch", "diffusers", "peft", "transformers")}, "device": args.device,
+                      "processes": int(os.environ.get("WORLD_SIZE", 1))}
+    args.saved_at = time.time()
+    found = [all_reduce(torch.tensor(float(bool(paths)), device=transformer.device), op).item() for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX)]
+    if found[0] != found[1]:
+        die(f"some processes see a checkpoint in --out_dir {args.out_dir} and some do not: it must lie on a file system that all machines share")
+    if not args.resume or not paths:
+        return 0
+    hint = f"; delete {paths[0]} to go on from the one before it" if paths[1:] else ""
+    saved, names = read(paths[0], "checkpoint", hint), set(vars(args)) - FREE
+    flags = saved.get("flags") if isinstance(saved, dict) and "step" in saved else None
+    if not isinstance(flags, dict) or set(flags) - FREE != names:
+        die(f"{paths[0]} is not a checkpoint of this program, or of another version of it{hint}")
+    changed = [f"--{k} {flags[k]} -> {v}" for k, v in vars(args).items() if k in names and flags[k] != v]
+    if changed:
+        die(f"{paths[0]} was made with other flags ({', '.join(changed)}): repeat them, or choose another --out_dir")
+    for name in set(state) - {"keys"}:
+        if hasattr(state[name], "load_state_dict"):
+            state[name].load_state_dict(saved[name])
+        else:
+            torch._foreach_copy_([p.data for p in state[name]], saved[name])
+    if os.environ.get("RANK", "0") == "0":
+        changed = ", ".join(f"{k} {flags['made_with'].get(k)} -> {v}" for k, v in args.made_with.items() if flags["made_with"].get(k) != v)
+        print(f"going on from {paths[0]}, step {saved['step']}{changed and f'; changed since ({changed}): the same results up to rounding'}"
+              + ", but for the random numbers, which are each device's own" * ("device" in changed), flush=True)
+    return saved["step"]

@@ -109,6 +109,18 @@ def log_prob(x_next, mean, std=None):
     return -(square / (2 * torch.as_tensor(std) ** 2)).flatten(1).sum(1)
 
 
+# A velocity function is v(x [B,C,H,W], sigma float or [B]) -> [B,C,H,W]. Losses are per sample, [B].
+def rollout(G, x, levels, k, eta, noises):
+    """Run the generator's first k CPS steps from noise x (Eq. 8) -> [x_0, ..., x_k]; x_i is at noise level levels[i].
+
+    noises: one tensor like x for each step, or an iterator over them. Gradients follow torch's grad mode.
+    """
+    path = [x]
+    for (s, t), noise in zip(list(zip(levels, levels[1:]))[:k], noises):
+        path.append(cps_step(path[-1], G(path[-1], s), s, t, eta, noise)[0])
+    return path
+
+
 default_sigmas = sigmas  # below, the name is an argument of diffusers' interface
 
 

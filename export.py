@@ -14,8 +14,9 @@ import shutil
 
 import torch
 
-from checkpoint import CONFIG_NAME, read_adapter
-from cold_start import FREE, HERE, die, find_weights, read
+from checkpoint import CONFIG_NAME, FREE, find_weights, read, read_adapter
+from cold_start import HERE
+from common import die
 from cps import sigmas
 
 STAGES = {"cold_generator": "cold_start", "generator": "rtdmd"}  # adapter, as sample.load_generator names it: stage

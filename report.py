@@ -31,10 +31,13 @@ import torch
 
 import cold_start
 import rtdmd_rl
-from cold_start import (HERE, PRESETS, adapter, add_adapter, as_bytes, checked, decode, die, fake_score_loss, generator, graphed, load_adapter, load_pipeline, play, read,
-                        renoise_time, rollout, setup, text_encoder, train_only, write_atomically)
-from cps import renoise, sigmas
-from rewards import build, load_prompts
+from checkpoint import read
+from cold_start import HERE, PRESETS, fake_score_loss, renoise_time
+from common import as_bytes, checked, die, generator, setup, write_atomically
+from cps import renoise, rollout, sigmas
+from model import adapter, add_adapter, decode, graphed, load_adapter, load_pipeline, play, set_adapters, text_encoder, train_only
+from prompts import load_prompts
+from rewards import build
 from sample import draw, load_generator, teacher_levels
 from tiny import CATEGORIES, SIZE, captions, check, detect
 
@@ -586,7 +589,7 @@ def stopwatch(args, transformer, images, warm_up, evaluated):
                 parts[name] = parts.get(name, 0) + between(a, b) / args.bench
             with torch.no_grad(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as flops, torch.autocast(
                     "cuda" if cuda else "cpu", torch.bfloat16, enabled=cuda):
-                cold_start.set_adapters(transformer, []), transformer(**state["example"])
+                set_adapters(transformer, []), transformer(**state["example"])
             mean, rate = sum(seconds) / args.bench, matmul_rate() if cuda else math.nan
             achieved = forwards * flops.get_total_flops() / mean / 1e12
             quantile = lambda q: sorted(seconds)[min(len(seconds) - 1, int(q * len(seconds)))]

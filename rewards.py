@@ -10,10 +10,8 @@ it in REWARDS. path is what --reward_path gives, clip_l where CLIP ViT-L/14 is, 
 """
 import ast
 import functools
-import json
 import math
 import os
-import random
 import re
 import weakref
 
@@ -24,6 +22,8 @@ import transformers  # loads its classes where they are first named
 from huggingface_hub import hf_hub_download
 from PIL import Image
 from safetensors.torch import load_file
+
+from prompts import COCO, COLORS, NUMBERS, RELATIONS, each
 
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 CLIP_L = "openai/clip-vit-large-patch14"  # its tokenizer serves every CLIP here: they all speak the same 49408 tokens
@@ -537,79 +537,8 @@ def ready(score, name, weight, differentiable, batch):
     reward.check = lambda prompts, metadata: each(prompts, metadata, wrong) if wrong else None
     return reward
 
-def each(prompts, metadata, wrong):
-    """ValueError for the first prompt of which wrong(prompt, metadata) has something to say; it names the line of the file."""
-    for i, (prompt, row) in enumerate(zip(prompts, metadata), 1):
-        reason = wrong(prompt, row)
-        if reason:
-            raise ValueError(f"{'line' if 'line' in row else 'prompt'} {row.get('line', i)} ({prompt[:60]!r}): {reason}")
 
 def move(rewards, device):
     """All models of these rewards to a device: to the CPU between scoring and update (--offload_rewards), and back; None: nowhere."""
     for model in {id(m): m for r in rewards if device for m in r.models}.values():
         model.to(device)
-
-
-# ------------------------------------------------------------- prompts in GenEval's form, for training without a download
-COCO = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking meter,
-bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis,
-snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife,
-spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table,
-toilet, tv, laptop, computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
-vase, scissors, teddy bear, hair drier, toothbrush""".replace("\n", " ").split(", ")
-COLORS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
-NUMBERS = "zero one two three four five six seven eight nine ten".split()
-RELATIONS = ["left of", "right of", "above", "below"]
-PLURALS = {"person": "people", "sheep": "sheep", "skis": "skis", "knife": "knives", "scissors": "scissors", "computer mouse": "computer mice"}
-
-def geneval_prompts(count=20000, seed=0):
-    """`count` prompts in GenEval's six categories over the 80 COCO classes -> [{"prompt", "metadata"}], metadata as GenEval writes it."""
-    rng, rows = random.Random(f"geneval/{seed}"), []
-    a = lambda words: f"a{'n' if words[0] in 'aeiou' else ''} {words}"
-    plural = lambda words: PLURALS.get(words, words + ("es" if words[-1] in "sh" else "s"))
-    one = lambda name, **more: {"class": name, "count": 1, **more}
-    for i in range(count):
-        tag = ("single_object", "two_object", "counting", "colors", "position", "color_attr")[i % 6]
-        (x, y), (c, d) = rng.sample(COCO, 2), rng.sample(COLORS, 2)
-        n = rng.randint(2, 4) if tag == "counting" else 0
-        relation = rng.choice(RELATIONS) if tag == "position" else ""
-        text, include = {
-            "single_object": (a(x), [one(x)]),
-            "two_object": (f"{a(x)} and {a(y)}", [one(x), one(y)]),
-            "counting": (f"{NUMBERS[n]} {plural(x)}", [one(x, count=n)]),
-            "colors": (f"{a(c)} {x}", [one(x, color=c)]),
-            "position": (f"{a(x)} {relation} {a(y)}", [one(y), one(x, position=[relation, 0])]),
-            "color_attr": (f"{a(c)} {x} and {a(d)} {y}", [one(x, color=c), one(y, color=d)])}[tag]
-        exclude = {"exclude": [one(x, count=n + 1)]} if n else {}
-        prompt = f"a photo of {text}"
-        rows.append({"prompt": prompt, "metadata": {"tag": tag, "include": include, **exclude, "prompt": prompt}})
-    return rows
-
-def load_prompts(path, metadata=""):
-    """-> list of {"prompt": str, "metadata": dict}. path: a prompt a line, or .jsonl with "prompt" and whatever a reward needs;
-    "" gives geneval_prompts(). metadata: a second such .jsonl, in which to look the prompts up. ValueError, one line, names file and line."""
-    if metadata:
-        rows, known = load_prompts(path), {row["prompt"]: row for row in load_prompts(metadata)}
-        prompts = [row["prompt"] for row in rows]
-        each(prompts, [row["metadata"] for row in rows], lambda prompt, _: None if prompt in known else f"not in --metadata {metadata}")
-        return [known[prompt] for prompt in prompts]
-    if not path:
-        return geneval_prompts()
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            lines = [(i, line.strip()) for i, line in enumerate(f, 1) if line.strip()]
-    except (OSError, ValueError) as e:
-        raise ValueError(f"cannot read --prompts {path}: {getattr(e, 'strerror', None) or 'it is not UTF-8 text'}") from None
-    if not lines:
-        raise ValueError(f"--prompts {path} is empty: it needs a prompt a line")
-    rows = []
-    for i, line in lines:
-        try:
-            row = json.loads(line) if path.endswith(".jsonl") else {"prompt": line}
-            fine = row["prompt"].strip() and row["prompt"].encode()  # half a surrogate pair is no text
-        except Exception:  # not JSON, not an object, no text under "prompt"
-            fine = False
-        if not fine:
-            raise ValueError(f"--prompts {path}, line {i}: needs a JSON object with a non-empty text under \"prompt\"")
-        rows.append({"prompt": row["prompt"], "metadata": {**row, "line": i}})  # "line", so that a reward that does not like it can say which
-    return rows

@@ -22,12 +22,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoint import DEFAULT_PLACES
-from cold_start import (HERE, PAPER as PAPER_COLD, adapter, add_adapter, all_reduce, checked, data_order, decode, die, distance, evaluated,
-                        fake_score_loss, find_weights, generator, generator_loss, graphed, guarded, load_adapter, load_checkpoint, load_pipeline,
-                        make_log, make_parser, note_prompts, parse, play, preview, renoise_time, rollout, save_grid, save_or_stop, setup, shard,
-                        text_encoder, train_only, update)
-from cps import at_least_float32, cps_step, log_prob, sigmas
-from rewards import build, load_prompts, move, parse_weights
+from checkpoint import find_weights, load_checkpoint, save_or_stop
+from cold_start import HERE, PAPER as PAPER_COLD, fake_score_loss, generator_loss, renoise_time
+from common import all_reduce, checked, data_order, die, distance, generator, guarded, make_log, make_parser, parse, setup, shard, update
+from cps import at_least_float32, cps_step, log_prob, rollout, sigmas
+from model import (adapter, add_adapter, check_levels, decode, evaluated, graphed, load_adapter, load_pipeline, note_prompts, play, preview, save_grid,
+                   text_encoder, train_only)
+from prompts import load_prompts
+from rewards import build, move, parse_weights
 
 PRESETS = {
     "sd35m": dict(pretrained="stabilityai/stable-diffusion-3.5-medium", sample_every=25),
@@ -80,7 +82,9 @@ def arguments():
     add("--advantage_std", choices=("batch", "group"), default="batch", help="of each reward over the whole batch, and once more of their sum; "
         "or of each reward over each group and no more (paper)")
     add("--advantage_clip", type=float, default=5.0, help="advantages are clipped to +- this")
-    return parse(parser)
+    args = parse(parser)
+    check_levels(args)
+    return args
 
 
 # ------------------------------------------------------------------------------------------------------- 1. the mathematics

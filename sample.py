@@ -10,7 +10,6 @@
 `noise_of` and `integrate` are the whole sampler. Each picture has its own seed (seed + its index), so that it does not depend on the batch size.
 """
 import argparse
-import json
 import os
 import sys
 import time
@@ -18,12 +17,13 @@ import time
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from checkpoint import DEFAULT_PLACES
-from cold_start import (checked, decode, die, find_weights, graphed, guarded, load_adapter, load_pipeline, note_prompts, parse, play, rollout,
-                        save_grid, setup, text_encoder, write_atomically)
-from cps import sigmas
+from checkpoint import DEFAULT_PLACES, find_weights
+from common import checked, die, guarded, parse, setup
+from cps import rollout, sigmas
 from export import STAGES, check_exports, export
-from rewards import build, load_prompts
+from model import decode, graphed, load_adapter, load_pipeline, note_prompts, play, save_grid, text_encoder
+from prompts import load_prompts
+from rewards import build
 from rtdmd_rl import PRESETS
 
 

@@ -52,15 +52,21 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from PIL import Image
 
+import checkpoint
 import cold_start
+import common
 import cps
+import model
+from prompts import geneval_prompts, load_prompts
 import export
 import report
 import rewards
 import rtdmd_rl
 import sample
 import tiny
-from cold_start import data_order, fake_score_loss, generator_loss, renoise_time, rollout, shard
+from common import data_order, shard
+from cold_start import fake_score_loss, generator_loss, renoise_time
+from cps import rollout
 from cps import CPSScheduler, ambient_target, cps_step, log_prob, renoise, sigmas
 from rtdmd_rl import advantages, policy_loss, shared_noise
 
@@ -672,7 +678,7 @@ def test_stage_1_trains_each_adapter_by_its_own_loss_and_the_generator_through_i
     monkeypatch.setattr(cold_start, "rollout", lambda *inputs: paths.append(rollout(*inputs)) or paths[-1])
     monkeypatch.setattr(cold_start, "generator_loss", lambda x_s, *rest: last.append(x_s) or generator_loss(x_s, *rest))
     monkeypatch.setattr(cold_start, "update", lambda parameters, *rest: grads.append(has_grad(parameters)) or update(parameters, *rest))
-    monkeypatch.setattr(cold_start, "save_checkpoint", lambda args, state, step: grads.append(has_grad(state["generator"])))
+    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda args, state, step: grads.append(has_grad(state["generator"])))
     flags = ["--steps", "2", "--generator_every", "2", "--batch_size", "3", "--micro_batch", "2", "--save_every", "1", "--seed", "4"]
     log = run_main(cold_start, tiny_parts[1], tmp_path, monkeypatch, *flags)
     assert grads == [True, False, True, True, False]  # F; the fake score's loss left G alone; F; G; G's gradient is used up
@@ -937,7 +943,7 @@ def test_the_checkpoint_has_one_pair_of_keys_for_each_attention_projection_that_
         assert set(load(path)) == expected and all(v.dtype == torch.float32 for v in load(path).values())
 
 
-@pytest.mark.parametrize("targets", [cold_start.TARGETS, [name.removeprefix("attn.") for name in cold_start.TARGETS]], ids=["ours", "model card's"])
+@pytest.mark.parametrize("targets", [model.TARGETS, [name.removeprefix("attn.") for name in model.TARGETS]], ids=["ours", "model card's"])
 def test_plain_diffusers_and_peft_load_our_file_and_compute_what_play_computes(run, targets):
     args, pipe, bare = tiny_args(cold_start=str(run.cold), rtdmd=""), tiny_pipe(), SD3Transformer2DModel.from_pretrained(TINY / "transformer")
     bare.add_adapter(LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=targets), "default")
@@ -1205,7 +1211,7 @@ def test_both_adapters_are_stacked_and_neither_replaces_the_other(tmp_path):
             pipe.transformer.get_submodule(key.split(".lora_A")[0]).weight.data += 64 / 8 * weights[key.replace("lora_A", "lora_B")] @ weights[key]
     assert (stacked - latents(pipe, "", str(tmp_path / "two"))).abs().max() < 1e-4 * stacked.abs().max()
     with torch.no_grad():
-        cold_start.save_grid(cold_start.decode(pipe, stacked), str(tmp_path / "both/00000.png"))
+        model.save_grid(model.decode(pipe, stacked), str(tmp_path / "both/00000.png"))
     assert same_files(tmp_path / "both", tmp_path / "both/out", ["00000.png"])  # the program draws that very picture
 
 
@@ -1223,7 +1229,7 @@ def test_the_checker_accepts_true_pictures_after_the_vae_and_rejects_captions_th
     torch.manual_seed(0)
     with torch.no_grad():
         latents = pipe.vae.encode(tiny.render(*tiny.scenes(rows, torch.arange(len(rows)))) * 2 - 1).latent_dist.sample()
-        pictures = cold_start.decode(pipe, (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor)
+        pictures = model.decode(pipe, (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor)
     checker, = rewards.build("checker", torch.device("cpu"))
     accepted = lambda captions: checker(pictures, [r["prompt"] for r in captions], captions).mean()
     assert accepted(rows) >= .98
@@ -1263,8 +1269,8 @@ def test_clip_pixels_is_clips_own_preprocessing(side):
 
 
 def test_the_built_in_prompts_come_in_genevals_six_categories_with_genevals_metadata():
-    rows = rewards.geneval_prompts(1200)
-    assert rows == rewards.geneval_prompts(1200) and rows != rewards.geneval_prompts(1200, seed=1)
+    rows = geneval_prompts(1200)
+    assert rows == geneval_prompts(1200) and rows != geneval_prompts(1200, seed=1)
     assert sorted(Counter(r["metadata"]["tag"] for r in rows).items()) == sorted((tag, 200) for tag in tiny.CATEGORIES)
     for row in rows:
         tag, include, words = row["metadata"]["tag"], row["metadata"]["include"], row["prompt"].split()
@@ -1522,7 +1528,7 @@ def test_killed_at_any_call_while_saving_a_whole_checkpoint_is_left_and_no_mixtu
     state, args = small_state
     for n in itertools.count():
         [p.unlink() for p in tmp_path.iterdir()]
-        [cold_start.save_checkpoint(args, state(step), step) for step in (1, 2)]
+        [checkpoint.save_checkpoint(args, state(step), step) for step in (1, 2)]
         calls = []
 
         def mortal(call, half=False):
@@ -1535,15 +1541,15 @@ def test_killed_at_any_call_while_saving_a_whole_checkpoint_is_left_and_no_mixtu
                 return call(*inputs, **options)
             return wrapped
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
-            patch.setattr(cold_start, "sync", mortal(cold_start.sync, half=True))
+            patch.setattr(common, "sync", mortal(common.sync, half=True))
             patch.setattr(os, "replace", mortal(os.replace))
-            cold_start.save_checkpoint(args, state(3), 3)
+            checkpoint.save_checkpoint(args, state(3), 3)
         path = next(tmp_path / f for f in ("ckpt.pt", "ckpt.prev.pt") if (tmp_path / f).exists())
-        saved = cold_start.read(str(path), "checkpoint")
+        saved = checkpoint.read(str(path), "checkpoint")
         assert saved["step"] in (2, 3) and all((saved[name][0] == saved["step"]).all() for name in ("generator", "fake", "ema"))
-        generator, fake = (cold_start.read(f"{tmp_path}/{f}", "adapter")["key"][0, 0].item() for f in ADAPTERS)
+        generator, fake = (checkpoint.read(f"{tmp_path}/{f}", "adapter")["key"][0, 0].item() for f in ADAPTERS)
         try:
-            cold_start.find_weights(str(tmp_path), "cold_start")
+            checkpoint.find_weights(str(tmp_path), "cold_start")
             assert generator == fake and generator in (2, 3)
         except SystemExit:
             assert (generator, fake) == (3, 2) and "--resume" in capsys.readouterr().err
@@ -1564,13 +1570,13 @@ def same(a, b):
 def test_one_flipped_bit_anywhere_in_a_checkpoint_is_noticed_or_changes_nothing(small_state, tmp_path, capsys):
     """Every byte of a small one. torch.load alone takes wrong weights, steps and flags for right: it does not look at the checksums."""
     state, args = small_state
-    cold_start.save_checkpoint(SimpleNamespace(out_dir=str(tmp_path), lr=1e-3), state(7), 7)
+    checkpoint.save_checkpoint(SimpleNamespace(out_dir=str(tmp_path), lr=1e-3), state(7), 7)
     path, (whole, content), noticed, missed_by_torch = tmp_path / "ckpt.pt", (load(tmp_path / "ckpt.pt"), (tmp_path / "ckpt.pt").read_bytes()), 0, 0
     for place in range(len(content)):
         path.write_bytes(content)
         flip(path, place, place % 8)
         try:
-            assert same(cold_start.read(str(path), "checkpoint"), whole), place
+            assert same(checkpoint.read(str(path), "checkpoint"), whole), place
         except SystemExit:
             noticed += 1
             with contextlib.suppress(Exception):
@@ -1588,7 +1594,7 @@ def test_a_damaged_byte_in_each_part_of_a_real_checkpoint_is_refused_and_the_one
         place = part.header_offset + 30 + sum(int.from_bytes(header[i:i + 2], "little") for i in (26, 28)) + part.file_size // 2
         flip(path, place)
         with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as err:
-            cold_start.read(str(path), "checkpoint", "; HINT")
+            checkpoint.read(str(path), "checkpoint", "; HINT")
         assert "damaged" in err.getvalue() and err.getvalue().endswith("; HINT\n")
         flip(path, place)
     flags = [*COLD, "--out_dir", tmp_path / "run", "--save_every", 1]
@@ -1618,7 +1624,7 @@ def test_resume_without_a_checkpoint_starts_and_other_content_under_the_same_nam
 
 def test_other_packages_or_another_number_of_processes_are_told_on_resume(run, tmp_path, monkeypatch):
     shutil.copytree(run.cold, tmp_path / "out")
-    monkeypatch.setattr(cold_start, "version", lambda name: "9.9" if name == "peft" else __import__("importlib.metadata").metadata.version(name))
+    monkeypatch.setattr(checkpoint, "version", lambda name: "9.9" if name == "peft" else __import__("importlib.metadata").metadata.version(name))
     ckpt = load(run.cold / "ckpt.pt")
     ckpt["flags"]["made_with"]["processes"] = 8
     torch.save(ckpt, tmp_path / "out/ckpt.pt")
@@ -1673,7 +1679,7 @@ def test_a_killed_rank_ends_the_job_within_a_minute_and_its_checkpoint_is_whole(
     _, err = job.communicate(timeout=60)
     assert job.returncode != 0 and time.time() - start < 60 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert "cold_start.py: error: lost the other processes" in err
-    assert any(cold_start.read(str(tmp_path / f), "checkpoint")["step"] >= 1 for f in ("ckpt.pt", "ckpt.prev.pt") if (tmp_path / f).exists())
+    assert any(checkpoint.read(str(tmp_path / f), "checkpoint")["step"] >= 1 for f in ("ckpt.pt", "ckpt.prev.pt") if (tmp_path / f).exists())
 
 
 def test_a_checkpoint_is_saved_after_so_many_minutes_too(tmp_path, monkeypatch):
@@ -1681,7 +1687,7 @@ def test_a_checkpoint_is_saved_after_so_many_minutes_too(tmp_path, monkeypatch):
     save = lambda args, state, step: saved.append(step)
     good(here(cold_start, *COLD, "--steps", 3, "--save_minutes", 1e-9, "--out_dir", tmp_path, save_checkpoint=save))
     assert saved == [1, 2, 3]
-    monkeypatch.setattr(cold_start, "save_checkpoint", save)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
     for minutes, steps in ((1, [1, 8, 9]), (0, [8, 9])):  # two minutes since the last one; every 8 steps; the last step
         args = SimpleNamespace(save_every=8, save_minutes=minutes, saved_at=time.time() - 120)
         saved.clear()
@@ -1782,7 +1788,7 @@ def test_a_reward_that_raises_is_named_with_the_prompts(run, tmp_path, capsys):
         wrong = lambda images, prompts, metadata: torch.zeros(shape)
         wrong.__dict__.update(bad_reward.__dict__)
         with pytest.raises(SystemExit):
-            cold_start.guarded(wrong)(torch.zeros(3, 3, 8, 8), ["--x" * 1000, "b", "c", "d"][:3], [{}] * 3)
+            common.guarded(wrong)(torch.zeros(3, 3, 8, 8), ["--x" * 1000, "b", "c", "d"][:3], [{}] * 3)
         assert str(shape) in (err := capsys.readouterr().err) and "'b'" in err and len(err) < 500
 
 
@@ -1819,7 +1825,7 @@ def test_prompts_of_every_kind_are_read_and_what_is_cut_off_is_counted(tmp_path,
     prompts = ["a red circle", "--seed", "-1", "🟥🔵 🏳️‍🌈", "دائرة حمراء", "a blue square " * 714 + "a", "a red circle", "x" * 10000]
     (tmp_path / "p.txt").write_bytes(("\ufeff" + "\r\n\r\n \r\n".join(prompts)).encode())
     (tmp_path / "p.jsonl").write_bytes(("\ufeff" + "\r\n".join(json.dumps({"prompt": p}) for p in prompts)).encode())
-    assert [row["prompt"] for row in rewards.load_prompts(str(tmp_path / "p.txt"))] == prompts
+    assert [row["prompt"] for row in load_prompts(str(tmp_path / "p.txt"))] == prompts
     status, _, err = here(sample, "--prompts", tmp_path / "p.jsonl", *BASE[:4], "--teacher", "--steps", 1, "--out_dir", tmp_path / "out",
                           "--rewards", "clipscore", "--reward_path", f"clipscore={TINY}/clip")
     assert status == 0 and len(list((tmp_path / "out").glob("0*.png"))) == len(prompts) and capfd.readouterr().err == ""
@@ -1850,7 +1856,7 @@ def in_a_fork(program, flags, output, moment=None):
                 result = call(path, *rest) if not mine or moment[1] == "after" else None
                 return os.kill(os.getpid(), signal.SIGKILL) if mine else result
             return wrapped
-        cold_start.sync, os.replace = mortal(cold_start.sync), mortal(os.replace)
+        common.sync, os.replace = mortal(common.sync), mortal(os.replace)
         sys.argv = [program.__name__ + ".py", *map(str, flags)]
         program.main()
         status = 0
@@ -2374,10 +2380,10 @@ def test_colours_are_the_zero_shot_answer_on_the_cut_out_object(detector, monkey
 
 def test_metadata_in_genevals_format_is_taken_whole_and_malformed_metadata_is_named_with_its_line(detector, tmp_path):
     reward = one_reward("geneval", f"geneval={detector}", f"clipscore={TINY}/clip")
-    rows = rewards.geneval_prompts(600)
+    rows = geneval_prompts(600)
     file = tmp_path / "metadata.jsonl"
     file.write_text("".join(json.dumps(row["metadata"]) + "\n" for row in rows))
-    rows = rewards.load_prompts(str(file))
+    rows = load_prompts(str(file))
     reward.check([r["prompt"] for r in rows], [r["metadata"] for r in rows])
     good_row, wrong = rows[0]["metadata"], [
         ({}, "no GenEval metadata"), ({"include": []}, "no GenEval metadata"), ({"include": "cat"}, "no GenEval"), ({"include": [want("unicorn")]}, "80"),
@@ -2387,7 +2393,7 @@ def test_metadata_in_genevals_format_is_taken_whole_and_malformed_metadata_is_na
         ({"include": [want("dog"), want(position="above")]}, "position"), ({"include": [want()], "exclude": [{"class": "cat"}]}, "exclude"), ({"include": [want()], "exclude": 5}, "exclude")]
     for metadata, message in wrong:
         file.write_text(f'{json.dumps(good_row)}\n\n{json.dumps({"prompt": "a photo", **metadata})}\n')
-        rows = rewards.load_prompts(str(file))
+        rows = load_prompts(str(file))
         with pytest.raises(ValueError, match=r"^line 3 \('a photo'\): .*" + message):
             reward.check([r["prompt"] for r in rows], [r["metadata"] for r in rows])
 
@@ -2765,7 +2771,7 @@ def test_diffusers_draws_from_every_export_what_our_own_loop_draws(tmp_path, sta
     good(here(sample, *BASE[:4], "--lora_alpha", 24, *(x for k, v in where.items() for x in (f"--{k}", v)), "--export", lora, "--export_merged", merged))
     args, pipe = tiny_args(lora_alpha=24, **where), tiny_pipe()
     v = cold_start.play(pipe.transformer, sample.load_generator(pipe, args), cold_start.text_encoder(pipe, args)(TEXTS))
-    ours = cold_start.decode(pipe, sample.draw(v, SEEDS, pipe.latent_shape, LEVELS, .9, CPU))
+    ours = model.decode(pipe, sample.draw(v, SEEDS, pipe.latent_shape, LEVELS, .9, CPU))
     plain, names = {"torch": torch}, [name for name in where if where[name]]
     whole, *stacked = snippets((lora / "README.md").read_text(), lora)
     exec(whole, plain)
@@ -2857,7 +2863,7 @@ def test_the_scheduler_is_loaded_with_a_pipeline_saved_with_it_and_drives_img2im
     own, start = tiny_pipe(), .1 * x0 + .9 * normal()
     v = cold_start.play(own.transformer, [], cold_start.text_encoder(own, tiny_args())(TEXTS))
     close(steps[0][1], start, 1e-4)
-    close(result, cold_start.decode(own, sample.integrate(v, torch.stack([start, normal(), normal()]), LEVELS[1:], .8)).detach(), 1e-3)
+    close(result, model.decode(own, sample.integrate(v, torch.stack([start, normal(), normal()]), LEVELS[1:], .8)).detach(), 1e-3)
 
 
 def test_the_scheduler_shifts_once_where_the_shift_depends_on_the_pictures_size():
@@ -2892,7 +2898,7 @@ def test_the_adapters_fit_sd3_medium():
         cold_start.add_adapter(transformer, "generator", tiny_args())
     found = cold_start.adapter(transformer, "generator")
     last = {"transformer_blocks.23.attn.to_add_out"}  # the last block drops its text stream
-    modules = {f"transformer_blocks.{i}.{target}" for i in range(24) for target in cold_start.TARGETS} - last
+    modules = {f"transformer_blocks.{i}.{target}" for i in range(24) for target in model.TARGETS} - last
     assert set(found) == {f"{module}.lora_{x}.default.weight" for module in modules for x in "AB"} and len(found) == 382
     assert {tuple(p.shape) for k, p in found.items()} == {(32, 1536), (1536, 32)} and not any("attn2" in k for k in found)
 

@@ -397,7 +397,7 @@ def random_sd35m(out_dir, device):
 
 
 def arguments():
-    from cold_start import die, parse
+    from common import die, parse
     parser = argparse.ArgumentParser(description="Stage 0: make the tiny SD3 pipeline.", allow_abbrev=False)
     add, parser.error, parser.preset = parser.add_argument, die, {}
     add("--out_dir", default="out/tiny_pipeline", help="where the trained pipeline directory goes")
@@ -410,7 +410,7 @@ def arguments():
 
 
 def main():
-    from cold_start import setup
+    from common import setup
     args = arguments()
     device, *_ = setup(args, training=False)
     if args.random_sd35m:

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import cold_start
 import export
+import model
 import rtdmd_rl
 import sample
 
@@ -78,7 +79,7 @@ def matrices(*endings):
     return [name for name, m in named if isinstance(m, torch.nn.Linear) and name.endswith(endings)]
 
 
-USUAL = matrices(*("." + target for target in cold_start.TARGETS))
+USUAL = matrices(*("." + target for target in model.TARGETS))
 
 
 def random_lora(seed=0, rank=RANK, modules=None, dtype=torch.float32):
@@ -308,10 +309,10 @@ def test_the_two_stages_keep_their_own_alphas(tmp_path):
 )
 def test_what_peft_saves_computes_here_what_it_computes_in_peft(tmp_path, options, safe, capsys):
     """peft's own directory, with its variants and patterns; the truth is peft's own forward."""
-    config = {"r": RANK, "lora_alpha": 20, "target_modules": list(cold_start.TARGETS), **options}
-    model = peft.get_peft_model(copy.deepcopy(base()), peft.LoraConfig(**config))
+    config = {"r": RANK, "lora_alpha": 20, "target_modules": list(model.TARGETS), **options}
+    in_peft = peft.get_peft_model(copy.deepcopy(base()), peft.LoraConfig(**config))
     g = torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():
+    for name, p in in_peft.named_parameters():
         if ".lora_" in name:
             p.data = torch.randn(p.shape, generator=g) * 0.3
     with torch.no_grad():
@@ -320,8 +321,8 @@ def test_what_peft_saves_computes_here_what_it_computes_in_peft(tmp_path, option
             "pooled_projections": TEXT[1],
             "timestep": torch.full((2,), 750.0),
         }
-        theirs = model(X, **inputs, return_dict=False)[0]
-    model.save_pretrained(tmp_path)
+        theirs = in_peft(X, **inputs, return_dict=False)[0]
+    in_peft.save_pretrained(tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
     if not safe:  # as older versions of peft wrote it
         torch.save(load_file(weights), tmp_path / "adapter_model.bin")
@@ -687,7 +688,7 @@ def test_adapters_of_different_modules_and_ranks_are_exported_as_one(tmp_path):
         transformer=fresh(), save_lora_weights=StableDiffusion3Pipeline.save_lora_weights
     )
     for name, lora, alpha in (("one", one, 6), ("two", two, 9)):
-        cold_start.load_adapter(
+        model.load_adapter(
             pipe.transformer,
             name,
             str(write(tmp_path / f"{name}.pt", tensors_of(lora))),
@@ -848,7 +849,7 @@ def test_stage_2_freezes_stage_1_as_its_files_are_and_trains_what_its_flags_say(
     usual = [
         n
         for n, m in plain.named_modules()
-        if isinstance(m, torch.nn.Linear) and n.endswith(tuple("." + t for t in cold_start.TARGETS))
+        if isinstance(m, torch.nn.Linear) and n.endswith(tuple("." + t for t in model.TARGETS))
     ]
     assert {key.partition(".lora_")[0] for key in new} == set(usual)
     assert {tensor.shape[0] for key, tensor in new.items() if "lora_A" in key} == {32}
@@ -1010,7 +1011,7 @@ def inspected(where):
 def published_like(std, largest_B):
     """A file as the published ones are described, at a narrow width."""
     modules = [
-        f"transformer_blocks.{i}.{target}" for i in range(24) for target in cold_start.TARGETS
+        f"transformer_blocks.{i}.{target}" for i in range(24) for target in model.TARGETS
     ]
     modules.remove("transformer_blocks.23.attn.to_add_out")
     g = torch.Generator().manual_seed(0)

@@ -10,6 +10,7 @@ import pytest
 import cold_start
 import rewards
 import rtdmd_rl
+from prompts import geneval_prompts, load_prompts
 import sample
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
@@ -115,7 +116,7 @@ def test_stage_1_on_a_file_or_on_the_presets_own_prompts_says_nothing(start, tmp
 
 
 def test_only_rank_0_says_it(monkeypatch, capsys):
-    rows = rewards.geneval_prompts(6)
+    rows = geneval_prompts(6)
     args = type("args", (), {"prompts": ""})
     monkeypatch.setenv("RANK", "1")
     cold_start.note_templates(rows, args)
@@ -129,7 +130,7 @@ def test_the_public_formats_are_read_as_they_are(tmp_path):
     """A prompt a line, as users write them, and GenEval's metadata in flow_grpo's training file."""
     text = tmp_path / "train.txt"
     text.write_bytes("  a castle, by night ,\r\n\r\n\"OPEN\" on a sign\n{not json}\n'caf\u00e9 \u2615\n".encode())
-    rows = rewards.load_prompts(str(text))
+    rows = load_prompts(str(text))
     assert [r["prompt"] for r in rows] == ["a castle, by night ,", '"OPEN" on a sign', "{not json}", "'caf\u00e9 \u2615"]
     assert [r["metadata"]["line"] for r in rows] == [1, 3, 4, 5]
 
@@ -141,7 +142,7 @@ def test_the_public_formats_are_read_as_they_are(tmp_path):
     )
     file = tmp_path / "train_metadata.jsonl"
     file.write_text(lines)
-    rows = rewards.load_prompts(str(file))
+    rows = load_prompts(str(file))
     assert [r["prompt"] for r in rows] == ["a photo of a tv above a cup", "a photo of three sheep"]
     rewards.each([r["prompt"] for r in rows], [r["metadata"] for r in rows], rewards.geneval_wrong)
     assert rows[0]["metadata"]["include"][1]["position"] == ["above", 0] and rows[1]["metadata"]["tag"] == "counting"

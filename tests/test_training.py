@@ -9,7 +9,7 @@ from diffusers import SD3Transformer2DModel
 
 import cold_start
 import rtdmd_rl
-from cold_start import adapter, add_adapter
+from model import adapter, add_adapter
 
 SMALL = [
     "--preset", "tiny", "--device", "cpu", "--sample_every", 0, "--micro_batch", 4,
