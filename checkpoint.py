@@ -28,7 +28,7 @@ from importlib.metadata import version
 import torch
 import torch.distributed as dist
 
-from common import all_reduce, as_bytes, die, note, stop, sync, write_atomically
+from common import all_reduce, as_bytes, die, is_rank_0, note, stop, sync, write_atomically
 
 # Where the stages write unless told otherwise. These two are never taken for a hub repository:
 # whoever registered an owner named `out` would otherwise decide what is drawn in an empty folder.
@@ -458,73 +458,158 @@ def settled_alpha(file, given, assumed):
     return known
 
 
-# ---- the checkpoints of a run ------------------------------------------------------------------
-FREE = {"out_dir", "resume", "device", "micro_batch", "steps", "epochs", "start", "cache_text", "preset", "gradient_checkpointing", "sample_every",
-        "save_every", "save_minutes", "saved_at", "max_skipped", "made_with", "reward_batch", "offload_rewards", "eval_rewards", "eval_every",
-        "eval_prompts", "eval_images", "compile", "graphs", "wandb", "low_memory", "bench"}  # may change on --resume: the result is the same, but for its length
+# ---- the checkpoints of a run --------------------------------------------------------------------
+# Flags that may change when a run goes on: the result is the same, but for its length.
+FREE = {
+    "out_dir", "resume", "device", "micro_batch", "steps", "epochs", "start", "cache_text", "preset",
+    "gradient_checkpointing", "sample_every", "save_every", "save_minutes", "saved_at", "max_skipped",
+    "made_with", "reward_batch", "offload_rewards", "eval_rewards", "eval_every", "eval_prompts",
+    "eval_images", "compile", "graphs", "wandb", "low_memory", "bench",
+}  # fmt: skip
 
 
 def save_or_stop(args, state, step, last):
-    """Save if it is time to. After SIGTERM, SIGINT or SIGHUP also say how to go on, and exit with status 0: all ranks, at the same step."""
+    """Save if it is time to. After a signal also say how to go on, and exit with status 0.
+
+    The signals are SIGTERM, SIGINT and SIGHUP; all ranks stop at the same step.
+    """
     stopping = stop["agreed"] and step < last
-    if step % args.save_every == 0 or step == last or stopping or 0 < 60 * args.save_minutes < time.time() - args.saved_at:
+    overdue = 0 < 60 * args.save_minutes < time.time() - args.saved_at
+    if step % args.save_every == 0 or step == last or stopping or overdue:
         save_checkpoint(args, state, step)
         args.saved_at = time.time()
     if stopping:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"stopped by a signal and saved after {step} of {last}; the same command with --resume goes on", flush=True)
+        if is_rank_0():
+            print(
+                f"stopped by a signal and saved after {step} of {last}; the same command with "
+                "--resume goes on",
+                flush=True,
+            )
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(0)
 
 
 def save_checkpoint(args, state, step):
-    """generator_ema.pt and fake.pt (flat, published format) and ckpt.pt, from which --resume goes on exactly: random numbers and the order
-    of the prompts are functions of (seed, step), so that the step is all there is to save of them. Rank 0 only."""
-    if os.environ.get("RANK", "0") == "0":
-        content = {k: v.state_dict() if hasattr(v, "state_dict") else [p.detach().cpu() for p in v] for k, v in state.items() if k != "keys"}
-        things = {"generator_ema.pt": dict(zip(state["keys"], content["ema"])), "fake.pt": dict(zip(state["keys"], content["fake"])),
-                  "ckpt.pt": {**content, "step": step, "flags": vars(args)}}
-        if os.path.exists(f"{args.out_dir}/log.jsonl"):
-            sync(f"{args.out_dir}/log.jsonl")  # it must not be behind the checkpoint
-        write_atomically({f"{args.out_dir}/{name}": as_bytes(torch.save, thing) for name, thing in things.items()})
+    """Write generator_ema.pt and fake.pt (flat, published format) and ckpt.pt; rank 0 only.
+
+    From ckpt.pt --resume goes on exactly: random numbers and the order of the prompts are functions
+    of (seed, step), so that the step is all there is to save of them.
+    """
+    if not is_rank_0():
+        return
+    content = {}
+    for name, thing in state.items():
+        if hasattr(thing, "state_dict"):
+            content[name] = thing.state_dict()
+        elif name != "keys":
+            content[name] = [p.detach().cpu() for p in thing]
+    files = {
+        "generator_ema.pt": dict(zip(state["keys"], content["ema"])),
+        "fake.pt": dict(zip(state["keys"], content["fake"])),
+        "ckpt.pt": {**content, "step": step, "flags": vars(args)},
+    }
+    if os.path.exists(f"{args.out_dir}/log.jsonl"):
+        sync(f"{args.out_dir}/log.jsonl")  # it must not be behind the checkpoint
+    written = {}
+    for name, thing in files.items():
+        written[f"{args.out_dir}/{name}"] = as_bytes(torch.save, thing)
+    write_atomically(written)
 
 
 def load_checkpoint(args, state, rows, transformer):
-    """With --resume put the last checkpoint into state -> the step to go on with; 0 if there is none. Dies if it is damaged, or of another
-    program, model, prompts or flags; and in any case if the disk has no room for checkpoints."""
-    paths = [p for p in (f"{args.out_dir}/ckpt.pt", f"{args.out_dir}/ckpt.prev.pt") if os.path.exists(p)]
-    # 3 lists of weights and 4 of moments in ckpt.pt, 2 beside it; all that under temporary names, and once more for ckpt.prev.pt
-    need, room = (3 - len(paths)) * 9 * 4 * sum(p.numel() for p in state["generator"]), shutil.disk_usage(args.out_dir).free
-    if room < need:
-        die(f"--out_dir {args.out_dir} has {room / 1e9:.2f} GB free, the checkpoints need {need / 1e9:.2f}")
-    # what the flags do not show: the frozen weights (the first 64 of each, as bf16 rounds them on any device) and the prompts
-    frozen = [(k, p.flatten()[:64].bfloat16().tolist()) for k, p in transformer.named_parameters() if not p.requires_grad]
-    for name, content in ("pretrained or cold_start content", frozen), ("prompts content", rows):
-        setattr(args, name, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12])
-    args.made_with = {**{name: version(name) for name in ("torch", "diffusers", "peft", "transformers")}, "device": args.device,
-                      "processes": int(os.environ.get("WORLD_SIZE", 1))}
+    """With --resume put the last checkpoint into state -> the step to go on with; 0 without one.
+
+    Dies if it is damaged, or of another program, model, prompts or flags; and in any case if the
+    disk has no room for checkpoints.
+    """
+    paths = []
+    for name in ("ckpt.pt", "ckpt.prev.pt"):
+        if os.path.exists(f"{args.out_dir}/{name}"):
+            paths.append(f"{args.out_dir}/{name}")
+    check_room(args.out_dir, state, len(paths))
+    note_content(args, rows, transformer)
+    agree_on_a_checkpoint(args.out_dir, bool(paths), transformer.device)
     args.saved_at = time.time()
-    found = [all_reduce(torch.tensor(float(bool(paths)), device=transformer.device), op).item() for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX)]
-    if found[0] != found[1]:
-        die(f"some processes see a checkpoint in --out_dir {args.out_dir} and some do not: it must lie on a file system that all machines share")
     if not args.resume or not paths:
         return 0
     hint = f"; delete {paths[0]} to go on from the one before it" if paths[1:] else ""
-    saved, names = read(paths[0], "checkpoint", hint), set(vars(args)) - FREE
+    saved = read(paths[0], "checkpoint", hint)
     flags = saved.get("flags") if isinstance(saved, dict) and "step" in saved else None
-    if not isinstance(flags, dict) or set(flags) - FREE != names:
+    if not isinstance(flags, dict) or set(flags) - FREE != set(vars(args)) - FREE:
         die(f"{paths[0]} is not a checkpoint of this program, or of another version of it{hint}")
-    changed = [f"--{k} {flags[k]} -> {v}" for k, v in vars(args).items() if k in names and flags[k] != v]
+    changed = []
+    for name, value in vars(args).items():
+        if name not in FREE and flags[name] != value:
+            changed.append(f"--{name} {flags[name]} -> {value}")
     if changed:
-        die(f"{paths[0]} was made with other flags ({', '.join(changed)}): repeat them, or choose another --out_dir")
-    for name in set(state) - {"keys"}:
-        if hasattr(state[name], "load_state_dict"):
-            state[name].load_state_dict(saved[name])
-        else:
-            torch._foreach_copy_([p.data for p in state[name]], saved[name])
-    if os.environ.get("RANK", "0") == "0":
-        changed = ", ".join(f"{k} {flags['made_with'].get(k)} -> {v}" for k, v in args.made_with.items() if flags["made_with"].get(k) != v)
-        print(f"going on from {paths[0]}, step {saved['step']}{changed and f'; changed since ({changed}): the same results up to rounding'}"
-              + ", but for the random numbers, which are each device's own" * ("device" in changed), flush=True)
+        die(
+            f"{paths[0]} was made with other flags ({', '.join(changed)}): repeat them, or choose "
+            "another --out_dir"
+        )
+    for name, thing in state.items():
+        if hasattr(thing, "load_state_dict"):
+            thing.load_state_dict(saved[name])
+        elif name != "keys":
+            torch._foreach_copy_([p.data for p in thing], saved[name])
+    say_what_changed(paths[0], saved["step"], flags["made_with"], args.made_with)
     return saved["step"]
+
+
+def check_room(out_dir, state, checkpoints):
+    """Die where the disk has no room for what will be saved. checkpoints: how many are there."""
+    # 3 lists of weights and 4 of moments in ckpt.pt, 2 beside it: 9 in all, under temporary names
+    # and once more for ckpt.prev.pt
+    lists = (3 - checkpoints) * 9
+    need = lists * 4 * sum(p.numel() for p in state["generator"])
+    room = shutil.disk_usage(out_dir).free
+    if room < need:
+        die(
+            f"--out_dir {out_dir} has {room / 1e9:.2f} GB free, the checkpoints need "
+            f"{need / 1e9:.2f}"
+        )
+
+
+def note_content(args, rows, transformer):
+    """Put into args what the flags do not show: hashes of weights and prompts, and versions."""
+    frozen = []
+    for name, p in transformer.named_parameters():
+        if not p.requires_grad:
+            # the first 64 of each, as bf16 rounds them on any device
+            frozen.append((name, p.flatten()[:64].bfloat16().tolist()))
+    for name, content in (("pretrained or cold_start", frozen), ("prompts", rows)):
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+        setattr(args, f"{name} content", digest)
+    packages = ("torch", "diffusers", "peft", "transformers")
+    args.made_with = {name: version(name) for name in packages}
+    args.made_with["device"] = args.device
+    args.made_with["processes"] = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def agree_on_a_checkpoint(out_dir, found, device):
+    """Die where some processes see a checkpoint and some do not."""
+    least, most = (
+        all_reduce(torch.tensor(float(found), device=device), op).item()
+        for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX)
+    )
+    if least != most:
+        die(
+            f"some processes see a checkpoint in --out_dir {out_dir} and some do not: it must lie "
+            "on a file system that all machines share"
+        )
+
+
+def say_what_changed(path, step, before, now):
+    """One line on stdout: where the run goes on, and which versions and machines differ."""
+    if not is_rank_0():
+        return
+    changed = []
+    for name, value in now.items():
+        if before.get(name) != value:
+            changed.append(f"{name} {before.get(name)} -> {value}")
+    line = f"going on from {path}, step {step}"
+    if changed:
+        line += f"; changed since ({', '.join(changed)}): the same results up to rounding"
+    if before.get("device") != now["device"]:
+        line += ", but for the random numbers, which are each device's own"
+    print(line, flush=True)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoint import load_checkpoint, save_or_stop
-from common import all_reduce, checked, data_order, distance, generator, make_log, make_parser, parse, setup, shard, update
+from common import Log, all_reduce, checked, data_order, distance, generator, make_parser, parse, setup, shard, update
 from cps import ambient_target, cps_step, renoise, rollout, sigmas
 from model import adapter, add_adapter, check_levels, evaluated, graphed, load_pipeline, note_prompts, play, preview, text_encoder, train_only
 from prompts import load_prompts, note_templates
@@ -156,7 +156,7 @@ def main():
         return loss.detach()
     velocity, fake_pass, generator_pass = graphed(args.graphs, device, velocity, fake_pass, generator_pass)
 
-    bar, log = tqdm(range(args.start, args.steps), initial=args.start, total=args.steps, disable=None if rank == 0 else True), make_log(args)
+    bar, log = tqdm(range(args.start, args.steps), initial=args.start, total=args.steps, disable=None if rank == 0 else True), Log(args)
     part = lambda name: None
     if args.bench:
         from report import stopwatch

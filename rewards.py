@@ -23,6 +23,7 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 from safetensors.torch import load_file
 
+from common import die
 from prompts import COCO, COLORS, NUMBERS, RELATIONS, each
 
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
@@ -536,6 +537,21 @@ def ready(score, name, weight, differentiable, batch):
     reward.name, reward.weight, reward.differentiable, reward.models = name, weight, differentiable, getattr(score, "models", [])
     reward.check = lambda prompts, metadata: each(prompts, metadata, wrong) if wrong else None
     return reward
+
+
+def guarded(reward):
+    """The same reward, but one that raises, or whose scores are not one a picture, ends the run with its name and the prompts."""
+    @functools.wraps(reward)
+    def call(images, prompts, metadata):
+        try:
+            scores = reward(images, prompts, metadata)
+            if scores.shape != (len(images),):
+                raise ValueError(f"it gave scores of shape {tuple(scores.shape)} for {len(images)} pictures")
+            return scores
+        except Exception as e:
+            each = dict.fromkeys(repr(prompt[:80]) for prompt in prompts)
+            die(f"reward {reward.name} failed on {', '.join(list(each)[:9])}: {type(e).__name__}: {str(e)[:200]}", status=1, local=True)
+    return call
 
 
 def move(rewards, device):

@@ -24,12 +24,12 @@ from tqdm import tqdm
 from checkpoint import DEFAULT_PLACES
 from checkpoint import find_weights, load_checkpoint, save_or_stop
 from cold_start import HERE, PAPER as PAPER_COLD, fake_score_loss, generator_loss, renoise_time
-from common import all_reduce, checked, data_order, die, distance, generator, guarded, make_log, make_parser, parse, setup, shard, update
+from common import Log, all_reduce, checked, data_order, die, distance, generator, make_parser, parse, setup, shard, update
 from cps import at_least_float32, cps_step, log_prob, rollout, sigmas
 from model import (adapter, add_adapter, check_levels, decode, evaluated, graphed, load_adapter, load_pipeline, note_prompts, play, preview, save_grid,
                    text_encoder, train_only)
 from prompts import load_prompts
-from rewards import build, move, parse_weights
+from rewards import build, guarded, move, parse_weights
 
 PRESETS = {
     "sd35m": dict(pretrained="stabilityai/stable-diffusion-3.5-medium", sample_every=25),
@@ -208,7 +208,7 @@ def main():
         return loss.detach(), (drift > args.clip).sum(), drift.max()
     velocity, fake_pass, anchor, follow, policy_pass = graphed(args.graphs, device, velocity, fake_pass, anchor, follow, policy_pass)
 
-    bar, log = tqdm(range(args.start, args.epochs), initial=args.start, total=args.epochs, disable=None if rank == 0 else True), make_log(args)
+    bar, log = tqdm(range(args.start, args.epochs), initial=args.start, total=args.epochs, disable=None if rank == 0 else True), Log(args)
     part = lambda name: None
     if args.bench:
         from report import stopwatch

@@ -18,12 +18,12 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from checkpoint import DEFAULT_PLACES, find_weights
-from common import checked, die, guarded, parse, setup
+from common import checked, die, parse, setup
 from cps import rollout, sigmas
 from export import STAGES, check_exports, export
 from model import decode, graphed, load_adapter, load_pipeline, note_prompts, play, save_grid, text_encoder
 from prompts import load_prompts
-from rewards import build
+from rewards import build, guarded
 from rtdmd_rl import PRESETS
 
 

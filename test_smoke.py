@@ -1788,7 +1788,7 @@ def test_a_reward_that_raises_is_named_with_the_prompts(run, tmp_path, capsys):
         wrong = lambda images, prompts, metadata: torch.zeros(shape)
         wrong.__dict__.update(bad_reward.__dict__)
         with pytest.raises(SystemExit):
-            common.guarded(wrong)(torch.zeros(3, 3, 8, 8), ["--x" * 1000, "b", "c", "d"][:3], [{}] * 3)
+            rewards.guarded(wrong)(torch.zeros(3, 3, 8, 8), ["--x" * 1000, "b", "c", "d"][:3], [{}] * 3)
         assert str(shape) in (err := capsys.readouterr().err) and "'b'" in err and len(err) < 500
 
 
@@ -1798,7 +1798,7 @@ def test_a_reward_that_never_varies_is_warned_of_once(run, tmp_path, capsys):
     good(here(rtdmd_rl, *BASE, "--epochs", 1, "--prompts_per_epoch", 2, "--group_size", 3, "--cold_start", run.cold, "--out_dir", tmp_path,
               build=lambda *_: [half]))
     assert log_of(tmp_path)[0]["flat_groups"] == .5
-    log = cold_start.make_log(SimpleNamespace(out_dir=str(tmp_path), resume=False, wandb=""))
+    log = common.Log(SimpleNamespace(out_dir=str(tmp_path), resume=False, wandb=""))
     for flat in (19 * [1.0] + [.5] + 60 * [1.0]):
         log(SimpleNamespace(set_postfix=lambda *_, **__: None), 1, flat_groups=flat)
         assert not flat == .5 or not capsys.readouterr().err

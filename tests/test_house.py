@@ -22,7 +22,6 @@ ALLOWED = {
     "prompts": {"common"},
     "checkpoint": {"common"},
     "model": {"checkpoint", "common", "cps"},
-    "cold_start": {"checkpoint", "common", "cps", "model", "prompts"},
 }
 READABLE = ["common", "checkpoint", "model", "prompts"]  # grows with every file that is unpacked
 
