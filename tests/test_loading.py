@@ -15,6 +15,7 @@ import math
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -777,6 +778,38 @@ def test_an_export_is_taken_as_it_is_with_its_alphas(exported, capsys):
         assert file.read_bytes() == source.read_bytes()
 
 
+def test_an_exported_file_says_its_alpha_itself(exported):
+    for name in ("cold_start", "rtdmd", "pytorch_lora_weights"):
+        file = checkpoint.read_adapter(str(exported.folder / f"{name}.safetensors"))
+        assert file.alpha.value == file.usual_rank and file.alpha.source == "its metadata"
+
+
+@pytest.mark.parametrize(
+    "name, prefix, adapter",
+    [("a.pt", "module.", "default"), ("a.safetensors", "", "default"), ("a.bin", "", None)],
+)
+def test_an_export_has_the_published_layout(tmp_path, name, prefix, adapter):
+    """Ranks and alphas that differ between modules, too."""
+    ranks = {module: 2 + i % 2 for i, module in enumerate(USUAL)}
+    lora = random_lora(rank=ranks)
+    write(tmp_path / "in" / name, tensors_of(lora, prefix, adapter))
+    config = {"lora_alpha": 8, "alpha_pattern": {"attn.to_q": 20}}
+    (tmp_path / "in/adapter_config.json").write_text(json.dumps(config))
+    alphas = {module: 20 if module.endswith("attn.to_q") else 8 for module in USUAL}
+    truth = merged(*(({module: lora[module]}, alphas[module]) for module in USUAL))
+    same(loaded(tmp_path / "in" / name), truth)
+    write_export(tmp_path / "in" / name, "", tmp_path / "out")
+    published = tmp_path / "out/cold_start/generator_ema.pt"
+    assert zipfile.is_zipfile(published)  # torch.save's format, whose checksums are verified
+    content = torch.load(published, weights_only=True)
+    assert set(content) == set(tensors_of(lora))
+    same(loaded(tmp_path / "out"), truth)
+    same(loaded(tmp_path / "out/cold_start"), truth)
+    written = json.loads((tmp_path / "out/cold_start/adapter_config.json").read_text())
+    patterns = written["rank_pattern"]
+    assert {module: patterns.get(module, written["r"]) for module in USUAL} == ranks
+
+
 def test_an_export_made_before_alpha_was_written_into_it_is_taken_too(exported, tmp_path):
     for name in ("cold_start", "rtdmd"):
         save_file(
@@ -892,12 +925,9 @@ def hub(monkeypatch, tmp_path):
         (sample.main, ["a circle", "--cold_start", ""]),
         (rtdmd_rl.main, []),
     ],
-    ids=["sample.py", "sample.py without stage 1", "rtdmd_rl.py"],
+    ids=["both stages", "stage 2", "training"],
 )
-def test_a_default_is_never_looked_up_on_the_hub(hub, capsys, main, flags, monkeypatch):
-    monkeypatch.setattr(
-        sys.modules[main.__module__], "load_pipeline", lambda *_: cold_start.load_pipeline(*_)
-    )
+def test_a_default_is_never_looked_up_on_the_hub(hub, capsys, main, flags):
     assert program(main, *flags, "--preset", "tiny", "--device", "cpu", "--out_dir", "made") == 2
     line = one_line(capsys)
     assert "no such file or directory" in line and "out/" in line and hub.asked == hub.fetched == []
