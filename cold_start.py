@@ -5,8 +5,8 @@ Three roles are played by ONE frozen transformer with two LoRA adapters (the rol
     fake        F, adapter "fake", trained: the velocity of what G currently makes (the "fake score")
     teacher     no adapter: the multi-step model with classifier-free guidance, never changed
 
-Read in this order: `rollout`, `fake_score_loss`, `generator_loss` (the mathematics: tensors and velocity functions only), then
-`main` (Algorithm 1, first half), then the plumbing, which stage 2 (rtdmd_rl.py) imports. The sampler is in cps.py.
+Read in this order: `fake_score_loss`, `generator_loss` (the mathematics: tensors and velocity functions only), then `main`
+(Algorithm 1, first half). The sampler is in cps.py, the transformer and its roles in model.py, plumbing in common.py and checkpoint.py.
 
     torchrun --nproc_per_node=8 cold_start.py           # SD3.5-M, 512 px, the recipe of the authors' release
     python cold_start.py --preset tiny                  # the laptop model in assets/tiny, minutes on a CPU

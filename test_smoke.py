@@ -57,6 +57,7 @@ import cold_start
 import common
 import cps
 import model
+import prompts
 from prompts import geneval_prompts, load_prompts
 import export
 import report
@@ -797,7 +798,7 @@ def test_dmd2_style_training_takes_the_last_executed_step_to_level_0(tiny_parts,
     """--dmd2: whichever step is drawn, its x-prediction is what F and the teacher see, re-noised over [0, 1]."""
     seen, paths, calls = [], [], []
     monkeypatch.setattr(cold_start, "rollout", lambda *a: paths.append((a[3], rollout(*a))) or paths[-1][1])
-    monkeypatch.setattr(cold_start, "cps_step", lambda x, v, s, t, *a: (torch.is_tensor(s) or calls.append((x - s * v, s, t)), cps_step(x, v, s, t, *a))[1])
+    monkeypatch.setattr(cps, "cps_step", lambda x, v, s, t, *a: (torch.is_tensor(s) or calls.append((x - s * v, s, t)), cps_step(x, v, s, t, *a))[1])
     monkeypatch.setattr(cold_start, "fake_score_loss", lambda F, x, s, t, *a: seen.append((level_of(s), x, t)) or fake_score_loss(F, x, s, t, *a))
     monkeypatch.setattr(cold_start, "generator_loss", lambda x, s, t, *a: seen.append((level_of(s), x.detach(), t)) or generator_loss(x, s, t, *a))
     run_main(cold_start, tiny_parts[1], tmp_path, monkeypatch, *"--dmd2 --gamma 0 --steps 4 --generator_every 1 --batch_size 2 --seed 4".split())
@@ -1685,9 +1686,9 @@ def test_a_killed_rank_ends_the_job_within_a_minute_and_its_checkpoint_is_whole(
 def test_a_checkpoint_is_saved_after_so_many_minutes_too(tmp_path, monkeypatch):
     saved = []
     save = lambda args, state, step: saved.append(step)
-    good(here(cold_start, *COLD, "--steps", 3, "--save_minutes", 1e-9, "--out_dir", tmp_path, save_checkpoint=save))
-    assert saved == [1, 2, 3]
     monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+    good(here(cold_start, *COLD, "--steps", 3, "--save_minutes", 1e-9, "--out_dir", tmp_path))
+    assert saved == [1, 2, 3]
     for minutes, steps in ((1, [1, 8, 9]), (0, [8, 9])):  # two minutes since the last one; every 8 steps; the last step
         args = SimpleNamespace(save_every=8, save_minutes=minutes, saved_at=time.time() - 120)
         saved.clear()
@@ -2928,7 +2929,8 @@ def test_prompts_are_drawn_as_they_come_in_on_stdin(run, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ readme
-MODULES = {module.__name__: module for module in (cold_start, cps, export, report, rewards, rtdmd_rl, sample, tiny)}
+MODULES = {module.__name__: module for module in (
+    checkpoint, cold_start, common, cps, export, model, prompts, report, rewards, rtdmd_rl, sample, tiny)}
 PROGRAMS = {name: MODULES[name] for name in ("cold_start", "report", "rtdmd_rl", "sample", "tiny")}
 
 
