@@ -12,14 +12,13 @@ Read in this order: `fake_score_loss`, `generator_loss` (the mathematics: tensor
     python cold_start.py --preset tiny                  # the laptop model in assets/tiny, minutes on a CPU
 """
 import os
-import random
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoint import load_checkpoint, save_or_stop
-from common import Log, all_reduce, checked, data_order, distance, generator, make_parser, parse, setup, shard, update
+from common import Log, StepRandom, Sums, checked, data_order, distance, make_parser, parse, setup, shard, update
 from cps import ambient_target, cps_step, renoise, rollout, sigmas
 from model import adapter, add_adapter, check_levels, evaluated, graphed, load_pipeline, note_prompts, play, preview, text_encoder, train_only
 from prompts import load_prompts, note_templates
@@ -110,102 +109,182 @@ def generator_loss(x_s, s, t, noise, back_noise, teacher, F, eta, std="exact", g
     return loss.sum(1) if gradient == "score" else loss.mean(1)  # a KL adds up over the elements, as log pi does
 
 
-# ------------------------------------------------------------------------------------------- 2. Algorithm 1, lines of stage 1
+def no_laps(part):
+    """Where the time goes is measured with --bench alone."""
+
+
+# -------------------------------------------------------------------------------------------------
+# Algorithm 1, lines of stage 1
 def main():
     args = arguments()
     device, rank, world = setup(args)
     rows = checked(load_prompts, args.prompts)
     note_templates(rows, args)
+
+    # One frozen transformer, and an adapter for each of the two roles that learn.
     pipe = load_pipeline(args, device)
-    transformer, encode, shape = pipe.transformer, text_encoder(pipe, args, [row["prompt"] for row in rows]), pipe.latent_shape
-    roles = {"generator": ["generator"], "fake": ["fake"], "teacher": []}
+    transformer = pipe.transformer
+    encode = text_encoder(pipe, args, [row["prompt"] for row in rows])
+    dtype = getattr(torch, args.adapter_dtype)
     for name in ("generator", "fake"):
-        add_adapter(transformer, name, args, args.lora_init_std, getattr(torch, args.adapter_dtype))
-    G_params, F_params = train_only(transformer, "generator", "fake")
-    G_opt = torch.optim.AdamW(G_params, lr=args.lr, betas=(.9, .999), weight_decay=0, fused=device.type == "cuda")
-    F_opt = torch.optim.AdamW(F_params, lr=args.fake_lr, betas=(.9, .999), weight_decay=0, fused=device.type == "cuda")
-    ema = [p.detach().clone() for p in G_params]
-    state = {"generator": G_params, "fake": F_params, "ema": ema, "G_opt": G_opt, "F_opt": F_opt, "keys": list(adapter(transformer, "fake"))}
+        add_adapter(transformer, name, args, args.lora_init_std, dtype)
+    student_params, fake_params = train_only(transformer, "generator", "fake")
+    fused = device.type == "cuda"
+    student_opt = torch.optim.AdamW(student_params, lr=args.lr, weight_decay=0, fused=fused)
+    fake_opt = torch.optim.AdamW(fake_params, lr=args.fake_lr, weight_decay=0, fused=fused)
+    ema = [p.detach().clone() for p in student_params]
+
+    # All that a checkpoint has to hold, since random numbers are functions of (seed, step).
+    state = {
+        "generator": student_params,
+        "fake": fake_params,
+        "ema": ema,
+        "G_opt": student_opt,
+        "F_opt": fake_opt,
+        "keys": list(adapter(transformer, "fake")),
+    }
     args.start = load_checkpoint(args, state, rows, transformer)
     note_prompts(pipe, rows, args)
-    levels, negative = sigmas(args.num_steps, args.shift), encode([""])
-    N, mine = args.batch_size, shard(args.batch_size, rank, world)
+    levels = sigmas(args.num_steps, args.shift)
+    empty_text = encode([""])
+    n_pictures = args.batch_size
+    my_rows = shard(n_pictures, rank, world)  # of the whole batch, those of this GPU
+    n_mine = my_rows.stop - my_rows.start
+    micro_batches = [slice(i, i + args.micro_batch) for i in range(0, n_mine, args.micro_batch)]
     if rank == 0:
-        print(f"AC-DMD: {args.steps} steps of {N} pictures on {world} x {device.type}, {len(rows)} prompts, "
-              f"{sum(p.numel() for p in G_params) / 1e6:.1f} M parameters an adapter", flush=True)
+        size = sum(p.numel() for p in student_params) / 1e6
+        print(
+            f"AC-DMD: {args.steps} steps of {n_pictures} pictures on {world} x {device.type}, "
+            f"{len(rows)} prompts, {size:.1f} M parameters an adapter",
+            flush=True,
+        )
 
-    # What a step asks of the transformer, for one micro-batch: functions of tensors alone, which `graphed` records on a GPU. The two
-    # that are called with gradient add to the .grad of their adapter.
-    level = lambda s, x: torch.full((len(x),), s, device=device)
+    # The three roles: velocity functions of one transformer.
+    def student(text):
+        return play(transformer, ["generator"], text)
 
-    def velocity(x, s, *text):
-        return play(transformer, roles["generator"], text)(x, s)
+    def fake(text):
+        return play(transformer, ["fake"], text)
 
-    def fake_pass(x_s, s, t, noise, back, noise1, noise2, after, *text):
-        loss = fake_score_loss(play(transformer, roles["fake"], text), x_s, s, t, noise, back, noise1, noise2, args.gamma, args.eta,
-                               args.renoise_std, after if args.consistency_times == "steps" else None)
-        (loss[0].sum() / N).backward()
-        return torch.stack([each.sum() for each in loss]).detach()
+    def teacher(text):
+        return play(transformer, [], text, empty_text, args.cfg)
 
-    def generator_pass(x, s_before, s, step_noise, t, noise, back_noise, *text):
-        G, F = (play(transformer, roles[role], text) for role in ("generator", "fake"))
-        teacher = play(transformer, roles["teacher"], text, negative, args.cfg)
-        x_s = cps_step(x, G(x, s_before), s_before, s, args.eta, step_noise)[0]
-        loss = generator_loss(x_s, s, t, noise, back_noise, teacher, F, args.eta, args.renoise_std, args.dm_gradient).sum()
-        (loss / N).backward()
+    # The work on one micro-batch: functions of tensors alone, which a GPU records once and replays.
+    # Losses are divided by the whole batch, so that micro-batches and GPUs simply add up.
+    def student_pass(x, s, *text):
+        return student(text)(x, s)
+
+    def fake_pass(x_s, s, t, noise, steps_back, noise1, noise2, s_after, *text):
+        s_after = s_after if args.consistency_times == "steps" else None
+        losses = fake_score_loss(
+            fake(text), x_s, s, t, noise, steps_back, noise1, noise2,
+            args.gamma, args.eta, args.renoise_std, s_after,
+        )  # fmt: skip
+        (losses[0].sum() / n_pictures).backward()
+        return torch.stack([loss.sum() for loss in losses]).detach()
+
+    def generator_pass(x, s_before, s, step_noise, t, noise, noise_back, *text):
+        x_s, _, _ = cps_step(x, student(text)(x, s_before), s_before, s, args.eta, step_noise)
+        loss = generator_loss(
+            x_s, s, t, noise, noise_back, teacher(text), fake(text),
+            args.eta, args.renoise_std, args.dm_gradient,
+        ).sum()  # fmt: skip
+        (loss / n_pictures).backward()
         return loss.detach()
-    velocity, fake_pass, generator_pass = graphed(args.graphs, device, velocity, fake_pass, generator_pass)
 
-    bar, log = tqdm(range(args.start, args.steps), initial=args.start, total=args.steps, disable=None if rank == 0 else True), Log(args)
-    part = lambda name: None
+    student_pass, fake_pass, generator_pass = graphed(
+        args.graphs, device, student_pass, fake_pass, generator_pass
+    )
+    silent = None if rank == 0 else True
+    bar = tqdm(range(args.start, args.steps), initial=args.start, total=args.steps, disable=silent)
+    log = Log(args)
+    lap = no_laps
     if args.bench:
         from report import stopwatch
-        part = stopwatch(args, transformer, N, 2 * args.generator_every, evaluated)
+
+        lap = stopwatch(args, transformer, n_pictures, 2 * args.generator_every, evaluated)
     skipped = {"generator": 0, "fake": 0}  # updates in a row that were not finite
+
     for step in bar:
-        # All random numbers of a step come from (seed, step) and are drawn for the whole batch, of which each rank keeps its rows:
-        # the same run on any number of GPUs, and a resumed one needs no generator state. k is shared, so that ranks stay in step.
-        rng, g = random.Random(f"{args.seed}/{step}"), generator(device, args.seed, step)
-        k = rng.randint(1, args.num_steps)
-        grid = levels[:k] + [0.0] if args.dmd2 else levels  # DMD2: the last executed step goes all the way
-        s, after = grid[k], grid[min(k + 1, len(grid) - 1)]
-        normal = lambda: torch.randn(N, *shape, generator=g, device=device)[mine].split(args.micro_batch)
-        uniform = lambda: torch.rand(N, generator=g, device=device)[mine].split(args.micro_batch)
-        x_K, step_noise = normal(), [normal() for _ in range(k)]
-        u_F, noise_F, back, noise1, noise2 = uniform(), normal(), uniform(), normal(), normal()
-        prompts = [rows[i]["prompt"] for i in data_order(len(rows), step * N, N, args.seed)][mine]
-        texts = [encode(prompts[i:i + args.micro_batch]) for i in range(0, len(prompts), args.micro_batch)]
-        sums, paths = torch.zeros(4, device=device), []
-        part("text")
+        # ---- draw. k is the same for all pictures and ranks, so that ranks stay in step (Eq. 8)
+        draw = StepRandom(args.seed, step, n_pictures, my_rows, pipe.latent_shape, device)
+        k = draw.scalars.randint(1, args.num_steps)
+        grid = levels[:k] + [0.0] if args.dmd2 else levels  # DMD2's last step goes all the way
+        s = grid[k]
+        x_start = draw.normal()
+        step_noise = [draw.normal() for _ in range(k)]
+        places = data_order(len(rows), step * n_pictures, n_pictures, args.seed)[my_rows]
+        prompts = [rows[place]["prompt"] for place in places]
+        texts = [encode(prompts[b]) for b in micro_batches]
+        sums = Sums(device, "loss_fake", "loss_ambient", "loss_consistency")
+        norms = {}
+        lap("text")
 
-        for i, text in enumerate(texts):  # every step: the fake score follows the generator
-            with torch.no_grad():
-                paths.append(rollout(lambda x, s: velocity(x, level(s, x), *text), x_K[i], grid, k, args.eta, [noise[i] for noise in step_noise]))
-            part("rollout")
-            x_s, steps_back = paths[i][k], (1 + (200 * back[i]).floor()) / 1000  # U{1..200}/1000
-            sums[:3] += fake_pass(x_s, level(s, x_s), renoise_time(s, u_F[i]), noise_F[i], steps_back, noise1[i], noise2[i], level(after, x_s), *text)
-            part("fake")
-        numbers = {"grad_fake": update(F_params, F_opt, args, skipped, "fake", sums[0])}
+        # ---- roll out: the first k steps of the student, without gradient (Eq. 8)
+        x_before = torch.empty_like(x_start)
+        x_s = torch.empty_like(x_start)
+        with torch.no_grad():
+            for b, text in zip(micro_batches, texts):
 
-        if (step + 1) % args.generator_every == 0:  # the generator follows the teacher: gradient through the last executed step only
-            u_G, noise_G, back_G = uniform(), normal(), normal()
-            for i, text in enumerate(texts):
-                x = paths[i][k - 1]
-                sums[3] += generator_pass(x, level(grid[k - 1], x), level(s, x), step_noise[k - 1][i], renoise_time(s, u_G[i]), noise_G[i], back_G[i], *text)
-                part("generator")
-            numbers["grad_generator"] = update(G_params, G_opt, args, skipped, "generator", sums[3])
-        torch._foreach_lerp_(ema, [p.detach() for p in G_params], 1 - args.ema)
+                def velocity(x, level, text=text):
+                    return student_pass(x, x.new_full((len(x),), level), *text)
 
-        losses = dict(zip(("loss_fake", "loss_ambient", "loss_consistency", "loss_generator"), (all_reduce(sums) / N).tolist()))
-        if "grad_generator" not in numbers:
-            del losses["loss_generator"]
-        log(bar, N, step=step, k=k, **losses, **numbers, ema_drift=distance(G_params, ema))
-        part("step")
+                noise_of_steps = [noise[b] for noise in step_noise]
+                path = rollout(velocity, x_start[b], grid, k, args.eta, noise_of_steps)
+                x_before[b] = path[k - 1]
+                x_s[b] = path[k]
+        s_before_of_each = x_start.new_full((n_mine,), grid[k - 1])
+        s_of_each = x_start.new_full((n_mine,), s)
+        s_after_of_each = x_start.new_full((n_mine,), grid[min(k + 1, len(grid) - 1)])
+        lap("rollout")
+
+        # ---- fake follows the student, every step (Eq. 10-12)
+        t = renoise_time(s, draw.uniform())
+        noise = draw.normal()
+        steps_back = (1 + (200 * draw.uniform()).floor()) / 1000  # U{1..200} / 1000
+        noise1, noise2 = draw.normal(), draw.normal()
+        for b, text in zip(micro_batches, texts):
+            loss, ambient, consistency = fake_pass(
+                x_s[b], s_of_each[b], t[b], noise[b], steps_back[b], noise1[b], noise2[b],
+                s_after_of_each[b], *text,
+            )  # fmt: skip
+            sums.add(loss_fake=loss, loss_ambient=ambient, loss_consistency=consistency)
+        loss = sums["loss_fake"]
+        norms["grad_fake"] = update(fake_params, fake_opt, args, skipped, "fake", loss)
+        lap("fake")
+
+        # ---- the student follows the teacher, now and then, through its last step alone (Eq. 9)
+        if (step + 1) % args.generator_every == 0:
+            t = renoise_time(s, draw.uniform())
+            noise, noise_back = draw.normal(), draw.normal()
+            loss = torch.zeros((), device=device)
+            for b, text in zip(micro_batches, texts):
+                loss += generator_pass(
+                    x_before[b], s_before_of_each[b], s_of_each[b], step_noise[k - 1][b],
+                    t[b], noise[b], noise_back[b], *text,
+                )  # fmt: skip
+            sums.of["loss_generator"] = loss
+            norms["grad_generator"] = update(
+                student_params, student_opt, args, skipped, "generator", loss
+            )
+            lap("generator")
+        torch._foreach_lerp_(ema, [p.detach() for p in student_params], 1 - args.ema)
+
+        # ---- log, look, save
+        losses = sums.over_ranks(lambda total: total / n_pictures)
+        moved = distance(student_params, ema)
+        log(bar, n_pictures, step=step, k=k, **losses, **norms, ema_drift=moved)
+        lap("step")
         if args.sample_every and (step + 1) % args.sample_every == 0:
-            preview(pipe, roles["generator"], encode, rows, args, f"step_{step + 1}")
+            preview(pipe, ["generator"], encode, rows, args, f"step_{step + 1}")
         save_or_stop(args, state, step + 1, args.steps)
+
     if rank == 0:
-        print(f"done: {args.out_dir}/generator_ema.pt (the generator), {args.out_dir}/fake.pt (stage 2 starts from both)", flush=True)
+        print(
+            f"done: {args.out_dir}/generator_ema.pt (the generator), {args.out_dir}/fake.pt "
+            "(stage 2 starts from both)",
+            flush=True,
+        )
     if world > 1:
         dist.destroy_process_group()
 

@@ -380,6 +380,29 @@ def shuffled(length, key):
     return random.Random(key).sample(range(length), length)
 
 
+class StepRandom:
+    """The random numbers of one step, drawn for the whole batch; tensors hold this rank's rows.
+
+    So a run is the same on any number of ranks, and a resumed one needs no generator's state.
+    """
+
+    def __init__(self, seed, step, n_pictures, my_rows, shape, device):
+        self.scalars = random.Random(f"{seed}/{step}")  # the same on all ranks
+        self.tensors = generator(device, seed, step)
+        self.n_pictures = n_pictures
+        self.my_rows = my_rows
+        self.shape = shape
+        self.device = device
+
+    def normal(self):
+        size = (self.n_pictures, *self.shape)
+        return torch.randn(size, generator=self.tensors, device=self.device)[self.my_rows]
+
+    def uniform(self):
+        size = (self.n_pictures,)
+        return torch.rand(size, generator=self.tensors, device=self.device)[self.my_rows]
+
+
 # ---- the optimiser's step ------------------------------------------------------------------------
 def update(parameters, optimizer, args, skipped, name, loss):
     """One optimiser step on the gradients summed over ranks, clipped -> their norm.
@@ -420,6 +443,29 @@ def distance(parameters, ema):
 
     differences = torch._foreach_sub([p.detach() for p in parameters], ema)
     return (norm(differences) / norm(ema)).item()
+
+
+class Sums:
+    """Numbers that are summed over micro-batches and then over ranks, by name.
+
+    They are named beforehand: a rank without pictures adds nothing, and takes part all the same.
+    """
+
+    def __init__(self, device, *names):
+        self.of = {name: torch.zeros((), device=device) for name in names}
+
+    def add(self, **numbers):
+        for name, number in numbers.items():
+            self.of[name] += number
+
+    def __getitem__(self, name):
+        """This rank's sum."""
+        return self.of[name]
+
+    def over_ranks(self, change=lambda sums: sums):
+        """-> {name: the sum over all ranks, after `change`, a function of a tensor}"""
+        sums = all_reduce(torch.stack(list(self.of.values())))
+        return dict(zip(self.of, change(sums).tolist()))
 
 
 # ---- the log -------------------------------------------------------------------------------------
