@@ -11,6 +11,7 @@ Read in this order: `fake_score_loss`, `generator_loss` (the mathematics: tensor
     torchrun --nproc_per_node=8 cold_start.py           # SD3.5-M, 512 px, the recipe of the authors' release
     python cold_start.py --preset tiny                  # the laptop model in assets/tiny, minutes on a CPU
 """
+
 import os
 
 import torch
@@ -18,34 +19,108 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoint import load_checkpoint, save_or_stop
-from common import Log, StepRandom, Sums, checked, data_order, distance, make_parser, parse, setup, shard, update
+from common import (
+    Log,
+    StepRandom,
+    Sums,
+    checked,
+    data_order,
+    distance,
+    make_parser,
+    parse,
+    setup,
+    shard,
+    update,
+)
 from cps import ambient_target, cps_step, renoise, rollout, sigmas
-from model import adapter, add_adapter, check_levels, evaluated, graphed, load_pipeline, note_prompts, play, preview, text_encoder, train_only
+from model import (
+    adapter,
+    add_adapter,
+    check_levels,
+    evaluated,
+    graphed,
+    load_pipeline,
+    note_prompts,
+    play,
+    preview,
+    text_encoder,
+    train_only,
+)
 from prompts import load_prompts, note_templates
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PRESETS = {  # defaults that differ; everything else is the same for every model
     "sd35m": dict(pretrained="stabilityai/stable-diffusion-3.5-medium"),
-    "sd3m": dict(pretrained="stabilityai/stable-diffusion-3-medium-diffusers", resolution=1024, cfg=7.0, micro_batch=2),
-    "tiny": dict(pretrained=os.path.join(HERE, "assets/tiny"), prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"), device="auto",
-                 resolution=32, max_sequence_length=8, cfg=2.0, steps=800, batch_size=64, micro_batch=64, lr=1e-3, fake_lr=1e-3,
-                 generator_every=2, ema=.99, sample_every=200, save_every=200, compile=0),
+    "sd3m": dict(
+        pretrained="stabilityai/stable-diffusion-3-medium-diffusers",
+        resolution=1024,
+        cfg=7.0,
+        micro_batch=2,
+    ),
+    "tiny": dict(
+        pretrained=os.path.join(HERE, "assets/tiny"),
+        prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"),
+        device="auto",
+        resolution=32,
+        max_sequence_length=8,
+        cfg=2.0,
+        steps=800,
+        batch_size=64,
+        micro_batch=64,
+        lr=1e-3,
+        fake_lr=1e-3,
+        generator_every=2,
+        ema=0.99,
+        sample_every=200,
+        save_every=200,
+        compile=0,
+    ),
 }
-PAPER = dict(lora_rank=64, lora_alpha=32, renoise_std="printed", consistency_times="steps", dm_gradient="score")  # --paper: its letter (README)
+PAPER = dict(
+    lora_rank=64,
+    lora_alpha=32,
+    renoise_std="printed",
+    consistency_times="steps",
+    dm_gradient="score",
+)  # --paper: its letter (README)
 
 
 def arguments():
-    parser, add = make_parser("Stage 1: AC-DMD, from a multi-step teacher to a 4-step generator.", PRESETS, "out/cold_start", PAPER)
+    parser, add = make_parser(
+        "Stage 1: AC-DMD, from a multi-step teacher to a 4-step generator.",
+        PRESETS,
+        "out/cold_start",
+        PAPER,
+    )
     add("--steps", type=int, default=15000, help="optimiser steps of the fake score")
     add("--generator_every", type=int, default=10, help="update the generator every so many steps")
-    add("--batch_size", type=int, default=72, help="pictures a step over all GPUs together; does not depend on the number of GPUs")
-    add("--micro_batch", type=int, default=3, help="pictures a GPU handles at once; gradients are accumulated over them")
+    add(
+        "--batch_size",
+        type=int,
+        default=72,
+        help="pictures a step over all GPUs together; does not depend on the number of GPUs",
+    )
+    add(
+        "--micro_batch",
+        type=int,
+        default=3,
+        help="pictures a GPU handles at once; gradients are accumulated over them",
+    )
     add("--lr", type=float, default=3e-5, help="learning rate of the generator")
     add("--fake_lr", type=float, default=3e-5, help="learning rate of the fake score")
-    add("--ema", type=float, default=.99, help="decay of the generator's average, applied after every step")
+    add(
+        "--ema",
+        type=float,
+        default=0.99,
+        help="decay of the generator's average, applied after every step",
+    )
     add("--lora_init_std", type=float, help="std of a fresh adapter's A (default: 1/rank)")
-    add("--dmd2", action="store_true", help="DMD2-style training: the last executed step goes to level 0 whichever it is, and its x-prediction is "
-        "re-noised over [0, 1] (give --gamma 0 too)")
+    add(
+        "--dmd2",
+        action="store_true",
+        help="DMD2-style training: the last executed step goes to level 0 whichever it is, and its x-prediction is "
+        "re-noised over [0, 1] (give --gamma 0 too)",
+    )
     args = parse(parser)
     check_levels(args)
     return args
@@ -56,7 +131,7 @@ def arguments():
 
 def renoise_time(s, u):
     """Where in the sub-interval to compare: t ~ U[s + 0.01, 1] clamped to [0.02, 0.98]. s float, u [B] in [0,1] -> [B]."""
-    return (s + .01 + (1 - s - .01) * u).clamp(.02, .98)
+    return (s + 0.01 + (1 - s - 0.01) * u).clamp(0.02, 0.98)
 
 
 def fake_score_loss(F, x_s, s, t, noise, back, noise1, noise2, gamma, eta, std="exact", after=None):
@@ -70,7 +145,7 @@ def fake_score_loss(F, x_s, s, t, noise, back, noise1, noise2, gamma, eta, std="
     v_target, sig = ambient_target(x_s, s, t, noise, std)
     v = F(x_t, t)
     # ambient denoising score matching in velocity form (Eq. 10, Prop. D.1); sig keeps it finite as t -> s
-    ambient = ((1 / sig ** 2).clamp(0, 10) * (sig * v - sig * v_target) ** 2).flatten(1).mean(1)
+    ambient = ((1 / sig**2).clamp(0, 10) * (sig * v - sig * v_target) ** 2).flatten(1).mean(1)
     if gamma == 0:
         return ambient, ambient, torch.zeros_like(ambient)
     # consistency: h(x,t) = E[x0 | x_t] must be a martingale along F's own reverse process (Eq. 11). Two independent transitions
@@ -87,7 +162,9 @@ def fake_score_loss(F, x_s, s, t, noise, back, noise1, noise2, gamma, eta, std="
     return ambient + gamma * consistency, ambient, consistency
 
 
-def generator_loss(x_s, s, t, noise, back_noise, teacher, F, eta, std="exact", gradient="transition"):
+def generator_loss(
+    x_s, s, t, noise, back_noise, teacher, F, eta, std="exact", gradient="transition"
+):
     """The distribution-matching term, Eq. 9 -> loss [B]. Its gradient with respect to x_s is (y_fake - y_real) / mean |x_s - y_real|,
     averaged over the elements.
 
@@ -99,14 +176,22 @@ def generator_loss(x_s, s, t, noise, back_noise, teacher, F, eta, std="exact", g
         x_t = renoise(x_s, s, t, noise, std)
         if gradient == "score":
             a, t = ((1 - t) / (1 - s)).view(-1, 1, 1, 1), t.view(-1, 1, 1, 1)
-            difference = a * (1 - t) / t * (teacher(x_t, t.flatten()) - F(x_t, t.flatten()))  # score = -(x + (1-t) v) / t, Eq. 2
+            difference = (
+                a * (1 - t) / t * (teacher(x_t, t.flatten()) - F(x_t, t.flatten()))
+            )  # score = -(x + (1-t) v) / t, Eq. 2
         else:
-            y_real, y_fake = (cps_step(x_t, v(x_t, t), t, s, eta, back_noise)[0] for v in (teacher, F))
+            y_real, y_fake = (
+                cps_step(x_t, v(x_t, t), t, s, eta, back_noise)[0] for v in (teacher, F)
+            )
             scale = (x_s - y_real).abs().flatten(1).mean(1).view(-1, 1, 1, 1)
-            difference = torch.where(scale == 0, 0, (y_fake - y_real) / scale)  # a nan stays one, so that `update` skips it
+            difference = torch.where(
+                scale == 0, 0, (y_fake - y_real) / scale
+            )  # a nan stays one, so that `update` skips it
         target = x_s - difference
-    loss = .5 * (x_s - target).square().flatten(1)
-    return loss.sum(1) if gradient == "score" else loss.mean(1)  # a KL adds up over the elements, as log pi does
+    loss = 0.5 * (x_s - target).square().flatten(1)
+    return (
+        loss.sum(1) if gradient == "score" else loss.mean(1)
+    )  # a KL adds up over the elements, as log pi does
 
 
 def no_laps(part):

@@ -6,12 +6,15 @@ given the timestep 1000 t. diffusers calls t "sigma", and so do we. From a veloc
 Everything here is done in float32 (float64 stays float64), whatever dtype the model's output has. Any sigma may be a float
 or a [B] tensor, one value a sample. Read from top to bottom: 60 lines of mathematics, then the same as a diffusers scheduler.
 """
+
 import math
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin  # noqa: diffusers looks for the second here, see CPSScheduler
 from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteSchedulerOutput,
+)
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -36,7 +39,9 @@ def at_least_float32(x):
 def per_sample(sigma, x):
     """A float or [B] tensor -> a tensor that broadcasts over x [B,...], in x's dtype and on its device."""
     if not torch.is_tensor(sigma):
-        return torch.full((), sigma, dtype=x.dtype, device=x.device)  # made where it is needed: a copy from the host would stall a GPU
+        return torch.full(
+            (), sigma, dtype=x.dtype, device=x.device
+        )  # made where it is needed: a copy from the host would stall a GPU
     sigma = sigma.to(x.device, x.dtype)
     return sigma.view(-1, *[1] * (x.dim() - 1)) if sigma.dim() else sigma
 
@@ -93,8 +98,8 @@ def ambient_target(x_s, sigma_s, sigma_t, noise, std="exact"):
     x_s = at_least_float32(x_s)
     s, t = per_sample(sigma_s, x_s), per_sample(sigma_t, x_s)
     _, sig = sub_interval(s, t, std)
-    sig = sig.clamp(min=torch.finfo(x_s.dtype).tiny ** .25)
-    return -x_s / (1 - s) + (t - sig ** 2) / (1 - t) / sig * at_least_float32(noise), sig
+    sig = sig.clamp(min=torch.finfo(x_s.dtype).tiny ** 0.25)
+    return -x_s / (1 - s) + (t - sig**2) / (1 - t) / sig * at_least_float32(noise), sig
 
 
 def log_prob(x_next, mean, std=None):
@@ -138,14 +143,25 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
         super().__init__(num_train_timesteps=num_train_timesteps, shift=shift)
         self.generator = None
 
-    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+    def set_timesteps(
+        self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None
+    ):
         """Noise levels: `sigmas` as given (ending in 0 or not), else ours for num_inference_steps; shifted by mu if the config says so."""
         dynamic = mu is not None and self.config.use_dynamic_shifting  # then that is the one shift
-        levels = [float(s) for s in (sigmas if sigmas is not None else default_sigmas(num_inference_steps, 1 if dynamic else self.config.shift))]
+        levels = [
+            float(s)
+            for s in (
+                sigmas
+                if sigmas is not None
+                else default_sigmas(num_inference_steps, 1 if dynamic else self.config.shift)
+            )
+        ]
         levels = [self.time_shift(mu, 1.0, s) if dynamic else s for s in levels if s > 0] + [0.0]
         self.num_inference_steps = len(levels) - 1
         self.sigmas = torch.tensor(levels)
-        self.timesteps = torch.tensor([s * self.config.num_train_timesteps for s in levels[:-1]], device=device)
+        self.timesteps = torch.tensor(
+            [s * self.config.num_train_timesteps for s in levels[:-1]], device=device
+        )
         self._step_index = self._begin_index = None
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, **unused):
@@ -155,7 +171,14 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
         here, there = self.sigmas[self.step_index].item(), self.sigmas[self.step_index + 1].item()
         noise = torch.zeros_like(sample)
         if there > 0 and self.config.eta > 0:
-            noise = randn_tensor(sample.shape, generator=generator or self.generator, device=sample.device, dtype=torch.float32)
-        x = cps_step(sample, model_output, here, there, self.config.eta, noise)[0].to(model_output.dtype)
+            noise = randn_tensor(
+                sample.shape,
+                generator=generator or self.generator,
+                device=sample.device,
+                dtype=torch.float32,
+            )
+        x = cps_step(sample, model_output, here, there, self.config.eta, noise)[0].to(
+            model_output.dtype
+        )
         self._step_index += 1
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x) if return_dict else (x,)

@@ -13,6 +13,7 @@ Read in this order: `advantages`, `policy_loss`, `shared_noise`, then `main` (Al
     torchrun --nproc_per_node=8 rtdmd_rl.py                       # SD3.5-M on stage 1's result in out/cold_start
     python rtdmd_rl.py --preset tiny                              # the laptop model
 """
+
 import math
 import os
 
@@ -24,64 +25,248 @@ from checkpoint import DEFAULT_PLACES
 from checkpoint import find_weights, load_checkpoint, save_or_stop
 from cold_start import HERE, fake_score_loss, generator_loss, no_laps, renoise_time
 from cold_start import PAPER as PAPER_COLD
-from common import (Log, StepRandom, Sums, all_reduce, checked, data_order, die, distance, generator, is_rank_0, make_parser, parse, setup, shard,
-                    update)
+from common import (
+    Log,
+    StepRandom,
+    Sums,
+    all_reduce,
+    checked,
+    data_order,
+    die,
+    distance,
+    generator,
+    is_rank_0,
+    make_parser,
+    parse,
+    setup,
+    shard,
+    update,
+)
 from cps import at_least_float32, cps_step, log_prob, rollout, sigmas
-from model import (adapter, add_adapter, check_levels, decode, evaluated, graphed, load_adapter, load_pipeline, note_prompts, play, preview, save_grid,
-                   text_encoder, train_only)
+from model import (
+    adapter,
+    add_adapter,
+    check_levels,
+    decode,
+    evaluated,
+    graphed,
+    load_adapter,
+    load_pipeline,
+    note_prompts,
+    play,
+    preview,
+    save_grid,
+    text_encoder,
+    train_only,
+)
 from prompts import load_prompts
 from rewards import build, guarded, move, parse_weights
 
 PRESETS = {
     "sd35m": dict(pretrained="stabilityai/stable-diffusion-3.5-medium", sample_every=25),
-    "sd3m": dict(pretrained="stabilityai/stable-diffusion-3-medium-diffusers", resolution=1024, cfg=7.0, prompts_per_epoch=32, group_size=16,
-                 micro_batch=2, sample_every=25),  # micro_batch: half of SD3.5-M's, since a picture has four times the tokens
-    "tiny": dict(pretrained=os.path.join(HERE, "assets/tiny"), prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"), device="auto",
-                 resolution=32, max_sequence_length=8, cfg=2.0, epochs=340, prompts_per_epoch=8, group_size=8, micro_batch=64, lr=1.6e-5,
-                 fake_lr=3.2e-5, ema=.998, ema_every=1, rewards="clipscore:1,checker:1", reward_path=[f"clipscore={HERE}/assets/tiny/clip"],
-                 det_weight=.2, dm_weight=.2, sample_every=85, save_every=85, compile=0),
+    "sd3m": dict(
+        pretrained="stabilityai/stable-diffusion-3-medium-diffusers",
+        resolution=1024,
+        cfg=7.0,
+        prompts_per_epoch=32,
+        group_size=16,
+        micro_batch=2,
+        sample_every=25,
+    ),  # micro_batch: half of SD3.5-M's, since a picture has four times the tokens
+    "tiny": dict(
+        pretrained=os.path.join(HERE, "assets/tiny"),
+        prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"),
+        device="auto",
+        resolution=32,
+        max_sequence_length=8,
+        cfg=2.0,
+        epochs=340,
+        prompts_per_epoch=8,
+        group_size=8,
+        micro_batch=64,
+        lr=1.6e-5,
+        fake_lr=3.2e-5,
+        ema=0.998,
+        ema_every=1,
+        rewards="clipscore:1,checker:1",
+        reward_path=[f"clipscore={HERE}/assets/tiny/clip"],
+        det_weight=0.2,
+        dm_weight=0.2,
+        sample_every=85,
+        save_every=85,
+        compile=0,
+    ),
 }
-PAPER = dict(PAPER_COLD, log_prob="gaussian", advantage_std="group", subset_factor=1, det_weight=1.0, dm_weight=1.0, margin=100.0, dm_steps="drawn")
+PAPER = dict(
+    PAPER_COLD,
+    log_prob="gaussian",
+    advantage_std="group",
+    subset_factor=1,
+    det_weight=1.0,
+    dm_weight=1.0,
+    margin=100.0,
+    dm_steps="drawn",
+)
 
 
 def arguments():
-    parser, add = make_parser("Stage 2: RTDMD, reinforcement of the 4-step generator.", PRESETS, "out/rtdmd", PAPER)
-    add("--cold_start", default=DEFAULT_PLACES["cold_start"], help="stage 1's out_dir, an export, a release's checkpoint-N, an adapter file, a hub repository")
+    parser, add = make_parser(
+        "Stage 2: RTDMD, reinforcement of the 4-step generator.", PRESETS, "out/rtdmd", PAPER
+    )
+    add(
+        "--cold_start",
+        default=DEFAULT_PLACES["cold_start"],
+        help="stage 1's out_dir, an export, a release's checkpoint-N, an adapter file, a hub repository",
+    )
     add("--epochs", type=int, default=1000, help="epochs; one update of G and of F each")
     add("--prompts_per_epoch", type=int, default=48, help="prompts an epoch over all GPUs together")
-    add("--group_size", type=int, default=24, help="pictures of each prompt; they may lie on any GPUs")
-    add("--micro_batch", type=int, default=4, help="pictures a GPU decodes, and F learns from, at once; in the other passes twice as many")
+    add(
+        "--group_size",
+        type=int,
+        default=24,
+        help="pictures of each prompt; they may lie on any GPUs",
+    )
+    add(
+        "--micro_batch",
+        type=int,
+        default=4,
+        help="pictures a GPU decodes, and F learns from, at once; in the other passes twice as many",
+    )
     add("--lr", type=float, default=3e-6, help="learning rate of the generator")
-    add("--weight_decay", type=float, default=1e-4, help="AdamW's weight decay of the generator's adapter")
+    add(
+        "--weight_decay",
+        type=float,
+        default=1e-4,
+        help="AdamW's weight decay of the generator's adapter",
+    )
     add("--fake_lr", type=float, default=3e-5, help="learning rate of the fake score")
-    add("--lora_init_std", type=float, default=1.0, help="std of a fresh adapter's A; stage 1's is 1/rank")
-    add("--ema", type=float, default=.9, help="decay of the generator's average, applied 16 times; see `average_decay`")
+    add(
+        "--lora_init_std",
+        type=float,
+        default=1.0,
+        help="std of a fresh adapter's A; stage 1's is 1/rank",
+    )
+    add(
+        "--ema",
+        type=float,
+        default=0.9,
+        help="decay of the generator's average, applied 16 times; see `average_decay`",
+    )
     add("--ema_every", type=int, default=8, help="update the average every so many epochs")
-    add("--rewards", default="clipscore:1,pickscore:1,hpsv2:1,geneval_soft:1", help="name:weight,... (see rewards.py)")
-    add("--reward_path", action="append", default=[], metavar="NAME=PATH", help="local directory or file of a reward's model")
-    add("--reward_dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the reward models; scores are float32")
-    add("--reward_batch", type=int, default=0, help="pictures a reward model looks at at once, with gradient then computed twice; 0: micro_batch")
-    add("--offload_rewards", action="store_true", help="keep the reward models in the CPU's memory while they do not score")
-    add("--eval_rewards", default="", help="name,...: held-out rewards that nothing is trained on, so that hacking the others is seen")
-    add("--eval_every", type=int, default=50, help="score them every so many epochs (and after the first), on fixed prompts and seeds")
-    add("--eval_prompts", default="", help="file with their prompts, as --prompts; default: spread over the training prompts")
+    add(
+        "--rewards",
+        default="clipscore:1,pickscore:1,hpsv2:1,geneval_soft:1",
+        help="name:weight,... (see rewards.py)",
+    )
+    add(
+        "--reward_path",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="local directory or file of a reward's model",
+    )
+    add(
+        "--reward_dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="precision of the reward models; scores are float32",
+    )
+    add(
+        "--reward_batch",
+        type=int,
+        default=0,
+        help="pictures a reward model looks at at once, with gradient then computed twice; 0: micro_batch",
+    )
+    add(
+        "--offload_rewards",
+        action="store_true",
+        help="keep the reward models in the CPU's memory while they do not score",
+    )
+    add(
+        "--eval_rewards",
+        default="",
+        help="name,...: held-out rewards that nothing is trained on, so that hacking the others is seen",
+    )
+    add(
+        "--eval_every",
+        type=int,
+        default=50,
+        help="score them every so many epochs (and after the first), on fixed prompts and seeds",
+    )
+    add(
+        "--eval_prompts",
+        default="",
+        help="file with their prompts, as --prompts; default: spread over the training prompts",
+    )
     add("--eval_images", type=int, default=64, help="how many of those prompts, a picture each")
-    add("--subset", type=int, default=2, help="M: how many of the K-1 stochastic steps are reinforced an epoch (Eq. 16); K-1 is GRPO")
-    add("--shared_noise", type=int, choices=(0, 1), default=1, help="1: steps outside the subset share their noise within a prompt's group")
-    add("--subset_factor", type=int, choices=(0, 1), default=0, help="0: sum over the M steps of S (release); "
-        "1: (K-1)/M times that sum (Eq. 17), in expectation the sum over all K-1 steps")
+    add(
+        "--subset",
+        type=int,
+        default=2,
+        help="M: how many of the K-1 stochastic steps are reinforced an epoch (Eq. 16); K-1 is GRPO",
+    )
+    add(
+        "--shared_noise",
+        type=int,
+        choices=(0, 1),
+        default=1,
+        help="1: steps outside the subset share their noise within a prompt's group",
+    )
+    add(
+        "--subset_factor",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="0: sum over the M steps of S (release); "
+        "1: (K-1)/M times that sum (Eq. 17), in expectation the sum over all K-1 steps",
+    )
     add("--policy_weight", type=float, default=1.0, help="weight of SubGRPO; 0 leaves it out")
-    add("--det_weight", type=float, default=1e-4, help="weight of back-propagation through the last step; 0 leaves it out")
-    add("--dm_weight", type=float, default=1e-3, help="weight of AC-DMD; 0 leaves it out (watch the reward being hacked)")
-    add("--dm_steps", choices=("last", "drawn"), default="last", help="where AC-DMD and F work: on the last step's pictures, or, the paper's Eq. 9 being "
-        "an expectation over all steps, at one step drawn for each epoch, as in stage 1")
-    add("--margin", type=float, default=3.0, help="back-propagation stops where the weighted rewards exceed this (--paper: beyond reach)")
+    add(
+        "--det_weight",
+        type=float,
+        default=1e-4,
+        help="weight of back-propagation through the last step; 0 leaves it out",
+    )
+    add(
+        "--dm_weight",
+        type=float,
+        default=1e-3,
+        help="weight of AC-DMD; 0 leaves it out (watch the reward being hacked)",
+    )
+    add(
+        "--dm_steps",
+        choices=("last", "drawn"),
+        default="last",
+        help="where AC-DMD and F work: on the last step's pictures, or, the paper's Eq. 9 being "
+        "an expectation over all steps, at one step drawn for each epoch, as in stage 1",
+    )
+    add(
+        "--margin",
+        type=float,
+        default=3.0,
+        help="back-propagation stops where the weighted rewards exceed this (--paper: beyond reach)",
+    )
     add("--clip", type=float, default=1e-5, help="PPO clip range of the ratio")
-    add("--old_log_prob", choices=("update", "rollout"), default="update", help="where the ratio's denominator comes from: the update's own "
-        "pass (the ratio is 1: one update an epoch is exactly on-policy), or the rollout as in the release, where rounding gets clipped")
-    add("--log_prob", choices=("release", "gaussian"), default="release", help="-mean d^2, or Eq. 13's -sum d^2 / (2 std^2)")
-    add("--advantage_std", choices=("batch", "group"), default="batch", help="of each reward over the whole batch, and once more of their sum; "
-        "or of each reward over each group and no more (paper)")
+    add(
+        "--old_log_prob",
+        choices=("update", "rollout"),
+        default="update",
+        help="where the ratio's denominator comes from: the update's own "
+        "pass (the ratio is 1: one update an epoch is exactly on-policy), or the rollout as in the release, where rounding gets clipped",
+    )
+    add(
+        "--log_prob",
+        choices=("release", "gaussian"),
+        default="release",
+        help="-mean d^2, or Eq. 13's -sum d^2 / (2 std^2)",
+    )
+    add(
+        "--advantage_std",
+        choices=("batch", "group"),
+        default="batch",
+        help="of each reward over the whole batch, and once more of their sum; "
+        "or of each reward over each group and no more (paper)",
+    )
     add("--advantage_clip", type=float, default=5.0, help="advantages are clipped to +- this")
     args = parse(parser)
     check_levels(args)
@@ -96,11 +281,23 @@ def advantages(scores, weights, group_size, std="batch", clip=5.0):
     standardised once more over the batch (release only); clipped. A reward that does not vary gives 0.
     """
     grouped = scores.view(len(scores), -1, group_size)
-    centred = grouped - grouped[..., :1]  # first, so that a group whose pictures all score the same gives exactly 0
+    centred = (
+        grouped - grouped[..., :1]
+    )  # first, so that a group whose pictures all score the same gives exactly 0
     centred = centred - centred.mean(2, keepdim=True)
     spread = grouped.std(2, keepdim=True) if std == "group" else scores.std(1).view(-1, 1, 1)
-    total = (torch.as_tensor(weights, dtype=scores.dtype, device=scores.device).view(-1, 1, 1) * centred / (spread + 1e-4)).sum(0).flatten()
-    return (total if std == "group" else total / (total.std() + 1e-4)).clamp(-clip, clip)  # its mean is 0 already
+    total = (
+        (
+            torch.as_tensor(weights, dtype=scores.dtype, device=scores.device).view(-1, 1, 1)
+            * centred
+            / (spread + 1e-4)
+        )
+        .sum(0)
+        .flatten()
+    )
+    return (total if std == "group" else total / (total.std() + 1e-4)).clamp(
+        -clip, clip
+    )  # its mean is 0 already
 
 
 def policy_loss(log_p, old_log_p, advantage, clip):

@@ -1040,9 +1040,7 @@ def inspected(where):
 
 def published_like(std, largest_B):
     """A file as the published ones are described, at a narrow width."""
-    modules = [
-        f"transformer_blocks.{i}.{target}" for i in range(24) for target in model.TARGETS
-    ]
+    modules = [f"transformer_blocks.{i}.{target}" for i in range(24) for target in model.TARGETS]
     modules.remove("transformer_blocks.23.attn.to_add_out")
     g = torch.Generator().manual_seed(0)
     lora = {}
