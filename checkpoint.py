@@ -22,7 +22,6 @@ import time
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
-
 from importlib.metadata import version
 
 import torch

@@ -1,15 +1,20 @@
-"""Stage 1, the cold start: AC-DMD distils a multi-step teacher into a 4-step generator (Sec. 3.1, App. B, D, E, F).
+"""Stage 1, the cold start: AC-DMD distils a multi-step teacher into a 4-step generator (Sec. 3.1).
 
-Three roles are played by ONE frozen transformer with two LoRA adapters (the roles' names are visible at every call):
-    generator   G, adapter "generator", trained: 4 CPS steps from noise to picture, no CFG
-    fake        F, adapter "fake", trained: the velocity of what G currently makes (the "fake score")
-    teacher     no adapter: the multi-step model with classifier-free guidance, never changed
+One frozen transformer plays three roles, told apart by the LoRA adapter that is switched on:
 
-Read in this order: `fake_score_loss`, `generator_loss` (the mathematics: tensors and velocity functions only), then `main`
-(Algorithm 1, first half). The sampler is in cps.py, the transformer and its roles in model.py, plumbing in common.py and checkpoint.py.
+    teacher    no adapter    the multi-step model with classifier-free guidance; never trained
+    student    "generator"   draws a picture in 4 CPS steps; learns to draw what the teacher draws
+    fake       "fake"        the velocity of what the student draws at the moment (the "fake score")
 
-    torchrun --nproc_per_node=8 cold_start.py           # SD3.5-M, 512 px, the recipe of the authors' release
-    python cold_start.py --preset tiny                  # the laptop model in assets/tiny, minutes on a CPU
+A step of training (Algorithm 1, first half): the student draws k of its 4 steps, to x_s at noise
+level s. Every step, fake learns to denoise x_s. Every 10 steps the student moves x_s to where the
+teacher, not fake, would have put it.
+
+Read from top to bottom: flags, losses, loop. The sampler is in cps.py, the transformer and its
+adapters in model.py; common.py and checkpoint.py are plumbing.
+
+    torchrun --nproc_per_node=8 cold_start.py     # SD3.5-M, 512 px: the recipe of the authors' release
+    python cold_start.py --preset tiny            # the laptop model in assets/tiny, minutes on a CPU
 """
 
 import os
@@ -32,7 +37,7 @@ from common import (
     shard,
     update,
 )
-from cps import ambient_target, cps_step, renoise, rollout, sigmas
+from cps import ambient_target, cps_step, per_sample, renoise, rollout, sigmas
 from model import (
     adapter,
     add_adapter,
@@ -126,72 +131,96 @@ def arguments():
     return args
 
 
-# ------------------------------------------------------------------------------------------------------- 1. the mathematics
+# -------------------------------------------------------------------------------------------------
+# Losses. A velocity function is v(x [B,C,H,W], sigma float or [B]) -> [B,C,H,W]. A loss is one number
+# a picture, [B].
 
 
 def renoise_time(s, u):
-    """Where in the sub-interval to compare: t ~ U[s + 0.01, 1] clamped to [0.02, 0.98]. s float, u [B] in [0,1] -> [B]."""
+    """Where in the sub-interval to compare: t ~ U[s + 0.01, 1] clamped to [0.02, 0.98].
+
+    s float, u [B] uniform in [0,1] -> [B].
+    """
     return (s + 0.01 + (1 - s - 0.01) * u).clamp(0.02, 0.98)
 
 
-def fake_score_loss(F, x_s, s, t, noise, back, noise1, noise2, gamma, eta, std="exact", after=None):
-    """Ambient consistency loss of the fake score, Eq. 10-11 -> (loss [B], ambient [B], consistency [B]).
+def ambient_loss(v_fake, v_target, sig):
+    """Denoising score matching from a start that is noisy itself (Eq. 10, Prop. D.1) -> [B].
 
-    x_s [B,C,H,W]: generator samples at noise level s (a float; 0 for finished pictures); t [B] > s: where to score them;
-    back [B] in (0, 0.2]: how far below t the consistency looks; the noises are like x_s. std: see cps.renoise.
-    after: the paper's letter for the consistency, from x_s itself at t' = s = t_k to t'' = after = t_{k+1}.
+    v_target grows like 1 / sig as t -> s: sig keeps the loss finite.
+    """
+    weight = (1 / sig**2).clamp(0, 10)
+    return (weight * (sig * v_fake - sig * v_target) ** 2).flatten(1).mean(1)
+
+
+def consistency_loss(fake, x_t, v_t, t, t_below, noise1, noise2, eta):
+    """fake's prediction of x0 must not drift, on average, along fake's own path (Eq. 11) -> [B].
+
+    v_t = fake(x_t, t); t, t_below [B]. The squared average drift is estimated by a product of two
+    independent drifts; the square of one would add its variance (Eq. 22, App. F).
+    """
+    x1, _, _ = cps_step(x_t, v_t.detach(), t, t_below, eta, noise1)
+    x2, _, _ = cps_step(x_t, v_t.detach(), t, t_below, eta, noise2)
+    v1, v2 = fake(torch.cat([x1, x2]), torch.cat([t_below, t_below])).chunk(2)  # one pass for both
+    x0 = x_t - per_sample(t, x_t) * v_t
+    drift1 = (x1 - per_sample(t_below, x1) * v1) - x0
+    drift2 = (x2 - per_sample(t_below, x2) * v2) - x0
+    return (drift1 * drift2).flatten(1).mean(1)
+
+
+def fake_score_loss(
+    fake, x_s, s, t, noise, back, noise1, noise2, gamma, eta, std="exact", after=None
+):
+    """The fake score's loss (Eq. 12) -> (loss, ambient, consistency), each [B].
+
+    x_s [B,C,H,W]: generator samples at noise level s (0 for finished pictures); t [B] > s: where to
+    score them; back [B] in (0, 0.2]: how far below t the consistency looks; the noises are like x_s.
+    std: see cps.renoise. after: the paper's letter for the consistency, from x_s itself at
+    t' = s = t_k to t'' = after = t_{k+1}.
     """
     x_t = renoise(x_s, s, t, noise, std)
-    v_target, sig = ambient_target(x_s, s, t, noise, std)
-    v = F(x_t, t)
-    # ambient denoising score matching in velocity form (Eq. 10, Prop. D.1); sig keeps it finite as t -> s
-    ambient = ((1 / sig**2).clamp(0, 10) * (sig * v - sig * v_target) ** 2).flatten(1).mean(1)
+    v_t = fake(x_t, t)
+    ambient = ambient_loss(v_t, *ambient_target(x_s, s, t, noise, std))
     if gamma == 0:
         return ambient, ambient, torch.zeros_like(ambient)
-    # consistency: h(x,t) = E[x0 | x_t] must be a martingale along F's own reverse process (Eq. 11). Two independent transitions
-    # and a product make the squared violation unbiased (Eq. 22, App. F): the square of one would add its variance.
-    column, t2 = lambda a: a.view(-1, 1, 1, 1), (t - back).clamp(min=0)
+    t_below = (t - back).clamp(min=0)
     if after is not None:
-        x_t, t, t2 = x_s, torch.zeros_like(t) + s, torch.zeros_like(t) + after
-        v = F(x_t, t)
-    anchor = x_t - column(t) * v
-    x1, x2 = (cps_step(x_t, v.detach(), t, t2, eta, n)[0] for n in (noise1, noise2))
-    v1, v2 = F(torch.cat([x1, x2]), torch.cat([t2, t2])).chunk(2)  # one pass for both
-    h1, h2 = x1 - column(t2) * v1, x2 - column(t2) * v2
-    consistency = ((h1 - anchor) * (h2 - anchor)).flatten(1).mean(1)
+        x_t = x_s
+        t_below = torch.zeros_like(t) + after
+        t = torch.zeros_like(t) + s
+        v_t = fake(x_t, t)
+    consistency = consistency_loss(fake, x_t, v_t, t, t_below, noise1, noise2, eta)
     return ambient + gamma * consistency, ambient, consistency
 
 
 def generator_loss(
-    x_s, s, t, noise, back_noise, teacher, F, eta, std="exact", gradient="transition"
+    x_s, s, t, noise, noise_back, teacher, fake, eta, std="exact", gradient="transition"
 ):
-    """The distribution-matching term, Eq. 9 -> loss [B]. Its gradient with respect to x_s is (y_fake - y_real) / mean |x_s - y_real|,
-    averaged over the elements.
+    """The distribution-matching term (Eq. 9) -> [B]. Stage 2 imports it as its anchor: that is Eq. 7.
 
-    Teacher (with CFG) and fake score both look at x_s re-noised to t; each prediction takes one CPS transition back to s with the
-    same noise. What is left of the difference is the difference of the scores. Stage 2 imports this function: that is Eq. 7.
-    gradient "score" is the paper's letter: the gradient of the KL itself, (score_fake - score_real)(x_t) dx_t/dx_s.
+    Teacher (with guidance) and fake both look at x_s re-noised to t. Each takes one CPS step back to
+    s with the same noise. Where they land differs by the difference of their scores. The loss's
+    gradient with respect to x_s is (y_fake - y_teacher) / mean |x_s - y_teacher|, averaged over the
+    elements. gradient "score" is the paper's letter: the gradient of the KL divergence itself,
+    (score_fake - score_teacher)(x_t) dx_t/dx_s, which adds up over the elements, as log pi does.
     """
     with torch.no_grad():
         x_t = renoise(x_s, s, t, noise, std)
+        v_teacher = teacher(x_t, t)
+        v_fake = fake(x_t, t)
         if gradient == "score":
-            a, t = ((1 - t) / (1 - s)).view(-1, 1, 1, 1), t.view(-1, 1, 1, 1)
-            difference = (
-                a * (1 - t) / t * (teacher(x_t, t.flatten()) - F(x_t, t.flatten()))
-            )  # score = -(x + (1-t) v) / t, Eq. 2
+            a = per_sample((1 - t) / (1 - s), x_t)
+            t = per_sample(t, x_t)
+            difference = a * (1 - t) / t * (v_teacher - v_fake)  # score = -(x + (1-t) v) / t, Eq. 2
         else:
-            y_real, y_fake = (
-                cps_step(x_t, v(x_t, t), t, s, eta, back_noise)[0] for v in (teacher, F)
-            )
-            scale = (x_s - y_real).abs().flatten(1).mean(1).view(-1, 1, 1, 1)
-            difference = torch.where(
-                scale == 0, 0, (y_fake - y_real) / scale
-            )  # a nan stays one, so that `update` skips it
+            y_teacher, _, _ = cps_step(x_t, v_teacher, t, s, eta, noise_back)
+            y_fake, _, _ = cps_step(x_t, v_fake, t, s, eta, noise_back)
+            size = (x_s - y_teacher).abs().flatten(1).mean(1).view(-1, 1, 1, 1)
+            # 0 / 0 where both agree; any other nan stays one, so that `update` skips it
+            difference = torch.where(size == 0, 0, (y_fake - y_teacher) / size)
         target = x_s - difference
     loss = 0.5 * (x_s - target).square().flatten(1)
-    return (
-        loss.sum(1) if gradient == "score" else loss.mean(1)
-    )  # a KL adds up over the elements, as log pi does
+    return loss.sum(1) if gradient == "score" else loss.mean(1)
 
 
 def no_laps(part):

@@ -16,8 +16,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils import make_image_grid
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging

@@ -21,8 +21,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import DEFAULT_PLACES
-from checkpoint import find_weights, load_checkpoint, save_or_stop
+from checkpoint import DEFAULT_PLACES, find_weights, load_checkpoint, save_or_stop
 from cold_start import HERE, fake_score_loss, generator_loss, no_laps, renoise_time
 from cold_start import PAPER as PAPER_COLD
 from common import (
@@ -275,34 +274,32 @@ def arguments():
 
 # ------------------------------------------------------------------------------------------------------- 1. the mathematics
 def advantages(scores, weights, group_size, std="batch", clip=5.0):
-    """Group-relative advantages (Eq. 14): scores [R,I] of I pictures, groups consecutive -> [I].
+    """Group-relative advantages (Eq. 14): scores [R,B] of all pictures, groups consecutive -> [B].
 
-    Each reward: minus its group's mean, over the standard deviation of the batch (release) or of the group (paper); weighted sum;
-    standardised once more over the batch (release only); clipped. A reward that does not vary gives 0.
+    Each reward: minus its group's mean, over the standard deviation of the batch (release) or of the
+    group (paper); weighted sum; standardised once more over the batch (release only); clipped. A
+    reward that does not vary gives 0.
     """
     grouped = scores.view(len(scores), -1, group_size)
-    centred = (
-        grouped - grouped[..., :1]
-    )  # first, so that a group whose pictures all score the same gives exactly 0
+    # The first picture's score goes first: where all score the same the rest is exactly 0.
+    centred = grouped - grouped[..., :1]
     centred = centred - centred.mean(2, keepdim=True)
-    spread = grouped.std(2, keepdim=True) if std == "group" else scores.std(1).view(-1, 1, 1)
-    total = (
-        (
-            torch.as_tensor(weights, dtype=scores.dtype, device=scores.device).view(-1, 1, 1)
-            * centred
-            / (spread + 1e-4)
-        )
-        .sum(0)
-        .flatten()
-    )
-    return (total if std == "group" else total / (total.std() + 1e-4)).clamp(
-        -clip, clip
-    )  # its mean is 0 already
+    if std == "group":
+        spread = grouped.std(2, keepdim=True)
+    else:
+        spread = scores.std(1).view(-1, 1, 1)
+    weights = torch.as_tensor(weights, dtype=scores.dtype, device=scores.device).view(-1, 1, 1)
+    total = (weights * centred / (spread + 1e-4)).sum(0).flatten()
+    if std == "batch":
+        total = total / (total.std() + 1e-4)  # its mean is 0 already
+    return total.clamp(-clip, clip)
 
 
 def policy_loss(log_p, old_log_p, advantage, clip):
-    """PPO's clipped surrogate (Eq. 14), all [B] -> [B]. With the policy that drew the samples the ratio is 1 and the gradient is
-    -advantage * grad log_p."""
+    """PPO's clipped surrogate (Eq. 14), all [B] -> [B].
+
+    With the policy that drew the samples the ratio is 1 and the gradient -advantage * grad log_p.
+    """
     ratio = torch.exp(log_p - old_log_p)
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
@@ -577,8 +574,10 @@ def main():
                 squares.add(slope_dm=gradient.square().sum())
                 lap("teacher and fake")
             for k, gradient in gradients.items():
-                x, s, s_next = path[k - 1][b], level[k - 1][b], level[k][b]
-                step_pass(x, s, s_next, noise[k - 1][b], gradient[b], *text)
+                step_pass(
+                    path[k - 1][b], level[k - 1][b], level[k][b], noise[k - 1][b],
+                    gradient[b], *text,
+                )  # fmt: skip
             lap("last step")
 
         # ---- SubGRPO on the steps in S (Eq. 17); pictures with advantage 0 are not counted

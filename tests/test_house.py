@@ -23,7 +23,7 @@ ALLOWED = {
     "checkpoint": {"common"},
     "model": {"checkpoint", "common", "cps"},
 }
-READABLE = ["common", "checkpoint", "model", "prompts"]  # grows with every file that is unpacked
+READABLE = ["cps", "common", "checkpoint", "model", "prompts", "cold_start", "rtdmd_rl"]
 
 
 def tree_of(name):

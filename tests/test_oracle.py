@@ -12,7 +12,6 @@ An error that is the same in every run of a program is noticed here, and nowhere
 Read `stage_1` and `stage_2` beside Algorithm 1 (App. I). Numbers in brackets are the paper's equations.
 """
 
-import contextlib
 import hashlib
 import json
 import math

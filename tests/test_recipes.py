@@ -10,8 +10,8 @@ import pytest
 import cold_start
 import rewards
 import rtdmd_rl
-from prompts import geneval_prompts, load_prompts
 import sample
+from prompts import geneval_prompts, load_prompts
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 PROGRAMS = {"cold_start": cold_start, "rtdmd_rl": rtdmd_rl, "sample": sample}
