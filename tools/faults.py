@@ -565,6 +565,26 @@ STAGE_2_MATHEMATICS = [
 
 STAGE_2 = [
     Fault(
+        "stage 2: shift is ignored in training",
+        "levels, negative = sigmas(K, args.shift)",
+        "levels, negative = sigmas(K)",
+    ),
+    Fault(
+        "stage 2: shift is ignored in held-out pictures",
+        "sigmas(args.num_steps, args.shift), torch.zeros(",
+        "sigmas(args.num_steps), torch.zeros(",
+    ),
+    Fault(
+        "stage 2: the seed does not reach the noise",
+        "generator(device, args.seed, epoch)",
+        "generator(device, epoch)",
+    ),
+    Fault(
+        "stage 2: the seed does not reach the shared noise",
+        "device, args.seed, epoch, k) for k",
+        "device, 0, epoch, k) for k",
+    ),
+    Fault(
         "stage 2: S holds the deterministic step",
         "rng.sample(range(K - 1), M)",
         "rng.sample(range(1, K), M)",
@@ -832,13 +852,13 @@ STAGE_2 = [
     ),
     Fault(
         "stage 2: stage 1's generator is its fake score",
-        'args.cold_start, "cold_start", "generator_ema.pt")',
-        'args.cold_start, "cold_start", "fake.pt")',
+        'find_weights(args.cold_start, "cold_start")\n',
+        'find_weights(args.cold_start, "cold_start", "fake")\n',
     ),
     Fault(
         "stage 2: stage 1's adapters are swapped",
-        'load_adapter(transformer, "cold_fake", fake_file)',
-        'load_adapter(transformer, "cold_generator", fake_file)',
+        '"cold_fake", fake_file, assumed',
+        '"cold_fake", generator_file, assumed',
     ),
     Fault(
         "stage 2: stage 1's fake score is left out", "    if fake_file:", "    if not fake_file:"
@@ -1018,6 +1038,82 @@ MODEL = [
 
 FILES = [
     Fault(
+        "adapter files: B stays at 0",
+        "(layer.lora_A[name].weight, A), (layer.lora_B[name].weight, B)",
+        "(layer.lora_A[name].weight, A), (layer.lora_B[name].weight, B * 0)",
+    ),
+    Fault(
+        "adapter files: the file's dtype is kept",
+        "at_least_float32(values).to(matrix.device, copy=True)",
+        "values.to(matrix.device, copy=True)",
+    ),
+    Fault(
+        "adapter files: a file's own alpha wins over the user's",
+        "    if given is not None:\n        chosen",
+        "    if given is not None and known is None:\n        chosen",
+    ),
+    Fault(
+        "adapter files: modules with another alpha are forgotten",
+        "alpha_pattern={module: value for module, value in alphas.items() if value != usual_alpha}",
+        "alpha_pattern={}",
+    ),
+    Fault(
+        "adapter files: alpha of diffusers' format is assumed",
+        "    if in_diffusers_format:\n        return",
+        "    if False:\n        return",
+    ),
+    Fault(
+        "adapter files: rslora divides by the rank",
+        "return alpha * math.sqrt(rank) if self.rslora else alpha",
+        "return alpha",
+    ),
+    Fault(
+        "adapter files: adapter_config.json is not read",
+        "if os.path.exists(config_path):",
+        "if False:",
+    ),
+    Fault(
+        "adapter files: the pattern matches parts of names",
+        're.fullmatch(rf"(.*\\.)?({pattern})", module)',
+        "re.search(pattern, module)",
+    ),
+    Fault("adapter files: module. is kept", 'PREFIXES = ("module.", ', "PREFIXES = ("),
+    Fault(
+        "adapter files: one prefix at most is cut off",
+        "                name = name[len(prefix) :]\n                cut = True",
+        "                name = name[len(prefix) :]",
+    ),
+    Fault(
+        "adapter files: A without B is passed over",
+        "            if module not in lacks:",
+        "            if False:",
+    ),
+    Fault(
+        "adapter files: the later of two adapters counts",
+        "        if module in sides[side]:",
+        "        if False:",
+    ),
+    Fault(
+        "find_weights: the raw generator before the average",
+        "GENERATOR_NAMES = (\n",
+        'GENERATOR_NAMES = (\n    "generator.pt",\n',
+    ),
+    Fault(
+        "find_weights: checkpoints by their names",
+        'names.sort(key=lambda name: int(name.rpartition("-")[2]))',
+        "names.sort()",
+    ),
+    Fault(
+        "find_weights: the fake score of another folder",
+        "path = first_file(os.path.dirname(path), FAKE_NAMES)",
+        "path = first_file(where, FAKE_NAMES)",
+    ),
+    Fault(
+        "find_weights: a default place is looked up on the hub",
+        "and where not in DEFAULT_PLACES.values()",
+        "",
+    ),
+    Fault(
         "files: fake.pt holds the generator",
         'dict(zip(state["keys"], content["fake"]))',
         'dict(zip(state["keys"], content["generator"]))',
@@ -1065,40 +1161,32 @@ FILES = [
     Fault("resume: prompts may differ", '("prompts content", rows)', '("prompts content", [])'),
     Fault(
         "adapter files: the first tensor is not copied",
-        "for key in mine:\n",
-        "for key in list(mine)[1:]:\n",
+        "in file.weights.items():\n        layer",
+        "in list(file.weights.items())[1:]:\n        layer",
     ),
-    Fault(
-        "adapter files: keys too many are ignored",
-        "if wrong or len(saved) > len(mine):",
-        "if wrong:",
-    ),
-    Fault("adapter files: shapes may differ", "or saved[k].shape != mine[k].shape]", "]"),
+    Fault("adapter files: keys too many are ignored", "    if lost:\n", "    if False:\n"),
+    Fault("adapter files: shapes may differ", "!= matrices[module]:", "!= [0, 0, 0] and False:"),
     Fault(
         "adapter files: numbers that are not finite are loaded",
-        "not all(saved[k].isfinite().all() for k in mine)",
-        "False",
+        "if not (A.float().isfinite().all() and B.float().isfinite().all()):",
+        "if False:",
     ),
     Fault(
         "adapter files: another alpha is taken",
-        "!= transformer.peft_config[name].lora_alpha:",
-        "< 0:",
+        'return Alpha(float(saved["flags"]["lora_alpha"]), checkpoint_path)',
+        "return None",
     ),
     Fault(
         "find_weights: the hub's subfolder is left out",
-        'hf_hub_download(where, f"{subfolder}/{name}")',
-        "hf_hub_download(where, name)",
+        'folders = ["", f"{stage}/"]',
+        'folders = [""]',
     ),
     Fault(
         "find_weights: a run killed while renaming is taken",
-        'if os.path.exists(f"{where}/fake.pt.tmp") and',
-        "if False and",
-    ),
-    Fault(
-        "find_weights: what is missing is no error",
-        "if must and not os.path.exists(path):",
+        "if fake_waits and not generator_waits:",
         "if False:",
     ),
+    Fault("find_weights: what is missing is no error", "if path is None and must:", "if False:"),
 ]
 
 DRAWING = [
@@ -1126,18 +1214,18 @@ DRAWING = [
     ),
     Fault(
         "sample: the second file is loaded into the first adapter",
-        "load_adapter(pipe.transformer, name, path, saved)",
-        'load_adapter(pipe.transformer, "cold_generator", path, saved)',
+        "load_adapter(pipe.transformer, name, path, given",
+        'load_adapter(pipe.transformer, "cold_generator", path, given',
     ),
     Fault(
         "sample: the fake score draws",
-        'stage), stage, "generator_ema.pt")\n            saved',
-        'stage), stage, "fake.pt")\n            saved',
+        "find_weights(getattr(args, stage), stage)\n            load",
+        'find_weights(getattr(args, stage), stage, "fake")\n            load',
     ),
     Fault(
         "sample: the rank is not read from the file",
-        "args.lora_rank = next((v.shape[0] for",
-        "args.lora_rank = next((32 for",
+        "rank_pattern={module: rank for module, rank in file.ranks.items() if rank != usual}",
+        "rank_pattern={}",
     ),
     Fault(
         "sample: guidance is left out",
@@ -1218,13 +1306,13 @@ DRAWING = [
     ),
     Fault(
         "export: alpha / rank is left out",
-        'p.detach().cpu() * (scale[name] if "lora_B" in k else 1)',
-        "p.detach().cpu()",
+        "[layer.scaling[name] * layer.lora_B[name].weight.detach() for",
+        "[layer.lora_B[name].weight.detach() for",
     ),
     Fault(
         "export: only the second stage is in the joint file",
-        "concatenated(pipe.transformer, adapters))",
-        "concatenated(pipe.transformer, adapters[-1:]))",
+        "save_for_diffusers(pipe, folder, adapters)",
+        "save_for_diffusers(pipe, folder, adapters[-1:])",
     ),
 ]
 
@@ -1282,8 +1370,8 @@ REWARDS = [
     ),
     Fault(
         "rewards: GenEval ignores what must not be there",
-        '< out["count"] for out in',
-        "< 99 for out in",
+        '>= out["count"] for out in',
+        ">= 99 for out in",
     ),
     Fault(
         "rewards: GenEval's left is right",
@@ -1307,8 +1395,8 @@ REWARDS = [
     ),
     Fault(
         "rewards: the least confident objects are asked",
-        "key=lambda o: -o[1]):",
-        "key=lambda o: o[1]):",
+        "key=lambda thing: -thing[1]",
+        "key=lambda thing: thing[1]",
     ),
     Fault(
         "rewards: ocr's edit distance starts at 0", "row, last = [i], row", "row, last = [0], row"
@@ -1339,7 +1427,41 @@ REWARDS = [
         '"clipscore": (clipscore, True, CLIP_L)',
         '"clipscore": (clipscore, False, CLIP_L)',
     ),
-    Fault("rewards: --reward_path is ignored", "place = places.get(name, hub)", "place = hub"),
+    Fault("rewards: --reward_path is ignored", "hub if given is None else given", "hub"),
+    Fault(
+        "rewards: geneval_soft counts up to what is asked",
+        "1 - abs(asked - len(these)) / asked]",
+        "1 - max(0, asked - len(these)) / asked]",
+    ),
+    Fault(
+        "rewards: geneval_soft is bounded below",
+        "1 - abs(asked - len(these)) / asked]",
+        "max(0, 1 - abs(asked - len(these)) / asked)]",
+    ),
+    Fault(
+        "rewards: geneval_soft asks for colours where the number is wrong",
+        '(want["color"]) if counted else 0',
+        '(want["color"])',
+    ),
+    Fault(
+        "rewards: geneval_soft asks for places where the number is wrong",
+        "float(counted and geneval_placed(",
+        "float(geneval_placed(",
+    ),
+    Fault("rewards: geneval_soft is a sum", "return sum(parts) / len(parts)", "return sum(parts)"),
+    Fault(
+        "rewards: geneval_soft is a mean over entries",
+        "parts += of_this",
+        "parts.append(sum(of_this) / len(of_this))",
+    ),
+    Fault(
+        "rewards: geneval_soft takes a wrong target", "these if min(of_this) == 1 else []", "these"
+    ),
+    Fault(
+        "rewards: geneval_soft is GenEval's verdict",
+        "of_this = [1 - abs(asked - len(these)) / asked]",
+        "of_this = [float(counted)]",
+    ),
     Fault(
         "rewards: every weight is 1",
         "rewards.append(ready(score, name, weight,",
@@ -1368,16 +1490,16 @@ def group(faults, *first):
     return [fault._replace(first=first) for fault in faults]
 
 
-def of_smoke(*words):
-    """The tests of test_smoke.py whose names contain one of these words."""
-    return ("test_smoke.py", "-k", " or ".join(words))
+def of_names(*words):
+    """The tests whose names, or whose files' names, contain one of these words."""
+    return ("tests", "test_smoke.py", "-k", " or ".join(words))
 
 
 FAULTS = [
     *KNOWN,
     *group(
         SAMPLER,
-        *of_smoke(
+        *of_names(
             "time_shift",
             "cps_step",
             "last_step",
@@ -1390,21 +1512,27 @@ FAULTS = [
     ),
     *LOSSES,
     *STAGE_1,
-    *group(STAGE_2_MATHEMATICS, *of_smoke("advantage", "policy_gradient", "shared_noise")),
+    *group(STAGE_2_MATHEMATICS, *of_names("advantage", "policy_gradient", "shared_noise")),
     *STAGE_2,
     *MODEL,
     *group(
         FILES,
-        *of_smoke("checkpoint", "resume", "whole", "stacked", "three_commands", "bad_input"),
+        *of_names(
+            "test_loading",
+            "test_wiring",
+            "checkpoint",
+            "resume",
+            "whole",
+            "stacked",
+            "three_commands",
+            "bad_input",
+        ),
     ),
     *group(
         DRAWING,
-        "tests/test_teacher_grid.py",
-        *of_smoke(
-            "diffusers_pipeline",
-            "shift",
-            "compare",
-            "levels",
+        *of_names(
+            "test_teacher_grid",
+            "test_wiring",
             "sample_evaluates",
             "export",
             "scheduler",
@@ -1414,8 +1542,18 @@ FAULTS = [
     ),
     *group(
         REWARDS,
-        *of_smoke(
-            "clip", "score", "genevals", "gradient_of", "checker", "prompts", "hps", "image", "ocr"
+        *of_names(
+            "test_wiring",
+            "test_geneval",
+            "clip",
+            "score",
+            "genevals",
+            "gradient_of",
+            "checker",
+            "prompts",
+            "hps",
+            "image",
+            "ocr",
         ),
     ),
 ]

@@ -34,11 +34,12 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_COPIED = (".git", ".venv", "out", "assets", "__pycache__", ".pytest_cache")
 
 # test_smoke.py without what takes long (processes that talk to each other or are killed, the
-# compiler, tables of many runs), and without the README's diffs: they do not fit a text with a fault
-# in their place, whatever the fault does.
+# compiler, tables of many runs), and without the diffs of the README: they do not fit a text that
+# has a fault in their place, whatever the fault does.
 LEFT_OUT = (
-    "signal or killed or several_processes or ablations or compiled or command_line or full_disk"
-    " or rounding_of_the_processor or bench or hacking or flipped_bit or the_diff_of or readme"
+    "signal or killed or several_processes or ablations or compiled or real_command_line"
+    " or full_disk or rounding_of_the_processor or bench or hacking or flipped_bit"
+    " or the_diff_of or readme"
 )
 
 
@@ -159,7 +160,7 @@ class Recorder:
 
 
 def forget_the_repository():
-    """The tests of the copy must not find the original: neither imported already nor by its path."""
+    """The copy's tests must not find the original: neither imported already nor by its path."""
     here = [p for p in sys.path if Path(p or ".").resolve() == ROOT]
     for path in here:
         sys.path.remove(path)
