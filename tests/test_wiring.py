@@ -13,6 +13,7 @@ import torch
 
 import cold_start
 import cps
+import prompts
 import report
 import rewards
 import rtdmd_rl
@@ -362,7 +363,7 @@ def words_of(entry):
 
 
 def test_the_built_in_prompts_say_what_their_metadata_ask_for():
-    for row in rewards.geneval_prompts(600):
+    for row in prompts.geneval_prompts(600):
         metadata = row["metadata"]
         include = metadata["include"]
         if metadata["tag"] == "position":
