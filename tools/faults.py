@@ -407,6 +407,16 @@ STAGE_1 = [
         "generator(device, step)",
     ),
     Fault(
+        "stage 1: the seed does not reach the step's numbers",
+        "StepRandom(args.seed, step,",
+        "StepRandom(0, step,",
+    ),
+    Fault(
+        "stage 1: every step draws the first one's numbers",
+        "StepRandom(args.seed, step,",
+        "StepRandom(args.seed, 0,",
+    ),
+    Fault(
         "stage 1: the seed does not reach the data order",
         "step * n_pictures, n_pictures, args.seed)",
         "step * n_pictures, n_pictures, 0)",
@@ -460,6 +470,12 @@ STAGE_1 = [
         "for b, text in zip(micro_batches, texts[::-1]):",
         count=3,
         which=1,
+    ),
+    Fault(
+        "stage 1: texts of the rollout belong to other pictures",
+        "for b, text in zip(micro_batches, texts):",
+        "for b, text in zip(micro_batches, texts[::-1]):",
+        count=3,
     ),
     Fault(
         "stage 1: texts of the generator's pass belong to other pictures",
