@@ -995,7 +995,7 @@ def test_times_stay_inside_the_sub_interval():
 
 
 def test_a_batch_is_the_same_on_any_number_of_ranks_and_every_prompt_comes_once_a_pass():
-    draw = lambda n, step: torch.randn(n, 3, generator=cold_start.generator("cpu", 0, step))
+    draw = lambda n, step: torch.randn(n, 3, generator=common.generator("cpu", 0, step))
     for n, world in itertools.product((1, 2, 7, 12), (1, 2, 3)):
         parts = [draw(n, 9)[shard(n, rank, world)] for rank in range(world)]
         assert (
