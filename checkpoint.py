@@ -1,8 +1,8 @@
-"""What is on disk: adapter files, in every layout that a user may have.
+"""What is on disk: adapter files, in every layout that a user may have, and the checkpoints of a run.
 
 `find_weights` turns what a user names (a run, a release's checkpoint-N, an export, a peft
 directory, a file, a hub repository) into the path of one file; `read_adapter` turns that file into
-an `AdapterFile`. Nothing here knows the model: cold_start.load_adapter puts an `AdapterFile` into a
+an `AdapterFile`. Nothing here knows the model: model.load_adapter puts an `AdapterFile` into a
 transformer.
 
 The published format is a flat state dict with keys as peft names them on the bare transformer, such
@@ -364,9 +364,9 @@ def paired(path, A_of, B_of):
 def alpha_of(path, weights, metadata, in_diffusers_format):
     """The alpha that the file or something beside it says, or None.
 
-    In this order: the file's metadata, adapter_config.json beside it, ckpt.pt of the run that made
-    it. A file in diffusers' own format without metadata means alpha = rank: its writers put alpha
-    into B, as every export of ours does. Dies where what says it is damaged or contradicts the
+    In this order: the file's metadata, adapter_config.json beside it, diffusers' own format, ckpt.pt
+    of the run that made it. A file in diffusers' format without metadata means alpha = rank: its
+    writers put alpha into B, as every export of ours does. Dies where what says it is damaged or contradicts the
     file.
     """
     folder = os.path.dirname(path)
@@ -382,6 +382,8 @@ def alpha_of(path, weights, metadata, in_diffusers_format):
         with open(config_path, encoding="utf-8", errors="replace") as file:
             config = json_or_die(file.read(), config_path)
         return alpha_of_config(path, weights, config, config_path)
+    if in_diffusers_format:
+        return Alpha(None, "diffusers' format, in which alpha is part of B")
     for name in ("ckpt.pt", "ckpt.prev.pt"):
         # A damaged or foreign ckpt.pt is no reason to refuse the weights beside it.
         checkpoint_path = os.path.join(folder, name)
@@ -389,8 +391,6 @@ def alpha_of(path, weights, metadata, in_diffusers_format):
             # mapped, not read: of hundreds of megabytes one number is wanted
             saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
             return Alpha(float(saved["flags"]["lora_alpha"]), checkpoint_path)
-    if in_diffusers_format:
-        return Alpha(None, "diffusers' format, in which alpha is part of B")
     return None
 
 

@@ -119,7 +119,7 @@ def arguments():
         default=0.99,
         help="decay of the generator's average, applied after every step",
     )
-    add("--lora_init_std", type=float, help="std of a fresh adapter's A (default: 1/rank)")
+    add("--lora_init_std", type=float, help="std of a fresh adapter's A; None: 1/rank, peft's own")
     add(
         "--dmd2",
         action="store_true",

@@ -1,4 +1,4 @@
-"""What knows neither model nor method: flags, processes, random numbers, the optimiser's step, the log.
+"""Plumbing of both stages: flags, processes, random numbers, the optimiser's step, the log, files.
 
 How a program speaks and ends is here, too: a user's mistake is one line and exit status 2.
 """

@@ -160,23 +160,28 @@ def add_adapter(transformer, name, args, init_std=None, dtype=torch.float32):
 
 
 def load_adapter(transformer, name, path, given_alpha=None, assumed_alpha=64.0):
-    """Put the adapter in a file under `name`, in float32: with the file's own modules and ranks, TARGETS or not.
+    """Put the adapter in a file under `name`, in at least float32, with the file's modules and ranks.
 
-    given_alpha: the user's own word, which wins; assumed_alpha: what is taken where nothing beside the file
-    says it. Dies with one line if a single module has no place in this transformer; says in one line which
-    of the modules that our stages train the file leaves out.
+    given_alpha: the user's own word, which wins; assumed_alpha: what is taken where nothing beside
+    the file says it. Dies with one line if a single module has no place in this transformer; says in
+    one line which of the modules that our stages train the file leaves out.
     """
     file = read_adapter(path)
     check_places(transformer, file)
     alpha = settled_alpha(file, given_alpha, assumed_alpha)
-    usual = file.usual_rank
-    usual_alpha = alpha.of("", usual)
-    alphas = {module: alpha.of(module, rank) for module, rank in file.ranks.items()}
+    usual_rank = file.usual_rank
+    usual_alpha = alpha.of("", usual_rank)
+    other_ranks, other_alphas = {}, {}
+    for module, rank in file.ranks.items():
+        if rank != usual_rank:
+            other_ranks[module] = rank
+        if alpha.of(module, rank) != usual_alpha:
+            other_alphas[module] = alpha.of(module, rank)
     config = LoraConfig(
-        r=usual,
+        r=usual_rank,
         lora_alpha=usual_alpha,
-        rank_pattern={module: rank for module, rank in file.ranks.items() if rank != usual},
-        alpha_pattern={module: value for module, value in alphas.items() if value != usual_alpha},
+        rank_pattern=other_ranks,
+        alpha_pattern=other_alphas,
         target_modules=list(file.weights),
     )
     transformer.add_adapter(config, name)
@@ -188,30 +193,36 @@ def load_adapter(transformer, name, path, given_alpha=None, assumed_alpha=64.0):
 
 
 def check_places(transformer, file):
-    """Die unless every module of an AdapterFile is a matrix of this transformer, of the same shape. A note where it leaves some out."""
-    matrices = {}  # {name: [out, in]}; a matrix that has an adapter already keeps its own name
-    for module_name, module in transformer.named_modules():
+    """Die unless every module of an AdapterFile is a matrix of this transformer, of the same shape.
+
+    A note where the file leaves out some of TARGETS.
+    """
+    shapes = {}  # {name: [out, in]}; a matrix that has an adapter already keeps its own name
+    for name, module in transformer.named_modules():
         matrix = getattr(module, "base_layer", module)
-        if isinstance(matrix, torch.nn.Linear) and ".lora_" not in module_name:
-            matrices[module_name] = list(matrix.weight.shape)
-    lost = [module for module in file.weights if module not in matrices]
+        if isinstance(matrix, torch.nn.Linear) and ".lora_" not in name:
+            shapes[name] = list(matrix.weight.shape)
+    count = len(file.weights)
+    lost = [module for module in file.weights if module not in shapes]
     if lost:
         die(
-            f"{file.path}: {len(lost)} of its {len(file.weights)} modules are not in this model, first: {lost[0]}. Is it of another model?"
+            f"{file.path}: {len(lost)} of its {count} modules are not in this model, first: "
+            f"{lost[0]}. Is it of another model?"
         )
     for module, (A, B) in file.weights.items():
-        if [B.shape[0], A.shape[1]] != matrices[module]:
+        there, here = f"{B.shape[0]} x {A.shape[1]}", "{} x {}".format(*shapes[module])
+        if there != here:
             die(
-                f"{file.path}: {module} is {B.shape[0]} x {A.shape[1]} there and {matrices[module][0]} x {matrices[module][1]} in this model. "
+                f"{file.path}: {module} is {there} there and {here} in this model. "
                 "Is it of another model?"
             )
-    usual = [
-        module for module in matrices if module.endswith(tuple("." + target for target in TARGETS))
-    ]
-    missing = [module for module in usual if module not in file.weights]
+    endings = tuple(f".{target}" for target in TARGETS)
+    usual = [name for name in shapes if name.endswith(endings)]
+    missing = [name for name in usual if name not in file.weights]
     if missing:
         note(
-            f"{file.path} adapts {len(file.weights)} modules and leaves {len(missing)} of the usual {len(usual)} as they are, first: {missing[0]}"
+            f"{file.path} adapts {count} modules and leaves {len(missing)} of the usual "
+            f"{len(usual)} as they are, first: {missing[0]}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Rewards: what a picture is worth. One function each, and `build` to load the ones that are asked for. Below them, the prompts.
+"""Rewards: what a picture is worth. One function each, and `build` to load the ones that are asked for.
 
 A reward is a callable (images [B,3,H,W] float in [0,1], prompts [B], metadata [B]) -> scores [B] float32, with the attributes
 `name`, `weight`, `differentiable`, `models` (what to move when memory is short) and `check(prompts, metadata)`, which raises ValueError

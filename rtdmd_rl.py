@@ -601,8 +601,8 @@ def main():
         loss = sums["loss_policy"] + sums["loss_det"] + sums["loss_dm"]
         grad_student = update(student_params, student_opt, args, skipped, "generator", loss)
         lap("policy")
-        if epoch + 1 < args.ema_every:
-            # not averaged yet: a shorter run saves its weights, not where they started
+        if epoch + 1 < max(args.ema_every, 2):
+            # Nothing but the start is averaged yet: a run that ends here saves its weights, not zeros.
             torch._foreach_copy_(ema, [p.detach() for p in student_params])
 
         # ---- log, look, save
@@ -662,10 +662,12 @@ def score_all(rewards, pictures, prompts, metadata):
     """
     fine = pictures.isfinite().flatten(1).all(1)
     pictures = pictures.nan_to_num(0)
+    constant = (
+        pictures.detach()
+    )  # one tensor for all: rewards that share a detector look at it once
     scores = []
     for reward in rewards:
-        seen = pictures if reward.differentiable else pictures.detach()
-        score = reward(seen, prompts, metadata)
+        score = reward(pictures if reward.differentiable else constant, prompts, metadata)
         scores.append(at_least_float32(score).where(fine, math.nan))
     return scores
 
@@ -676,10 +678,10 @@ def load_stage_1(transformer, args):
     They have the modules, rank and alpha of their files; the new adapters those of the flags.
     """
     generator_file = find_weights(args.cold_start, "cold_start")
-    load_adapter(transformer, "cold_generator", generator_file, assumed_alpha=args.lora_alpha)
+    load_adapter(transformer, "cold_generator", generator_file)
     fake_file = find_weights(args.cold_start, "cold_start", "fake", must=False, quiet=True)
     if fake_file:
-        load_adapter(transformer, "cold_fake", fake_file, assumed_alpha=args.lora_alpha)
+        load_adapter(transformer, "cold_fake", fake_file)
     elif is_rank_0():
         print(
             f"{args.cold_start} has no fake.pt or fake_score_net.pt: the fake score starts from the "

@@ -590,7 +590,11 @@ def test_two_samples_estimate_the_squared_violation_and_one_adds_its_variance(wr
         monkeypatch.setattr(
             cold_start,
             "cps_step",
-            lambda x, v, t, t2, eta, noise: (x @ R.T + r + noise @ torch.linalg.cholesky(Q).T,),
+            lambda x, v, t, t2, eta, noise: (
+                x @ R.T + r + noise @ torch.linalg.cholesky(Q).T,
+                None,
+                None,
+            ),
         )
         at = lambda t: tuple(
             p + wrong * q
@@ -995,7 +999,7 @@ def test_times_stay_inside_the_sub_interval():
 
 
 def test_a_batch_is_the_same_on_any_number_of_ranks_and_every_prompt_comes_once_a_pass():
-    draw = lambda n, step: torch.randn(n, 3, generator=cold_start.generator("cpu", 0, step))
+    draw = lambda n, step: torch.randn(n, 3, generator=common.generator("cpu", 0, step))
     for n, world in itertools.product((1, 2, 7, 12), (1, 2, 3)):
         parts = [draw(n, 9)[shard(n, rank, world)] for rank in range(world)]
         assert (
@@ -5105,10 +5109,9 @@ def snippets(card, folder):
     """The python code of a model card or of the README, made to run here."""
     for old, new in (
         ("stabilityai/stable-diffusion-3.5-medium", str(TINY)),
-        (
-            "height=512, width=512, max_sequence_length=128",
-            "height=32, width=32, max_sequence_length=8",
-        ),
+        ("height=512", "height=32"),
+        ("width=512", "width=32"),
+        ("max_sequence_length=128", "max_sequence_length=8"),
         ("lora_dir", str(folder)),
         ('.to("cuda")', ""),
         ("bfloat16", "float32"),

@@ -254,6 +254,15 @@ def alpha_in_plain_metadata(folder, lora):
     (folder / "generator_ema.pt").unlink()
 
 
+def test_alpha_inside_B_is_not_applied_again_because_a_run_lies_beside_the_file(tmp_path, capsys):
+    """A file in diffusers' own format, put into the folder of a run that trained with alpha 24."""
+    lora = random_lora()
+    alpha_in_ckpt(tmp_path, lora)
+    content = tensors_of(lora, prefix="transformer.", adapter="")
+    path = write(tmp_path / "pytorch_lora_weights.safetensors", content)
+    same(loaded(path), merged((lora, RANK)))
+
+
 @pytest.mark.parametrize(
     "say", [alpha_in_ckpt, alpha_in_config, alpha_in_metadata, alpha_in_plain_metadata]
 )
@@ -1112,6 +1121,24 @@ def test_inspect_measures_what_is_there(tmp_path, capsys):
         for stage in ("cold_start", "rtdmd", None)
     }
     assert verdicts == {"cold_start": True, "rtdmd": False, None: True}
+
+
+@pytest.mark.parametrize(
+    "std, stage, agrees",
+    [
+        (1.0, "rtdmd", True),
+        (1 / 32, "rtdmd", False),
+        (1 / 32, "cold_start", True),
+        (1.0, "cold_start", False),
+        (1.0, None, True),
+        (1 / 32, None, True),
+        (0.3, None, False),
+    ],
+)
+def test_inspect_tells_by_stage_which_start_of_A_is_the_releases(std, stage, agrees):
+    from tools import inspect_adapter
+
+    assert inspect_adapter.std_verdict({"std_A": std}, 32, stage)[0] is agrees
 
 
 def test_inspect_finds_all_that_a_folder_has_and_refuses_in_one_line(tmp_path):

@@ -89,8 +89,6 @@ def test_the_table_of_presets_says_what_the_presets_do():
     for program, names, cells in preset_table():
         assert names
         for preset, cell in cells.items():
-            if cell == "TODO-LEAD":
-                continue
             flags = flags_of(program, "--preset", preset)
             written = cell.replace(" ", "").split("x")
             for name, value in zip(names, written, strict=True):
