@@ -28,7 +28,11 @@ ablations: .venv/done
 test: .venv/optional
 	.venv/bin/python -m pytest -q -n 2 test_smoke.py tests
 
+lint: .venv/done
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+
 clean:
 	rm -rf out .venv __pycache__
 
-.PHONY: tiny ablations test clean
+.PHONY: tiny ablations test lint clean

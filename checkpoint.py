@@ -1,8 +1,8 @@
-"""What is on disk: adapter files, in every layout that a user may have.
+"""What is on disk: adapter files, in every layout that a user may have, and the checkpoints of a run.
 
 `find_weights` turns what a user names (a run, a release's checkpoint-N, an export, a peft
 directory, a file, a hub repository) into the path of one file; `read_adapter` turns that file into
-an `AdapterFile`. Nothing here knows the model: cold_start.load_adapter puts an `AdapterFile` into a
+an `AdapterFile`. Nothing here knows the model: model.load_adapter puts an `AdapterFile` into a
 transformer.
 
 The published format is a flat state dict with keys as peft names them on the bare transformer, such
@@ -11,17 +11,23 @@ alpha.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import re
+import shutil
+import sys
+import time
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import torch
+import torch.distributed as dist
 
-from common import die, note
+from common import all_reduce, as_bytes, die, is_rank_0, note, stop, sync, write_atomically
 
 # Where the stages write unless told otherwise. These two are never taken for a hub repository:
 # whoever registered an owner named `out` would otherwise decide what is drawn in an empty folder.
@@ -358,9 +364,9 @@ def paired(path, A_of, B_of):
 def alpha_of(path, weights, metadata, in_diffusers_format):
     """The alpha that the file or something beside it says, or None.
 
-    In this order: the file's metadata, adapter_config.json beside it, ckpt.pt of the run that made
-    it. A file in diffusers' own format without metadata means alpha = rank: its writers put alpha
-    into B, as every export of ours does. Dies where what says it is damaged or contradicts the
+    In this order: the file's metadata, adapter_config.json beside it, diffusers' own format, ckpt.pt
+    of the run that made it. A file in diffusers' format without metadata means alpha = rank: its
+    writers put alpha into B, as every export of ours does. Dies where what says it is damaged or contradicts the
     file.
     """
     folder = os.path.dirname(path)
@@ -376,6 +382,8 @@ def alpha_of(path, weights, metadata, in_diffusers_format):
         with open(config_path, encoding="utf-8", errors="replace") as file:
             config = json_or_die(file.read(), config_path)
         return alpha_of_config(path, weights, config, config_path)
+    if in_diffusers_format:
+        return Alpha(None, "diffusers' format, in which alpha is part of B")
     for name in ("ckpt.pt", "ckpt.prev.pt"):
         # A damaged or foreign ckpt.pt is no reason to refuse the weights beside it.
         checkpoint_path = os.path.join(folder, name)
@@ -383,8 +391,6 @@ def alpha_of(path, weights, metadata, in_diffusers_format):
             # mapped, not read: of hundreds of megabytes one number is wanted
             saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
             return Alpha(float(saved["flags"]["lora_alpha"]), checkpoint_path)
-    if in_diffusers_format:
-        return Alpha(None, "diffusers' format, in which alpha is part of B")
     return None
 
 
@@ -449,3 +455,160 @@ def settled_alpha(file, given, assumed):
     if known.value != assumed or known.rslora or known.of_modules:
         note(f"{file.path}: alpha is {known}, says {known.source}")
     return known
+
+
+# ---- the checkpoints of a run --------------------------------------------------------------------
+# Flags that may change when a run goes on: the result is the same, but for its length.
+FREE = {
+    "out_dir", "resume", "device", "micro_batch", "steps", "epochs", "start", "cache_text", "preset",
+    "gradient_checkpointing", "sample_every", "save_every", "save_minutes", "saved_at", "max_skipped",
+    "made_with", "reward_batch", "offload_rewards", "eval_rewards", "eval_every", "eval_prompts",
+    "eval_images", "compile", "graphs", "wandb", "low_memory", "bench",
+}  # fmt: skip
+
+
+def save_or_stop(args, state, step, last):
+    """Save if it is time to. After a signal also say how to go on, and exit with status 0.
+
+    The signals are SIGTERM, SIGINT and SIGHUP; all ranks stop at the same step.
+    """
+    stopping = stop["agreed"] and step < last
+    overdue = 0 < 60 * args.save_minutes < time.time() - args.saved_at
+    if step % args.save_every == 0 or step == last or stopping or overdue:
+        save_checkpoint(args, state, step)
+        args.saved_at = time.time()
+    if stopping:
+        if is_rank_0():
+            print(
+                f"stopped by a signal and saved after {step} of {last}; the same command with "
+                "--resume goes on",
+                flush=True,
+            )
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(0)
+
+
+def save_checkpoint(args, state, step):
+    """Write generator_ema.pt and fake.pt (flat, published format) and ckpt.pt; rank 0 only.
+
+    From ckpt.pt --resume goes on exactly: random numbers and the order of the prompts are functions
+    of (seed, step), so that the step is all there is to save of them.
+    """
+    if not is_rank_0():
+        return
+    content = {}
+    for name, thing in state.items():
+        if hasattr(thing, "state_dict"):
+            content[name] = thing.state_dict()
+        elif name != "keys":
+            content[name] = [p.detach().cpu() for p in thing]
+    files = {
+        "generator_ema.pt": dict(zip(state["keys"], content["ema"])),
+        "fake.pt": dict(zip(state["keys"], content["fake"])),
+        "ckpt.pt": {**content, "step": step, "flags": vars(args)},
+    }
+    if os.path.exists(f"{args.out_dir}/log.jsonl"):
+        sync(f"{args.out_dir}/log.jsonl")  # it must not be behind the checkpoint
+    written = {}
+    for name, thing in files.items():
+        written[f"{args.out_dir}/{name}"] = as_bytes(torch.save, thing)
+    write_atomically(written)
+
+
+def load_checkpoint(args, state, rows, transformer):
+    """With --resume put the last checkpoint into state -> the step to go on with; 0 without one.
+
+    Dies if it is damaged, or of another program, model, prompts or flags; and in any case if the
+    disk has no room for checkpoints.
+    """
+    paths = []
+    for name in ("ckpt.pt", "ckpt.prev.pt"):
+        if os.path.exists(f"{args.out_dir}/{name}"):
+            paths.append(f"{args.out_dir}/{name}")
+    check_room(args.out_dir, state, len(paths))
+    note_content(args, rows, transformer)
+    agree_on_a_checkpoint(args.out_dir, bool(paths), transformer.device)
+    args.saved_at = time.time()
+    if not args.resume or not paths:
+        return 0
+    hint = f"; delete {paths[0]} to go on from the one before it" if paths[1:] else ""
+    saved = read(paths[0], "checkpoint", hint)
+    flags = saved.get("flags") if isinstance(saved, dict) and "step" in saved else None
+    if not isinstance(flags, dict) or set(flags) - FREE != set(vars(args)) - FREE:
+        die(f"{paths[0]} is not a checkpoint of this program, or of another version of it{hint}")
+    changed = []
+    for name, value in vars(args).items():
+        if name not in FREE and flags[name] != value:
+            changed.append(f"--{name} {flags[name]} -> {value}")
+    if changed:
+        die(
+            f"{paths[0]} was made with other flags ({', '.join(changed)}): repeat them, or choose "
+            "another --out_dir"
+        )
+    for name, thing in state.items():
+        if hasattr(thing, "load_state_dict"):
+            thing.load_state_dict(saved[name])
+        elif name != "keys":
+            torch._foreach_copy_([p.data for p in thing], saved[name])
+    say_what_changed(paths[0], saved["step"], flags["made_with"], args.made_with)
+    return saved["step"]
+
+
+def check_room(out_dir, state, checkpoints):
+    """Die where the disk has no room for what will be saved. checkpoints: how many are there."""
+    # 3 lists of weights and 4 of moments in ckpt.pt, 2 beside it: 9 in all, under temporary names
+    # and once more for ckpt.prev.pt
+    lists = (3 - checkpoints) * 9
+    need = lists * 4 * sum(p.numel() for p in state["generator"])
+    room = shutil.disk_usage(out_dir).free
+    if room < need:
+        die(
+            f"--out_dir {out_dir} has {room / 1e9:.2f} GB free, the checkpoints need "
+            f"{need / 1e9:.2f}"
+        )
+
+
+def note_content(args, rows, transformer):
+    """Put into args what the flags do not show: hashes of weights and prompts, and versions."""
+    frozen = []
+    for name, p in transformer.named_parameters():
+        if not p.requires_grad:
+            # the first 64 of each, as bf16 rounds them on any device
+            frozen.append((name, p.flatten()[:64].bfloat16().tolist()))
+    for name, content in (("pretrained or cold_start", frozen), ("prompts", rows)):
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+        setattr(args, f"{name} content", digest)
+    packages = ("torch", "diffusers", "peft", "transformers")
+    args.made_with = {name: version(name) for name in packages}
+    args.made_with["device"] = args.device
+    args.made_with["processes"] = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def agree_on_a_checkpoint(out_dir, found, device):
+    """Die where some processes see a checkpoint and some do not."""
+    least, most = (
+        all_reduce(torch.tensor(float(found), device=device), op).item()
+        for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX)
+    )
+    if least != most:
+        die(
+            f"some processes see a checkpoint in --out_dir {out_dir} and some do not: it must lie "
+            "on a file system that all machines share"
+        )
+
+
+def say_what_changed(path, step, before, now):
+    """One line on stdout: where the run goes on, and which versions and machines differ."""
+    if not is_rank_0():
+        return
+    changed = []
+    for name, value in now.items():
+        if before.get(name) != value:
+            changed.append(f"{name} {before.get(name)} -> {value}")
+    line = f"going on from {path}, step {step}"
+    if changed:
+        line += f"; changed since ({', '.join(changed)}): the same results up to rounding"
+    if before.get("device") != now["device"]:
+        line += ", but for the random numbers, which are each device's own"
+    print(line, flush=True)

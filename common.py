@@ -1,7 +1,24 @@
-"""What knows neither model nor method: how a program ends on a user's mistake, how it speaks."""
+"""Plumbing of both stages: flags, processes, random numbers, the optimiser's step, the log, files.
 
+How a program speaks and ends is here, too: a user's mistake is one line and exit status 2.
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import math
 import os
+import random
+import signal
 import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
 
 
 def is_rank_0():
@@ -35,3 +52,547 @@ def checked(function, *inputs):
         return function(*inputs)
     except ValueError as e:
         die(e)
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+FROM_1 = (
+    "batch_size", "micro_batch", "steps", "epochs", "num_steps", "generator_every", "resolution",
+    "lora_rank", "save_every", "prompts_per_epoch", "ema_every", "max_sequence_length",
+    "max_skipped", "num_images", "eval_every", "eval_images",
+)  # fmt: skip
+RANGES = {
+    "eta": (0, 1),
+    "ema": (0, 1),
+    "lora_init_std": (1e-6, 1e6),
+    "shift": (0.01, 100),
+    "seed": (0, 2**63 - 1),
+    "group_size": (2, 10**6),
+    **dict.fromkeys(FROM_1, (1, 10**9)),
+}
+
+
+def parse(parser):
+    """Parse the command line; the values of parser.preset are defaults.
+
+    Every number must lie in its range (from 0, where RANGES has none). Dies where one does not.
+    """
+    parser.set_defaults(**parser.preset)
+    args = parser.parse_args()
+    for name, value in vars(args).items():
+        low, high = RANGES.get(name, (0, math.inf))
+        if isinstance(value, (int, float)) and not low <= value <= high:  # also nan
+            die(f"--{name} must lie in [{low}, {high}], got {value}")
+    if not args.out_dir:
+        die("--out_dir must not be empty")
+    if getattr(args, "low_memory", False):
+        args.gradient_checkpointing = args.cache_text = args.offload_rewards = True
+        args.micro_batch = min(args.micro_batch, 4)
+    if getattr(args, "bench", 0) and hasattr(args, "save_every"):
+        # of the stages: an endless run that `stopwatch` ends
+        args.out_dir = f"{args.out_dir}/bench_{os.getppid()}"
+        args.resume = False
+        args.steps = args.epochs = 10**9
+    return args
+
+
+def make_parser(description, presets, out_dir, paper):
+    """A parser with the flags that both stages have -> (parser, parser.add_argument).
+
+    The values of the preset become defaults and, with --paper, those of `paper`.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="sd35m")
+    first.add_argument("--paper", action="store_true")
+    first.error = die
+    early, _ = first.parse_known_args()
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = die
+    parser.preset = {**presets.get(early.preset, {}), **(paper if early.paper else {})}
+    letter = ", ".join(f"--{name} {value}" for name, value in paper.items())
+    add = parser.add_argument
+    add("--preset", choices=list(presets), default="sd35m", help="set of default flags")
+    add(
+        "--paper",
+        action="store_true",
+        help="default flags by the paper's letter wherever the authors' release differs from it: "
+        + letter,
+    )
+    add("--pretrained", help="diffusers directory or hub id of the Stable Diffusion 3 model")
+    add("--out_dir", default=out_dir, help="where checkpoints, log.jsonl and samples/ go")
+    add(
+        "--prompts",
+        default="",
+        help='file with a prompt a line, or jsonl with "prompt"; default: the preset\'s own prompts',
+    )
+    add("--seed", type=int, default=0, help="one seed, one result")
+    add("--device", default="cuda", help="cuda, cpu, mps, or auto: the best there is")
+    add(
+        "--resume",
+        action="store_true",
+        help="continue the run in out_dir; if there is none, start one",
+    )
+    add("--resolution", type=int, default=512, help="height and width of the pictures in pixels")
+    add("--max_sequence_length", type=int, default=128, help="T5 tokens of a prompt")
+    add("--num_steps", type=int, default=4, help="sampling steps K of the generator")
+    add("--shift", type=float, default=3.0, help="SD3 time shift of the sampling grid")
+    add(
+        "--eta",
+        type=float,
+        default=0.9,
+        help="stochasticity of CPS steps: 0 Euler, 1 consistency-model sampler",
+    )
+    add("--cfg", type=float, default=4.5, help="guidance scale of the teacher")
+    add(
+        "--gamma",
+        type=float,
+        default=0.01,
+        help="weight of the fake score's consistency loss; 0 is A-DMD",
+    )
+    add(
+        "--renoise_std",
+        choices=("exact", "printed"),
+        default="exact",
+        help="std of the sub-interval kernel: exact, or (t-s)/(1-s) as App. B "
+        "prints it, which gives the wrong marginal and a biased fake score (the tests prove it); the fake target is then Eq. 2 of that kernel's score",
+    )
+    add(
+        "--consistency_times",
+        choices=("near", "steps"),
+        default="near",
+        help="near: t' = the re-noise time, t'' up to 0.2 below it; steps: the paper's "
+        "t' = t_k, t'' = t_{k+1}, read as from the generator's own state x_{t_k} to its next level (0 where that is 0)",
+    )
+    add(
+        "--dm_gradient",
+        choices=("transition", "score"),
+        default="transition",
+        help="AC-DMD's gradient: difference of two CPS transitions over "
+        "their mean size, or the paper's difference of scores, read as the KL's own gradient, summed over elements",
+    )
+    add("--lora_rank", type=int, default=32, help="rank of the adapters")
+    add(
+        "--lora_alpha",
+        type=float,
+        default=64,
+        help="alpha of the new adapters; their product is scaled by alpha / rank",
+    )
+    add(
+        "--adapter_dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="precision of adapters, gradients, Adam's moments and "
+        "average; bfloat16 is the release's, in which updates below half a step of bf16 are lost",
+    )
+    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
+    add(
+        "--max_skipped",
+        type=int,
+        default=20,
+        help="stop after so many updates in a row with a loss or gradient that is not finite",
+    )
+    add(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="trade a third of the speed for most of the activations' memory",
+    )
+    add(
+        "--cache_text",
+        action="store_true",
+        help="encode all prompts once, before training, into a file in out_dir, and free the text encoders",
+    )
+    add(
+        "--low_memory",
+        action="store_true",
+        help="for a 24 GB card: --gradient_checkpointing, --cache_text, --offload_rewards, decoding "
+        "picture by picture, --micro_batch 4 at most",
+    )
+    add(
+        "--compile",
+        type=int,
+        choices=(0, 1),
+        help="compile each transformer block and the decoder; 1 on a GPU unless said, else 0",
+    )
+    add(
+        "--graphs",
+        type=int,
+        choices=(0, 1),
+        default=1,
+        help="on a GPU: record each pass as a CUDA graph and replay it",
+    )
+    add(
+        "--wandb",
+        default="",
+        metavar="PROJECT",
+        help="send the numbers of log.jsonl to Weights & Biases, too (pip install wandb)",
+    )
+    add(
+        "--bench",
+        type=int,
+        default=0,
+        help="measure so many steps after a warm-up, print one JSON line, and stop; nothing is saved",
+    )
+    add(
+        "--sample_every",
+        type=int,
+        default=500,
+        help="save a picture grid every so many steps; 0: never",
+    )
+    add("--save_every", type=int, default=500, help="save a checkpoint every so many steps")
+    add(
+        "--save_minutes",
+        type=float,
+        default=20,
+        help="and after so many minutes without one; 0: never",
+    )
+    return parser, add
+
+
+# ---- processes -----------------------------------------------------------------------------------
+stop = {
+    "asked": False,
+    "agreed": False,
+}  # a signal came to this process; all know of one (`update`)
+
+
+def setup(args, training=True):
+    """Device, output directory and process group -> (device, rank, world size).
+
+    Dies where a run could not end well.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = chosen_device(args, int(os.environ.get("LOCAL_RANK", 0)))
+    if training and not args.resume:
+        for name in ("ckpt.pt", "ckpt.prev.pt"):
+            if os.path.exists(f"{args.out_dir}/{name}"):
+                die(
+                    f"{args.out_dir} holds a run already: add --resume to continue it, "
+                    "or choose another --out_dir"
+                )
+    make_out_dir(args.out_dir, "samples" if training else "", rank)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            die(
+                f"a process for GPU {device.index}, but this machine has {count}: "
+                "give torchrun a smaller --nproc_per_node",
+                local=True,
+            )
+        torch.cuda.set_device(device)
+    if training:
+        listen_to_signals()
+        if world > 1:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    return device, rank, world
+
+
+def chosen_device(args, local_rank):
+    """--device as a torch.device; dies where it is not there. "auto" in args becomes what was found."""
+    has_mps = torch.backends.mps.is_available()
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        die(
+            "no CUDA GPU found; to try everything on this machine: --preset tiny, "
+            "or insist with --device cpu"
+        )
+    there = False
+    with contextlib.suppress(RuntimeError):  # no device of that name
+        index = (local_rank,) if args.device == "cuda" else ()
+        device = torch.device(args.device, *index)
+        there = device.type in ("cuda", "cpu") or (device.type == "mps" and has_mps)
+    if not there:
+        die(f"--device must be cuda, cpu, mps or auto, and be there; got {args.device!r}")
+    return device
+
+
+def make_out_dir(out_dir, subfolder, rank):
+    """Make it; dies where nothing can be written into it."""
+    try:
+        os.makedirs(os.path.join(out_dir, subfolder), exist_ok=True)
+        probe = f"{out_dir}/.write_test_{rank}"
+        with open(probe, "w"):
+            pass
+        os.remove(probe)
+    except OSError as e:
+        die(f"cannot write to --out_dir {out_dir}: {e.strerror}")
+
+
+def listen_to_signals():
+    """After a signal the step under way is finished, then `save_or_stop` saves and ends the run.
+
+    A second one changes nothing: torchrun passes on what the terminal sent to its children, too.
+    """
+
+    def ask(number, frame):
+        stop["asked"] = True
+
+    stop.update(asked=False, agreed=False)
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(name, ask)
+
+
+def shard(n, rank, world):
+    """This rank's rows of a batch of n; sizes differ by one at most where world does not divide n."""
+    return slice(rank * n // world, (rank + 1) * n // world)
+
+
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
+    """Sum (or another op) over ranks, in place; nothing to do for one process."""
+    if dist.is_initialized():
+        try:
+            dist.all_reduce(tensor, op)
+        except RuntimeError as e:
+            # another rank has died; torchrun ends this one too, if it does not end by itself
+            reason = str(e).splitlines()[0][:120]
+            die(
+                f"lost the other processes ({reason}); go on from the last checkpoint with --resume",
+                status=1,
+                local=True,
+            )
+    return tensor
+
+
+# ---- random numbers and order of prompts: functions of (seed, step), so there is no state to save --
+def generator(device, *key):
+    """A random generator seeded by its key, e.g. (seed, step)."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def data_order(length, first, count, seed):
+    """Places first ... first+count-1 of an endless sequence of shuffled passes over `length` prompts."""
+    places = []
+    for i in range(first, first + count):
+        one_pass = shuffled(length, f"{seed}/pass/{i // length}")
+        places.append(one_pass[i % length])
+    return places
+
+
+@functools.lru_cache(2)
+def shuffled(length, key):
+    """A permutation of range(length)."""
+    return random.Random(key).sample(range(length), length)
+
+
+class StepRandom:
+    """The random numbers of one step, drawn for the whole batch; tensors hold this rank's rows.
+
+    So a run is the same on any number of ranks, and a resumed one needs no generator's state.
+    """
+
+    def __init__(self, seed, step, n_pictures, my_rows, shape, device):
+        self.scalars = random.Random(f"{seed}/{step}")  # the same on all ranks
+        self.tensors = generator(device, seed, step)
+        self.n_pictures = n_pictures
+        self.my_rows = my_rows
+        self.shape = shape
+        self.device = device
+
+    def normal(self):
+        size = (self.n_pictures, *self.shape)
+        return torch.randn(size, generator=self.tensors, device=self.device)[self.my_rows]
+
+    def uniform(self):
+        size = (self.n_pictures,)
+        return torch.rand(size, generator=self.tensors, device=self.device)[self.my_rows]
+
+
+# ---- the optimiser's step ------------------------------------------------------------------------
+def update(parameters, optimizer, args, skipped, name, loss):
+    """One optimiser step on the gradients summed over ranks, clipped -> their norm.
+
+    loss: a scalar, this rank's share. If norm or loss is not finite nothing changes but
+    skipped[name], and nan is returned; args.max_skipped of them in a row end the run.
+    """
+    grads = [p.grad for p in parameters]
+    # One all-reduce for all: the gradients, the loss, and whether a signal came to any rank, so
+    # that all stop after the same step.
+    extra = torch.stack([loss, torch.full_like(loss, stop["asked"])])
+    flat = all_reduce(torch.cat([*(grad.flatten() for grad in grads), extra]))
+    norm, loss, asked = torch.stack([flat[:-2].norm(), *flat[-2:]]).tolist()
+    stop["agreed"] |= asked > 0
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    skipped[name] = 0 if finite else skipped[name] + 1
+    if finite:
+        flat *= min(1, args.max_grad_norm / (norm + 1e-6))
+        sizes = [p.numel() for p in parameters]
+        summed = [g.view_as(p) for p, g in zip(parameters, flat[:-2].split(sizes))]
+        torch._foreach_copy_(grads, summed)
+        optimizer.step()
+    elif skipped[name] >= args.max_skipped:
+        die(
+            f"{skipped[name]} updates in a row of the {name} adapter were not finite; "
+            f"the last good checkpoint is in {args.out_dir}",
+            status=1,
+        )
+    torch._foreach_zero_(grads)
+    return norm if finite else math.nan
+
+
+def distance(parameters, ema):
+    """How far the weights have run from their average: |p - ema| / |ema|, over all together."""
+
+    def norm(tensors):
+        return torch.stack(torch._foreach_norm(tensors)).norm()
+
+    differences = torch._foreach_sub([p.detach() for p in parameters], ema)
+    return (norm(differences) / norm(ema)).item()
+
+
+class Sums:
+    """Numbers that are summed over micro-batches and then over ranks, by name.
+
+    They are named beforehand: a rank without pictures adds nothing, and takes part all the same.
+    """
+
+    def __init__(self, device, *names):
+        self.of = {name: torch.zeros((), device=device) for name in names}
+
+    def add(self, **numbers):
+        for name, number in numbers.items():
+            self.of[name] += number
+
+    def __getitem__(self, name):
+        """This rank's sum."""
+        return self.of[name]
+
+    def over_ranks(self, change=lambda sums: sums):
+        """-> {name: the sum over all ranks, after `change`, a function of a tensor}"""
+        sums = all_reduce(torch.stack(list(self.of.values())))
+        return dict(zip(self.of, change(sums).tolist()))
+
+
+# ---- the log -------------------------------------------------------------------------------------
+class Log:
+    """A line a step in out_dir/log.jsonl, and the same numbers in the progress bar; rank 0 only."""
+
+    FLAT_EPOCHS = 20  # after so many without any difference in scores there is a warning
+
+    def __init__(self, args):
+        self.path = f"{args.out_dir}/log.jsonl"
+        self.silent = not is_rank_0()
+        if self.silent:
+            return
+        if args.resume and os.path.exists(self.path):
+            self.forget_from(args.start)
+        self.file = open(self.path, "ab" if args.resume else "wb", buffering=0)
+        self.board = wandb_board(args) if args.wandb else None
+        self.clock = time.time()
+        self.flat_epochs = 0
+
+    def forget_from(self, start):
+        """Drop the lines that came after the checkpoint."""
+        try:
+            with open(self.path, encoding="utf-8") as file:
+                lines = [line for line in file if line.endswith("\n")]
+            kept = "".join(line for line in lines if json.loads(line)["step"] < start)
+        except (ValueError, KeyError, TypeError):
+            die(f"{self.path} is damaged; move it away to go on")
+        write_atomically({self.path: kept.encode()})
+
+    def __call__(self, bar, images, **numbers):
+        """Write one step's numbers. images: how many pictures it was, for the speed."""
+        if self.silent:
+            return
+        self.warn_of_flat_groups(numbers)
+        line = {}
+        for name, value in numbers.items():
+            missing = isinstance(value, float) and not math.isfinite(value)  # JSON knows no nan
+            line[name] = None if missing else value
+        line["skipped"] = sum(v is None for k, v in line.items() if k.startswith("grad_"))
+        now = time.time()
+        line["seconds"] = round(now - self.clock, 4)
+        line["images_per_s"] = round(images / (now - self.clock), 2)
+        if torch.cuda.is_available():
+            line["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self.clock = now
+        try:
+            self.file.write((json.dumps(line) + "\n").encode())
+        except OSError as e:
+            die(
+                f"cannot write {self.path} ({e.strerror}); make room, and go on from the last "
+                "checkpoint with --resume",
+                status=1,
+            )
+        if self.board:
+            self.board.log(line, step=line["step"])
+        shown = {k: v for k, v in line.items() if k != "step" and isinstance(v, (int, float))}
+        bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
+
+    def warn_of_flat_groups(self, numbers):
+        flat = numbers.get("flat_groups") == 1
+        self.flat_epochs = self.flat_epochs + 1 if flat else 0
+        if self.flat_epochs == self.FLAT_EPOCHS:
+            print(
+                f"warning: {self.FLAT_EPOCHS} epochs in a row all pictures of a prompt scored the "
+                "same: SubGRPO learns nothing",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def wandb_board(args):
+    """A run of Weights & Biases; dies with what to do where that cannot be."""
+    try:
+        import wandb
+
+        name = os.path.basename(args.out_dir)
+        return wandb.init(project=args.wandb, name=name, dir=args.out_dir, config=vars(args))
+    except Exception as e:  # not installed, not logged in, no network
+        reason = str(e).splitlines()[0][:200]
+        die(
+            f"--wandb {args.wandb}: {reason}; pip install wandb, wandb login, or leave it out: "
+            "log.jsonl has the same numbers"
+        )
+
+
+# ---- files ---------------------------------------------------------------------------------------
+def sync(path):
+    """Flush a file, or a directory's list of names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def as_bytes(save, *inputs, **options):
+    """What save(*inputs, file, **options) writes.
+
+    In memory first: on a full disk torch.save fails in a way that cannot be caught.
+    """
+    buffer = io.BytesIO()
+    save(*inputs, buffer, **options)
+    return buffer.getbuffer()
+
+
+def write_atomically(files):
+    """files {path: bytes}: all are on disk under a temporary name before the first is renamed.
+
+    A kill leaves old files or new ones, never half of one; a full disk leaves the old ones, and
+    ends the program with one line. What was ckpt.pt becomes ckpt.prev.pt.
+    """
+    try:
+        for path, content in files.items():
+            with open(path + ".tmp", "wb") as file:
+                file.write(content)
+            sync(path + ".tmp")
+    except OSError as e:
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(name + ".tmp")
+        die(
+            f"cannot write {path} ({e.strerror}); make room: what was saved before is intact, "
+            "and a run goes on with --resume",
+            status=1,
+        )
+    for path in files:
+        if path.endswith("/ckpt.pt") and os.path.exists(path):
+            os.replace(path, path[:-3] + ".prev.pt")
+        os.replace(path + ".tmp", path)
+    with contextlib.suppress(OSError):  # some network file systems cannot
+        sync(os.path.dirname(path) or ".")

@@ -1,31 +1,42 @@
-"""The mathematics of the sampler: rectified flow, CPS steps, the sub-interval kernel and its target. No model in sight.
+"""The mathematics of the sampler: rectified flow, CPS steps, the sub-interval kernel and its target.
 
-Notation, as in the paper (Sec. 2): x_t = (1-t) x0 + t eps, t in [0,1], t = 1 is noise, velocity v = eps - x0, and the model is
-given the timestep 1000 t. diffusers calls t "sigma", and so do we. From a velocity: x0 = x_t - t v, eps = x_t + (1-t) v.
+Notation, as in the paper (Sec. 2): x_t = (1-t) x0 + t eps, t in [0,1], t = 1 is noise, velocity
+v = eps - x0, and the model is given the timestep 1000 t. diffusers calls t "sigma", and so do we.
+From a velocity: x0 = x_t - t v, eps = x_t + (1-t) v.
 
-Everything here is done in float32 (float64 stays float64), whatever dtype the model's output has. Any sigma may be a float
-or a [B] tensor, one value a sample. Read from top to bottom: 60 lines of mathematics, then the same as a diffusers scheduler.
+Everything here is done in float32 (float64 stays float64), whatever dtype the model's output has. Any
+sigma may be a float or a [B] tensor, one value a sample. Read from top to bottom: the mathematics,
+then the same as a diffusers scheduler. No model in sight.
 """
+
 import math
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin  # noqa: diffusers looks for the second here, see CPSScheduler
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,  # noqa: F401, diffusers looks for it here, see CPSScheduler
+)
 from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteSchedulerOutput,
+)
 from diffusers.utils.torch_utils import randn_tensor
 
 
 def sigmas(num_steps=4, shift=3.0):
-    """Noise levels t_0..t_K of a K-step sampler: an even grid from 1, SD3's time shift t -> 3t/(1+2t) applied ONCE, and 0.
+    """Noise levels t_0..t_K of a K-step sampler: an even grid from 1, SD3's time shift, and 0.
 
-    sigmas() is [1.0, 0.9, 0.75, 0.5, 0.0]. (A scheduler that is given these as `sigmas=` shifts them again, and diffusers' own
-    grid for 4 steps is [1, .858, .602, .009]: sampling or training at such times is the common bug of few-step SD3 code.)
-    Raises ValueError if num_steps < 1 or shift <= 0.
+    The shift t -> 3t/(1+2t) is applied ONCE: sigmas() is [1.0, 0.9, 0.75, 0.5, 0.0]. (A scheduler
+    that is given these as `sigmas=` shifts them again, and diffusers' own grid for 4 steps is [1, .858,
+    .602, .009]: sampling or training at such times is the common bug of few-step SD3 code.) Raises ValueError if num_steps < 1 or shift <= 0.
     """
     if num_steps < 1 or shift <= 0:
         raise ValueError(f"sigmas needs num_steps >= 1 and shift > 0, got {num_steps} and {shift}")
-    grid = [1 - k / num_steps for k in range(num_steps)]
-    return [shift * t / (1 + (shift - 1) * t) for t in grid] + [0.0]
+    levels = []
+    for k in range(num_steps):
+        t = 1 - k / num_steps
+        levels.append(shift * t / (1 + (shift - 1) * t))
+    return [*levels, 0.0]
 
 
 def at_least_float32(x):
@@ -34,27 +45,35 @@ def at_least_float32(x):
 
 
 def per_sample(sigma, x):
-    """A float or [B] tensor -> a tensor that broadcasts over x [B,...], in x's dtype and on its device."""
+    """A float or [B] tensor -> a tensor that broadcasts over x [B,...], of x's dtype and device."""
     if not torch.is_tensor(sigma):
-        return torch.full((), sigma, dtype=x.dtype, device=x.device)  # made where it is needed: a copy from the host would stall a GPU
+        # made where it is needed: a copy from the host would stall a GPU
+        return torch.full((), sigma, dtype=x.dtype, device=x.device)
     sigma = sigma.to(x.device, x.dtype)
-    return sigma.view(-1, *[1] * (x.dim() - 1)) if sigma.dim() else sigma
+    if sigma.dim() == 0:
+        return sigma
+    return sigma.view(-1, *[1] * (x.dim() - 1))
 
 
 def cps_step(x, v, sigma, sigma_next, eta, noise=None):
-    """One coefficients-preserving step from noise level sigma to sigma_next (Eq. 19-21, App. C) -> (x_next, mean, std).
+    """One coefficients-preserving step from noise level sigma to t = sigma_next (Eq. 19-21, App. C).
 
-        mean = (1-t) x0 + t cos(eta pi/2) eps,    std = t sin(eta pi/2),    x_next = mean + std noise,    t = sigma_next
+        mean = (1-t) x0 + t cos(eta pi/2) eps,    std = t sin(eta pi/2),    x_next = mean + std noise
 
-    x, v [B,...]; noise like x (drawn here if None); eta in [0,1]: 0 is an Euler step, 1 the consistency-model sampler, the paper
-    uses 0.9. Signal and noise coefficients stay on schedule for every eta: cos^2 + sin^2 = 1, so Var(x_next | x0) = t^2.
-    At sigma_next = 0 the step is deterministic: std = 0 and x_next = mean = x0. std broadcasts over x. ValueError: eta not in [0,1].
+    -> (x_next, mean, std). x, v [B,...]; noise like x (drawn here if None); eta in [0,1]: 0 is an
+    Euler step, 1 the consistency-model sampler, the paper uses 0.9. Signal and noise coefficients stay
+    on schedule for every eta: cos^2 + sin^2 = 1, so Var(x_next | x0) = t^2. At sigma_next = 0 the step
+    is deterministic: std = 0 and x_next = mean = x0. std broadcasts over x. Raises ValueError if eta
+    is not in [0,1].
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
-    x, v = at_least_float32(x), at_least_float32(v)
-    s, t = per_sample(sigma, x), per_sample(sigma_next, x)
-    x0, eps = x - s * v, x + (1 - s) * v
+    x = at_least_float32(x)
+    v = at_least_float32(v)
+    s = per_sample(sigma, x)
+    t = per_sample(sigma_next, x)
+    x0 = x - s * v
+    eps = x + (1 - s) * v
     mean = (1 - t) * x0 + t * math.cos(eta * math.pi / 2) * eps
     std = t * math.sin(eta * math.pi / 2)
     noise = torch.randn_like(x) if noise is None else at_least_float32(noise)
@@ -62,63 +81,98 @@ def cps_step(x, v, sigma, sigma_next, eta, noise=None):
 
 
 def renoise(x_s, sigma_s, sigma_t, noise, std="exact"):
-    """From x_s at noise level s up to t > s inside the sub-interval [s, 1] (Eq. 10): x_t = a x_s + sig n, shapes [B,...].
+    """From x_s at noise level s up to t > s inside the sub-interval [s, 1] (Eq. 10); shapes [B,...].
 
-        a = (1-t)/(1-s),    sig^2 = t^2 - a^2 s^2
+        x_t = a x_s + sig n,    a = (1-t)/(1-s),    sig^2 = t^2 - a^2 s^2
 
-    so that x_t has the marginal of level t whenever x_s has that of level s. std "printed" is App. B's sig = (t-s)/(1-s), with
-    which it has not: see the test of the Gaussian world. s = 0 gives (1-t) x0 + t n in both, ordinary re-noising, ordinary DMD2.
+    so that x_t has the marginal of level t whenever x_s has that of level s. std "printed" is App. B's
+    sig = (t-s)/(1-s), with which it has not: see the test of the Gaussian world. s = 0 gives
+    (1-t) x0 + t n in both, ordinary re-noising, ordinary DMD2.
     """
     x_s = at_least_float32(x_s)
-    a, sig = sub_interval(per_sample(sigma_s, x_s), per_sample(sigma_t, x_s), std)
+    s = per_sample(sigma_s, x_s)
+    t = per_sample(sigma_t, x_s)
+    a, sig = sub_interval(s, t, std)
     return a * x_s + sig * at_least_float32(noise)
 
 
 def sub_interval(s, t, std="exact"):
-    """Coefficients (a, sig) of the kernel x_s -> x_t; sig^2 = (t - a s)(t + a s) with t - a s = (t-s)/(1-s): no cancellation."""
-    a, b = (1 - t) / (1 - s), (t - s) / (1 - s)
-    return a, b if std == "printed" else (b * (t + a * s)).clamp(min=0).sqrt()
+    """Coefficients (a, sig) of the kernel x_s -> x_t.
+
+    sig^2 = (t - a s)(t + a s), where t - a s = (t-s)/(1-s): no cancellation.
+    """
+    a = (1 - t) / (1 - s)
+    printed = (t - s) / (1 - s)
+    if std == "printed":
+        return a, printed
+    return a, (printed * (t + a * s)).clamp(min=0).sqrt()
 
 
 def ambient_target(x_s, sigma_s, sigma_t, noise, std="exact"):
-    """The velocity target of ambient denoising score matching -> (v_target like x_s, sig broadcasting over it).
+    """The velocity target of ambient denoising score matching -> (v_target like x_s, sig).
 
-    The conditional score of the kernel above is -n/sig. Put into v(x,t) = -x/(1-t) - t/(1-t) score (Eq. 2) it reads
+    sig broadcasts over x_s. The conditional score of the kernel above is -n/sig. Put into
+    v(x,t) = -x/(1-t) - t/(1-t) score (Eq. 2) it reads
 
-        v* = -x_s/(1-s) + (t - sig^2)/((1-t) sig) n,    and E[v* | x_t] is the student's velocity at t (Prop. D.1).
+        v* = -x_s/(1-s) + (t - sig^2)/((1-t) sig) n
 
-    s = 0 gives n - x0. Grows like 1/sig as t -> s, which is why the loss multiplies it by sig; finite for every t > s. With the exact
+    and E[v* | x_t] is the student's velocity at t (Prop. D.1). s = 0 gives n - x0. It grows like 1/sig
+    as t -> s, which is why the loss multiplies it by sig; it is finite for every t > s. With the exact
     sig, (t - sig^2)/(1-t) = t + (1-t) s^2/(1-s)^2.
     """
     x_s = at_least_float32(x_s)
-    s, t = per_sample(sigma_s, x_s), per_sample(sigma_t, x_s)
+    s = per_sample(sigma_s, x_s)
+    t = per_sample(sigma_t, x_s)
     _, sig = sub_interval(s, t, std)
-    sig = sig.clamp(min=torch.finfo(x_s.dtype).tiny ** .25)
-    return -x_s / (1 - s) + (t - sig ** 2) / (1 - t) / sig * at_least_float32(noise), sig
+    sig = sig.clamp(min=torch.finfo(x_s.dtype).tiny ** 0.25)
+    of_noise = (t - sig**2) / (1 - t) / sig
+    return -x_s / (1 - s) + of_noise * at_least_float32(noise), sig
 
 
 def log_prob(x_next, mean, std=None):
     """Log-density of x_next under a CPS step, up to a constant, per sample: [B,...] -> [B].
 
-    With std: the Gaussian of Eq. 13, -||x_next - mean||^2 / (2 std^2). Without: what the authors' release uses,
-    -mean (x_next - mean)^2, i.e. the former without 1/(2 std^2) and averaged over the elements.
+    With std: the Gaussian of Eq. 13, -||x_next - mean||^2 / (2 std^2). Without: what the authors'
+    release uses, -mean (x_next - mean)^2, i.e. without 1/(2 std^2) and averaged over the elements.
     """
     square = (at_least_float32(x_next) - at_least_float32(mean)).square()
     if std is None:
         return -square.flatten(1).mean(1)
-    return -(square / (2 * torch.as_tensor(std) ** 2)).flatten(1).sum(1)
+    variance = torch.as_tensor(std) ** 2
+    return -(square / (2 * variance)).flatten(1).sum(1)
+
+
+def rollout(velocity, x, levels, k, eta, noises):
+    """The first k CPS steps from noise x (Eq. 8) -> [x_0, ..., x_k]; x_i is at noise level levels[i].
+
+    velocity(x [B,...], sigma float) -> like x. noises: one tensor like x for each step. Gradients
+    follow torch's grad mode.
+    """
+    path = [x]
+    for s, t, noise in zip(levels[:k], levels[1:], noises):
+        x, _, _ = cps_step(path[-1], velocity(path[-1], s), s, t, eta, noise)
+        path.append(x)
+    return path
 
 
 default_sigmas = sigmas  # below, the name is an argument of diffusers' interface
 
 
 class CPSScheduler(FlowMatchEulerDiscreteScheduler):
-    """The sampler for any diffusers flow-matching pipeline: `pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, eta=0.9)`,
-    or `DiffusionPipeline.from_pretrained(DIR, scheduler=CPSScheduler.from_pretrained(DIR, subfolder="scheduler", eta=0.9))`.
+    """The sampler for any diffusers flow-matching pipeline.
 
-    Pipelines do not hand their generator to `step`; put it (one, or a list with one an image) into `scheduler.generator` to get
-    the same images as sample.py's own loop, else the noise comes from torch's global generator. `sigmas=` are taken as they are, but
-    for a pipeline that shifts by the picture's size (`use_dynamic_shifting`, `mu`). A pipeline saved with it loads where cps is imported.
+        pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, eta=0.9)
+
+    or, while loading,
+
+        scheduler = CPSScheduler.from_pretrained(DIR, subfolder="scheduler", eta=0.9)
+        pipe = DiffusionPipeline.from_pretrained(DIR, scheduler=scheduler)
+
+    Pipelines do not hand their generator to `step`. Put it (one, or a list with one an image) into
+    `scheduler.generator` to get the same images as sample.py's own loop; else the noise comes from
+    torch's global generator. `sigmas=` are taken as they are, but for a pipeline that shifts by the
+    picture's size (`use_dynamic_shifting`, `mu`). A pipeline saved with this scheduler loads where cps
+    is imported.
     """
 
     @register_to_config
@@ -126,24 +180,42 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
         super().__init__(num_train_timesteps=num_train_timesteps, shift=shift)
         self.generator = None
 
-    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
-        """Noise levels: `sigmas` as given (ending in 0 or not), else ours for num_inference_steps; shifted by mu if the config says so."""
-        dynamic = mu is not None and self.config.use_dynamic_shifting  # then that is the one shift
-        levels = [float(s) for s in (sigmas if sigmas is not None else default_sigmas(num_inference_steps, 1 if dynamic else self.config.shift))]
-        levels = [self.time_shift(mu, 1.0, s) if dynamic else s for s in levels if s > 0] + [0.0]
-        self.num_inference_steps = len(levels) - 1
-        self.sigmas = torch.tensor(levels)
-        self.timesteps = torch.tensor([s * self.config.num_train_timesteps for s in levels[:-1]], device=device)
+    def set_timesteps(
+        self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None
+    ):
+        """Noise levels: `sigmas` as given (ending in 0 or not), else ours for num_inference_steps.
+
+        They are shifted by mu if the config says so: then that is the one shift.
+        """
+        dynamic = mu is not None and self.config.use_dynamic_shifting
+        if sigmas is None:
+            sigmas = default_sigmas(num_inference_steps, 1 if dynamic else self.config.shift)
+        levels = [float(sigma) for sigma in sigmas if sigma > 0]
+        if dynamic:
+            levels = [self.time_shift(mu, 1.0, sigma) for sigma in levels]
+        self.num_inference_steps = len(levels)
+        self.sigmas = torch.tensor([*levels, 0.0])
+        timesteps = [sigma * self.config.num_train_timesteps for sigma in levels]
+        self.timesteps = torch.tensor(timesteps, device=device)
         self._step_index = self._begin_index = None
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, **unused):
         """One CPS step; arithmetic in float32, result in model_output's dtype."""
         if self.step_index is None:
             self._init_step_index(timestep)
-        here, there = self.sigmas[self.step_index].item(), self.sigmas[self.step_index + 1].item()
+        here = self.sigmas[self.step_index].item()
+        there = self.sigmas[self.step_index + 1].item()
         noise = torch.zeros_like(sample)
         if there > 0 and self.config.eta > 0:
-            noise = randn_tensor(sample.shape, generator=generator or self.generator, device=sample.device, dtype=torch.float32)
-        x = cps_step(sample, model_output, here, there, self.config.eta, noise)[0].to(model_output.dtype)
+            noise = randn_tensor(
+                sample.shape,
+                generator=generator or self.generator,
+                device=sample.device,
+                dtype=torch.float32,
+            )
+        x, _, _ = cps_step(sample, model_output, here, there, self.config.eta, noise)
+        x = x.to(model_output.dtype)
         self._step_index += 1
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x) if return_dict else (x,)
+        if not return_dict:
+            return (x,)
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x)

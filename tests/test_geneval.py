@@ -85,7 +85,12 @@ CASES = [  # what is seen, what is asked for, the soft score, GenEval's verdict
     (row(2) + [dog], cat_and_dog, "1/2", True),  # (0 + 1) / 2
     (row(3), cat_and_dog, "-1/2", False),  # (-1 + 0) / 2
     (row(3) + row(4, "dog"), cat_and_dog, "-3/2", True),  # (-1 + -2) / 2
-    (row(1) + [dog, at(9, 9, "car")], metadata("two_object", want(), want("dog"), exclude=[want("car")]), "1", False),
+    (
+        row(1) + [dog, at(9, 9, "car")],
+        metadata("two_object", want(), want("dog"), exclude=[want("car")]),
+        "1",
+        False,
+    ),
     # ---- counting: the higher threshold. "exclude" only repeats what the exact count says already
     (row(4), counted(4), "1", True),
     (row(3), counted(4), "3/4", False),
@@ -99,7 +104,12 @@ CASES = [  # what is seen, what is asked for, the soft score, GenEval's verdict
     (row(1) + row(1, p=0.91), counted(2), "1", True),
     (row(2) + row(5, p=0.5), counted(2), "1", True),
     ([at(50, 50), at(50, 50)], counted(2), "1", True),  # boxes that coincide count twice
-    (row(3), metadata("counting", want(count=2)), "1/2", True),  # without "exclude" the verdict forgives the third
+    (
+        row(3),
+        metadata("counting", want(count=2)),
+        "1/2",
+        True,
+    ),  # without "exclude" the verdict forgives the third
     # ---- colours: number, then colour, which is 0 where the number is wrong
     (row(1), red_cat, "1", True),
     (row(1, **blue), red_cat, "1/2", False),  # (1 + 0) / 2
@@ -111,10 +121,20 @@ CASES = [  # what is seen, what is asked for, the soft score, GenEval's verdict
     ([at(0, 0), at(50, 0, **blue)], cats_in_red[2], "3/4", False),  # (1 + 1/2) / 2
     (row(2, **blue), cats_in_red[2], "1/2", False),  # (1 + 0) / 2
     (row(2), cats_in_red[3], "1/3", False),  # (2/3 + 0) / 2
-    ([at(0, 0), at(50, 0, **blue), at(99, 0, **blue)], cats_in_red[3], "2/3", False),  # (1 + 1/3) / 2
+    (
+        [at(0, 0), at(50, 0, **blue), at(99, 0, **blue)],
+        cats_in_red[3],
+        "2/3",
+        False,
+    ),  # (1 + 1/3) / 2
     # ---- two objects with colours: four parts
     (row(1) + [blue_dog], red_cat_blue_dog, "1", True),
-    (row(1, **blue) + [dog], red_cat_blue_dog, "1/2", False),  # (1 + 0 + 1 + 0) / 4: the colours are swapped
+    (
+        row(1, **blue) + [dog],
+        red_cat_blue_dog,
+        "1/2",
+        False,
+    ),  # (1 + 0 + 1 + 0) / 4: the colours are swapped
     (row(1) + [dog], red_cat_blue_dog, "3/4", False),  # (1 + 1 + 1 + 0) / 4
     (row(1), red_cat_blue_dog, "1/2", False),  # (1 + 1 + 0 + 0) / 4
     (row(2) + [blue_dog], red_cat_blue_dog, "1/2", True),  # (0 + 0 + 1 + 1) / 4
@@ -123,30 +143,83 @@ CASES = [  # what is seen, what is asked for, the soft score, GenEval's verdict
     # ---- position: the target's number, the object's number, the place
     (row(1) + [dog], placed(), "1", True),
     ([at(300, 50), dog], placed(), "2/3", False),  # (1 + 1 + 0) / 3: on the wrong side
-    ([at(196, 50), dog], placed(), "2/3", False),  # too near: 4 pixels are a tenth of 20 + 20, and no more
+    (
+        [at(196, 50), dog],
+        placed(),
+        "2/3",
+        False,
+    ),  # too near: 4 pixels are a tenth of 20 + 20, and no more
     (row(1), placed(), "1/3", False),  # (0 + 1 + 0) / 3: nothing to be left of
     ([dog], placed(), "1/3", False),  # (1 + 0 + 0) / 3
     ([], placed(), "0", False),
-    (row(1) + dogs_far_right, placed(), "1/3", True),  # (0 + 1 + 0) / 3: a miscounted target is none
+    (
+        row(1) + dogs_far_right,
+        placed(),
+        "1/3",
+        True,
+    ),  # (0 + 1 + 0) / 3: a miscounted target is none
     (row(2) + [dog], placed(), "1/3", True),  # (1 + 0 + 0) / 3
     (row(3) + [dog], placed(), "0", True),  # (1 - 1 + 0) / 3
     (row(2) + [dog], placed(cats=2), "1", True),
-    ([at(0, 50), at(300, 50), dog], placed(cats=2), "2/3", False),  # one of two pairs: one 0, not a 0 and a 1
-    (row(1) + dogs_far_right, placed(dogs=2), "1", True),
-    ([at(215, 50, size=5), *dogs_far_right], placed(dogs=2), "2/3", False),  # left of one of two dogs
-    ([at(300, 50), at(330, 50), *dogs_far_right], placed(2, 2), "2/3", False),  # four wrong pairs: one 0, not four
-    # ---- a target must hold in all it was asked for, its colour and its own place too
-    (row(1) + [blue_dog], metadata("position", want("dog", color="red"), want(position=["left of", 0])), "1/2", False),
-    (row(1, **blue) + [dog], metadata("position", want("dog"), want(color="red", position=["left of", 0])), "3/4", False),
     (
-        [dog, at(300, 50), at(100, 50, "car")],  # the car is left of the cat, but the cat is not left of the dog
-        metadata("position", want("dog"), want(position=["left of", 0]), want("car", position=["left of", 1])),
+        [at(0, 50), at(300, 50), dog],
+        placed(cats=2),
+        "2/3",
+        False,
+    ),  # one of two pairs: one 0, not a 0 and a 1
+    (row(1) + dogs_far_right, placed(dogs=2), "1", True),
+    (
+        [at(215, 50, size=5), *dogs_far_right],
+        placed(dogs=2),
+        "2/3",
+        False,
+    ),  # left of one of two dogs
+    (
+        [at(300, 50), at(330, 50), *dogs_far_right],
+        placed(2, 2),
+        "2/3",
+        False,
+    ),  # four wrong pairs: one 0, not four
+    # ---- a target must hold in all it was asked for, its colour and its own place too
+    (
+        row(1) + [blue_dog],
+        metadata("position", want("dog", color="red"), want(position=["left of", 0])),
+        "1/2",
+        False,
+    ),
+    (
+        row(1, **blue) + [dog],
+        metadata("position", want("dog"), want(color="red", position=["left of", 0])),
+        "3/4",
+        False,
+    ),
+    (
+        [
+            dog,
+            at(300, 50),
+            at(100, 50, "car"),
+        ],  # the car is left of the cat, but the cat is not left of the dog
+        metadata(
+            "position",
+            want("dog"),
+            want(position=["left of", 0]),
+            want("car", position=["left of", 1]),
+        ),
         "3/5",  # (1 + 1 + 0 + 1 + 0) / 5
         False,
     ),
     (
-        [dog, at(100, 50, **blue), at(0, 50, "car")],  # all in their places, but the cat in the middle is not red
-        metadata("position", want("dog"), want(color="red", position=["left of", 0]), want("car", position=["left of", 1])),
+        [
+            dog,
+            at(100, 50, **blue),
+            at(0, 50, "car"),
+        ],  # all in their places, but the cat in the middle is not red
+        metadata(
+            "position",
+            want("dog"),
+            want(color="red", position=["left of", 0]),
+            want("car", position=["left of", 1]),
+        ),
         "2/3",  # (1 + 1 + 0 + 1 + 1 + 0) / 6
         False,
     ),
@@ -155,24 +228,37 @@ CASES = [  # what is seen, what is asked for, the soft score, GenEval's verdict
 
 @pytest.mark.parametrize("found, asked, credit, verdict", CASES)
 def test_the_table_decided_by_hand(found, asked, credit, verdict):
-    assert rewards.geneval_credit(found, asked, read_colours) == pytest.approx(float(Fraction(credit)), abs=1e-12)
+    assert rewards.geneval_credit(found, asked, read_colours) == pytest.approx(
+        float(Fraction(credit)), abs=1e-12
+    )
     assert rewards.geneval_verdict(found, asked, read_colours) is verdict
     assert rewards.geneval_wrong("", asked) is None
 
 
 def test_the_table_covers_the_six_categories_and_every_way_in_which_the_two_rewards_disagree():
     tags = Counter(asked["tag"] for _, asked, _, _ in CASES)
-    assert set(tags) == {"single_object", "two_object", "counting", "colors", "position", "color_attr"} and min(tags.values()) >= 4
+    assert (
+        set(tags) == {"single_object", "two_object", "counting", "colors", "position", "color_attr"}
+        and min(tags.values()) >= 4
+    )
     for tag in tags:
-        ends = {(Fraction(credit) == 1, verdict) for _, asked, credit, verdict in CASES if asked["tag"] == tag}
+        ends = {
+            (Fraction(credit) == 1, verdict)
+            for _, asked, credit, verdict in CASES
+            if asked["tag"] == tag
+        }
         assert {(True, True), (False, False)} <= ends
-    right_but_too_many = [credit for _, _, credit, verdict in CASES if verdict and Fraction(credit) < 0]
+    right_but_too_many = [
+        credit for _, _, credit, verdict in CASES if verdict and Fraction(credit) < 0
+    ]
     assert len(right_but_too_many) >= 5
 
 
 @pytest.mark.parametrize("found, asked, credit, verdict", CASES)
 def test_the_order_of_the_detections_does_not_matter(found, asked, credit, verdict):
-    assert rewards.geneval_credit(found[::-1], asked, read_colours) == rewards.geneval_credit(found, asked, read_colours)
+    assert rewards.geneval_credit(found[::-1], asked, read_colours) == rewards.geneval_credit(
+        found, asked, read_colours
+    )
 
 
 def test_where_the_numbers_are_right_full_credit_is_the_verdict():
@@ -181,10 +267,24 @@ def test_where_the_numbers_are_right_full_credit_is_the_verdict():
     seen = Counter()
     for _ in range(3000):
         cats, dogs = rng.choice([1, 1, 2]), rng.choice([1, 1, 2])
-        more = rng.choice([{}, {"color": "red"}, {"position": ["left of", 0]}, {"color": "red", "position": ["left of", 0]}])
-        asked = metadata("position", want("dog", dogs, **rng.choice([{}, blue])), want("cat", cats, **more))
+        more = rng.choice(
+            [
+                {},
+                {"color": "red"},
+                {"position": ["left of", 0]},
+                {"color": "red", "position": ["left of", 0]},
+            ]
+        )
+        asked = metadata(
+            "position", want("dog", dogs, **rng.choice([{}, blue])), want("cat", cats, **more)
+        )
         found = [
-            at(rng.uniform(0, 99) + 80 * (name == "dog"), rng.uniform(0, 40), name, color=rng.choice(["red", "blue"]))
+            at(
+                rng.uniform(0, 99) + 80 * (name == "dog"),
+                rng.uniform(0, 40),
+                name,
+                color=rng.choice(["red", "blue"]),
+            )
             for name in ["cat"] * cats + ["dog"] * dogs
         ]
         credit = rewards.geneval_credit(found, asked, read_colours)
@@ -196,8 +296,10 @@ def test_where_the_numbers_are_right_full_credit_is_the_verdict():
 
 def test_colours_are_asked_only_where_the_number_is_right():
     """The classifier is the expensive part, and has no say about a wrong number."""
+
     def fails(name, objects):
         raise AssertionError("asked for colours")
+
     assert rewards.geneval_credit(row(2), red_cat, fails) == 0
 
 
@@ -219,6 +321,7 @@ def detector(monkeypatch, tmp_path):
     def detect(model, images):
         stub.looks += 1
         return [stub.sees] * len(images)
+
     monkeypatch.setattr(rewards, "load", load)
     monkeypatch.setattr(rewards, "detect", detect)
     return stub
@@ -234,12 +337,14 @@ def test_both_share_one_detector_one_clip_and_one_look_at_the_same_pictures(dete
     assert len(detector.loads) == 1
     assert [id(m) for m in strict.models] == [id(m) for m in soft.models]
     assert soft.models[1] is rewards.clip(CLIP.partition("=")[2], "cpu", torch.float32)[0]
-    held_out, = rewards.build("geneval", "cpu", [detector.path, CLIP])  # as --eval_rewards does
+    (held_out,) = rewards.build("geneval", "cpu", [detector.path, CLIP])  # as --eval_rewards does
     assert held_out.models[0] is soft.models[0] and len(detector.loads) == 1
 
     images, rows = pictures(), [one_cat] * 2
     detector.sees = row(2)
-    assert strict(images, ["", ""], rows).tolist() == [1, 1] and soft(images, ["", ""], rows).tolist() == [0, 0]
+    assert strict(images, ["", ""], rows).tolist() == [1, 1] and soft(
+        images, ["", ""], rows
+    ).tolist() == [0, 0]
     assert detector.looks == 1
     detector.sees = row(3)
     images *= 0.5  # other pictures in the same tensor are looked at again
@@ -257,7 +362,7 @@ def test_the_path_of_geneval_serves_geneval_soft_unless_it_has_its_own(detector,
 
 
 def test_scores_are_float32_one_a_picture_and_carry_no_gradient(detector):
-    soft, = rewards.build("geneval_soft", "cpu", [detector.path, CLIP], batch=2)
+    (soft,) = rewards.build("geneval_soft", "cpu", [detector.path, CLIP], batch=2)
     detector.sees = row(3)
     images = pictures(5).requires_grad_()
     scores = soft(images, [""] * 5, [one_cat, cat_and_dog, counted(2), one_cat, counted(4)])
@@ -267,8 +372,11 @@ def test_scores_are_float32_one_a_picture_and_carry_no_gradient(detector):
 
 
 def test_prompts_without_metadata_are_refused_with_their_line_and_what_to_do(detector):
-    soft, = rewards.build("geneval_soft", "cpu", [detector.path, CLIP])
-    with pytest.raises(ValueError, match=r"^line 7 \('a cat'\): no GenEval metadata.*leave geneval and geneval_soft out"):
+    (soft,) = rewards.build("geneval_soft", "cpu", [detector.path, CLIP])
+    with pytest.raises(
+        ValueError,
+        match=r"^line 7 \('a cat'\): no GenEval metadata.*leave geneval and geneval_soft out",
+    ):
         soft.check(["a cat"], [{"line": 7}])
     with pytest.raises(ValueError, match="position"):
         soft.check(["a cat"], [metadata("position", want(position=["left of", 0]))])
@@ -283,9 +391,15 @@ def test_stage_2_trains_on_the_soft_form_by_default(monkeypatch):
 def test_scores_of_both_are_printed_by_category(tmp_path, capsys):
     tags = ["single_object", "counting", "counting", "single_object"]
     rows = [{"prompt": f"a photo {i}", "metadata": {"tag": tag}} for i, tag in enumerate(tags)]
-    student = {"geneval": [1.0, 0, 0, 1], "geneval_soft": [-14.0, 0.5, -0.25, 1], "clipscore": [0.25] * 4}
+    student = {
+        "geneval": [1.0, 0, 0, 1],
+        "geneval_soft": [-14.0, 0.5, -0.25, 1],
+        "clipscore": [0.25] * 4,
+    }
     teacher = {name: [0.0] * 4 for name in student}
-    report.write_scores(rows, 0, {"student": student, "teacher": teacher}, str(tmp_path / "scores.jsonl"))
+    report.write_scores(
+        rows, 0, {"student": student, "teacher": teacher}, str(tmp_path / "scores.jsonl")
+    )
     lines = capsys.readouterr().out.splitlines()
     numbers = {}
     for line in lines[1:]:

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import cold_start
 import export
+import model
 import rtdmd_rl
 import sample
 
@@ -79,7 +80,7 @@ def matrices(*endings):
     return [name for name, m in named if isinstance(m, torch.nn.Linear) and name.endswith(endings)]
 
 
-USUAL = matrices(*("." + target for target in cold_start.TARGETS))
+USUAL = matrices(*("." + target for target in model.TARGETS))
 
 
 def random_lora(seed=0, rank=RANK, modules=None, dtype=torch.float32):
@@ -253,6 +254,15 @@ def alpha_in_plain_metadata(folder, lora):
     (folder / "generator_ema.pt").unlink()
 
 
+def test_alpha_inside_B_is_not_applied_again_because_a_run_lies_beside_the_file(tmp_path, capsys):
+    """A file in diffusers' own format, put into the folder of a run that trained with alpha 24."""
+    lora = random_lora()
+    alpha_in_ckpt(tmp_path, lora)
+    content = tensors_of(lora, prefix="transformer.", adapter="")
+    path = write(tmp_path / "pytorch_lora_weights.safetensors", content)
+    same(loaded(path), merged((lora, RANK)))
+
+
 @pytest.mark.parametrize(
     "say", [alpha_in_ckpt, alpha_in_config, alpha_in_metadata, alpha_in_plain_metadata]
 )
@@ -309,10 +319,10 @@ def test_the_two_stages_keep_their_own_alphas(tmp_path):
 )
 def test_what_peft_saves_computes_here_what_it_computes_in_peft(tmp_path, options, safe, capsys):
     """peft's own directory, with its variants and patterns; the truth is peft's own forward."""
-    config = {"r": RANK, "lora_alpha": 20, "target_modules": list(cold_start.TARGETS), **options}
-    model = peft.get_peft_model(copy.deepcopy(base()), peft.LoraConfig(**config))
+    config = {"r": RANK, "lora_alpha": 20, "target_modules": list(model.TARGETS), **options}
+    in_peft = peft.get_peft_model(copy.deepcopy(base()), peft.LoraConfig(**config))
     g = torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():
+    for name, p in in_peft.named_parameters():
         if ".lora_" in name:
             p.data = torch.randn(p.shape, generator=g) * 0.3
     with torch.no_grad():
@@ -321,8 +331,8 @@ def test_what_peft_saves_computes_here_what_it_computes_in_peft(tmp_path, option
             "pooled_projections": TEXT[1],
             "timestep": torch.full((2,), 750.0),
         }
-        theirs = model(X, **inputs, return_dict=False)[0]
-    model.save_pretrained(tmp_path)
+        theirs = in_peft(X, **inputs, return_dict=False)[0]
+    in_peft.save_pretrained(tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
     if not safe:  # as older versions of peft wrote it
         torch.save(load_file(weights), tmp_path / "adapter_model.bin")
@@ -688,7 +698,7 @@ def test_adapters_of_different_modules_and_ranks_are_exported_as_one(tmp_path):
         transformer=fresh(), save_lora_weights=StableDiffusion3Pipeline.save_lora_weights
     )
     for name, lora, alpha in (("one", one, 6), ("two", two, 9)):
-        cold_start.load_adapter(
+        model.load_adapter(
             pipe.transformer,
             name,
             str(write(tmp_path / f"{name}.pt", tensors_of(lora))),
@@ -881,7 +891,7 @@ def test_stage_2_freezes_stage_1_as_its_files_are_and_trains_what_its_flags_say(
     usual = [
         n
         for n, m in plain.named_modules()
-        if isinstance(m, torch.nn.Linear) and n.endswith(tuple("." + t for t in cold_start.TARGETS))
+        if isinstance(m, torch.nn.Linear) and n.endswith(tuple("." + t for t in model.TARGETS))
     ]
     assert {key.partition(".lora_")[0] for key in new} == set(usual)
     assert {tensor.shape[0] for key, tensor in new.items() if "lora_A" in key} == {32}
@@ -1039,9 +1049,7 @@ def inspected(where):
 
 def published_like(std, largest_B):
     """A file as the published ones are described, at a narrow width."""
-    modules = [
-        f"transformer_blocks.{i}.{target}" for i in range(24) for target in cold_start.TARGETS
-    ]
+    modules = [f"transformer_blocks.{i}.{target}" for i in range(24) for target in model.TARGETS]
     modules.remove("transformer_blocks.23.attn.to_add_out")
     g = torch.Generator().manual_seed(0)
     lora = {}
@@ -1113,6 +1121,24 @@ def test_inspect_measures_what_is_there(tmp_path, capsys):
         for stage in ("cold_start", "rtdmd", None)
     }
     assert verdicts == {"cold_start": True, "rtdmd": False, None: True}
+
+
+@pytest.mark.parametrize(
+    "std, stage, agrees",
+    [
+        (1.0, "rtdmd", True),
+        (1 / 32, "rtdmd", False),
+        (1 / 32, "cold_start", True),
+        (1.0, "cold_start", False),
+        (1.0, None, True),
+        (1 / 32, None, True),
+        (0.3, None, False),
+    ],
+)
+def test_inspect_tells_by_stage_which_start_of_A_is_the_releases(std, stage, agrees):
+    from tools import inspect_adapter
+
+    assert inspect_adapter.std_verdict({"std_A": std}, 32, stage)[0] is agrees
 
 
 def test_inspect_finds_all_that_a_folder_has_and_refuses_in_one_line(tmp_path):

@@ -12,7 +12,6 @@ An error that is the same in every run of a program is noticed here, and nowhere
 Read `stage_1` and `stage_2` beside Algorithm 1 (App. I). Numbers in brackets are the paper's equations.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -390,13 +389,11 @@ def stage_2(models, cold_generator, cold_fake, generator, fake, prompts, scorers
                 step_noise.append(torch.stack([of_prompt[prompt] for prompt in pictured]))
         step_noise.append(torch.zeros(n_pictures, *LATENT))
 
-        # the average moves every few epochs, before the generator does: as often as the release has
-        # batches in an epoch, 16 times, each time with the same weights
+        # the average moves every few epochs, before the generator does
         if (epoch + 1) % flags.ema_every == 0:
-            decay = min(flags.ema, (1 + epoch) / (10 + epoch))
-            for _ in range(16):
-                for key, p in generator.items():
-                    average[key] = decay * average[key] + (1 - decay) * p.detach()
+            keep = visible_decay(flags.ema, epoch)
+            for key, p in generator.items():
+                average[key] = keep * average[key] + (1 - keep) * p.detach()
 
         # draw the pictures: all K steps
         with torch.no_grad():
@@ -473,8 +470,8 @@ def stage_2(models, cold_generator, cold_fake, generator, fake, prompts, scorers
         for name, score in scores.items():
             line[f"reward_{name}"] = score.mean().item()
 
-        # the average: the first epochs follow the weights, see below for the others
-        if epoch + 1 < flags.ema_every:
+        # until it has seen more than the start, the average is the weights
+        if epoch + 1 < max(flags.ema_every, 2):
             average = {key: p.detach().clone() for key, p in generator.items()}
         line["ema_drift"] = drift(generator, average)
         log.append(line)
@@ -486,6 +483,14 @@ def stage_2(models, cold_generator, cold_fake, generator, fake, prompts, scorers
         beyond_margin=beyond_margin,
         clipped=clipped,
     )
+
+
+def visible_decay(decay, updates):
+    """In the place of rtdmd_rl.average_decay, which in the first epochs keeps next to nothing.
+
+    That function has a test of its own (test_training.py).
+    """
+    return decay * (1 + updates) / (3 + updates)
 
 
 def group_std(latents, group_size):
@@ -611,17 +616,18 @@ def as_loader(score):
 
 @pytest.fixture(scope="module")
 def second(models, first, prompt_file, tmp_path_factory, monkey):
-    """Three epochs of stage 2 on what stage 1 left; every term on, one group of pictures all alike."""
+    """Four epochs of stage 2 on what stage 1 left; every term on, one group of pictures all alike."""
     for name, (_, differentiable, score) in SCORERS.items():
         monkey.setitem(rewards.REWARDS, name, (as_loader(score), differentiable, ""))
     flags = SimpleNamespace(
-        epochs=3, prompts_per_epoch=3, group_size=3, micro_batch=2, lr=1e-3, fake_lr=2e-3, weight_decay=0.1,
+        epochs=4, prompts_per_epoch=3, group_size=3, micro_batch=2, lr=1e-3, fake_lr=2e-3, weight_decay=0.1,
         ema=0.95, ema_every=2, subset=2, policy_weight=0.8, det_weight=0.3, dm_weight=0.6, margin=2.33,
         advantage_clip=1.5, cfg=3.0, gamma=0.5, seed=7, lora_rank=RANK, lora_alpha=ALPHA, prompts=prompt_file,
         rewards=",".join(f"{name}:{weight}" for name, (weight, _, _) in SCORERS.items()),
         cold_start=first.out_dir,
     )  # fmt: skip
     out_dir = tmp_path_factory.mktemp("second") / "out"
+    monkey.setattr(rtdmd_rl, "average_decay", visible_decay)
     starts, checkpoint, log = run(rtdmd_rl, flags, out_dir, monkey)
     adapters = {name: trained(starts[name]) for name in ("generator", "fake")}
     cold = [
@@ -724,6 +730,7 @@ def test_the_two_stages_exercise_what_they_are_meant_to(first, second):
     assert {line["k"] for line in first.log} == {1, 2, 3, 4}
     assert len({tuple(line["S"]) for line in second.log}) > 1
     assert any(line["flat_groups"] > 0 for line in second.log)
+    assert second.log[-1]["ema_drift"] > 1e-3  # the average has been an average of two things
     assert any(0 < share < 1 for share in second.oracle["beyond_margin"])
     assert any(0 < share < 1 for share in second.oracle["clipped"])
     for line in second.oracle["log"]:

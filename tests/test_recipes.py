@@ -11,6 +11,7 @@ import cold_start
 import rewards
 import rtdmd_rl
 import sample
+from prompts import geneval_prompts, load_prompts
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 PROGRAMS = {"cold_start": cold_start, "rtdmd_rl": rtdmd_rl, "sample": sample}
@@ -41,22 +42,46 @@ def test_sd3_medium_has_a_recipe_of_its_own_in_all_three_programs():
 def test_what_sd3_mediums_recipe_does_not_name_is_as_for_sd35_medium():
     for program, own in (
         ("cold_start", {"preset", "pretrained", "resolution", "cfg", "micro_batch"}),
-        ("rtdmd_rl", {"preset", "pretrained", "resolution", "cfg", "micro_batch", "prompts_per_epoch", "group_size"}),
+        (
+            "rtdmd_rl",
+            {
+                "preset",
+                "pretrained",
+                "resolution",
+                "cfg",
+                "micro_batch",
+                "prompts_per_epoch",
+                "group_size",
+            },
+        ),
     ):
         ours, theirs = flags_of(program, "--preset", "sd3m"), flags_of(program)
         assert {name for name in ours if ours[name] != theirs[name]} == own
-    assert (theirs["resolution"], theirs["cfg"], theirs["prompts_per_epoch"], theirs["group_size"]) == (512, 4.5, 48, 24)
+    assert (
+        theirs["resolution"],
+        theirs["cfg"],
+        theirs["prompts_per_epoch"],
+        theirs["group_size"],
+    ) == (512, 4.5, 48, 24)
 
 
 def preset_table():
     """The README's table of presets -> [(program, flags of the row, the cell of each preset)]."""
     section = README.split("### The presets")[1].split("\n### ")[0].split("\n## ")[0]
-    lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in section.splitlines() if line.startswith("|")]
+    lines = [
+        [cell.strip() for cell in line.strip("|\n").split("|")]
+        for line in section.splitlines()
+        if line.startswith("|")
+    ]
     head, _, *rows = lines
     assert head[1:] == ["`sd35m`", "`sd3m`", "`tiny`"]
     for name, *cells in rows:
         program = "rtdmd_rl" if name.startswith("stage 2") else "cold_start"
-        yield program, re.findall(r"`--(\w+)`", name), dict(zip(("sd35m", "sd3m", "tiny"), cells, strict=True))
+        yield (
+            program,
+            re.findall(r"`--(\w+)`", name),
+            dict(zip(("sd35m", "sd3m", "tiny"), cells, strict=True)),
+        )
 
 
 def test_the_table_of_presets_says_what_the_presets_do():
@@ -64,8 +89,6 @@ def test_the_table_of_presets_says_what_the_presets_do():
     for program, names, cells in preset_table():
         assert names
         for preset, cell in cells.items():
-            if cell == "TODO-LEAD":
-                continue
             flags = flags_of(program, "--preset", preset)
             written = cell.replace(" ", "").split("x")
             for name, value in zip(names, written, strict=True):
@@ -82,11 +105,16 @@ class Started(Exception):
 @pytest.fixture
 def start(monkeypatch, tmp_path, capsys):
     """Start stage 1, up to where it would load its model -> what it said until then, on stderr."""
+
     def load_pipeline(*_):
         raise Started
 
     def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["cold_start.py", "--device", "cpu", "--out_dir", str(tmp_path / "out"), *flags])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["cold_start.py", "--device", "cpu", "--out_dir", str(tmp_path / "out"), *flags],
+        )
         before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
         with pytest.raises(Started):
             cold_start.main()
@@ -95,14 +123,22 @@ def start(monkeypatch, tmp_path, capsys):
         out, err = capsys.readouterr()
         assert out == ""
         return err.splitlines()
+
     monkeypatch.setattr(cold_start, "load_pipeline", load_pipeline)
     return run
 
 
 @pytest.mark.parametrize("preset", ["sd35m", "sd3m"])
-def test_stage_1_on_the_built_in_prompts_says_so_in_one_line_before_anything_is_loaded(start, preset):
-    line, = start("--preset", preset)
-    assert line.startswith("note: no --prompts") and "20000" in line and "GenEval" in line and "--prompts FILE" in line
+def test_stage_1_on_the_built_in_prompts_says_so_in_one_line_before_anything_is_loaded(
+    start, preset
+):
+    (line,) = start("--preset", preset)
+    assert (
+        line.startswith("note: no --prompts")
+        and "20000" in line
+        and "GenEval" in line
+        and "--prompts FILE" in line
+    )
     assert "## The real recipe" in README and "The real recipe" in line
 
 
@@ -115,7 +151,7 @@ def test_stage_1_on_a_file_or_on_the_presets_own_prompts_says_nothing(start, tmp
 
 
 def test_only_rank_0_says_it(monkeypatch, capsys):
-    rows = rewards.geneval_prompts(6)
+    rows = geneval_prompts(6)
     args = type("args", (), {"prompts": ""})
     monkeypatch.setenv("RANK", "1")
     cold_start.note_templates(rows, args)
@@ -128,9 +164,16 @@ def test_only_rank_0_says_it(monkeypatch, capsys):
 def test_the_public_formats_are_read_as_they_are(tmp_path):
     """A prompt a line, as users write them, and GenEval's metadata in flow_grpo's training file."""
     text = tmp_path / "train.txt"
-    text.write_bytes("  a castle, by night ,\r\n\r\n\"OPEN\" on a sign\n{not json}\n'caf\u00e9 \u2615\n".encode())
-    rows = rewards.load_prompts(str(text))
-    assert [r["prompt"] for r in rows] == ["a castle, by night ,", '"OPEN" on a sign', "{not json}", "'caf\u00e9 \u2615"]
+    text.write_bytes(
+        '  a castle, by night ,\r\n\r\n"OPEN" on a sign\n{not json}\n\'caf\u00e9 \u2615\n'.encode()
+    )
+    rows = load_prompts(str(text))
+    assert [r["prompt"] for r in rows] == [
+        "a castle, by night ,",
+        '"OPEN" on a sign',
+        "{not json}",
+        "'caf\u00e9 \u2615",
+    ]
     assert [r["metadata"]["line"] for r in rows] == [1, 3, 4, 5]
 
     lines = (
@@ -141,10 +184,13 @@ def test_the_public_formats_are_read_as_they_are(tmp_path):
     )
     file = tmp_path / "train_metadata.jsonl"
     file.write_text(lines)
-    rows = rewards.load_prompts(str(file))
+    rows = load_prompts(str(file))
     assert [r["prompt"] for r in rows] == ["a photo of a tv above a cup", "a photo of three sheep"]
     rewards.each([r["prompt"] for r in rows], [r["metadata"] for r in rows], rewards.geneval_wrong)
-    assert rows[0]["metadata"]["include"][1]["position"] == ["above", 0] and rows[1]["metadata"]["tag"] == "counting"
+    assert (
+        rows[0]["metadata"]["include"][1]["position"] == ["above", 0]
+        and rows[1]["metadata"]["tag"] == "counting"
+    )
 
 
 def test_the_recipe_has_one_command_a_stage_with_the_public_places_of_its_prompts():
@@ -152,8 +198,13 @@ def test_the_recipe_has_one_command_a_stage_with_the_public_places_of_its_prompt
     for place in ("dataset/pickscore/train.txt", "dataset/geneval/train_metadata.jsonl"):
         assert f"https://raw.githubusercontent.com/yifan123/flow_grpo/main/{place}" in recipe
     for preset in ("", "--preset sd3m "):
-        for program, prompts in (("cold_start.py", "prompts/pickscore.txt"), ("rtdmd_rl.py", "prompts/geneval.jsonl")):
+        for program, prompts in (
+            ("cold_start.py", "prompts/pickscore.txt"),
+            ("rtdmd_rl.py", "prompts/geneval.jsonl"),
+        ):
             command = f"    torchrun --nproc_per_node=8 {program} {preset}--prompts {prompts} "
             assert recipe.count(command) == 1, command
     assert "--eval_rewards imagereward,geneval,geneval_soft" in recipe
-    assert re.search(r"sample\.py .*--rewards clipscore,pickscore,hpsv2,geneval,geneval_soft", README)
+    assert re.search(
+        r"sample\.py .*--rewards clipscore,pickscore,hpsv2,geneval,geneval_soft", README
+    )

@@ -14,6 +14,8 @@ import torch
 import checkpoint
 import cold_start
 import cps
+import model
+import prompts
 import report
 import rewards
 import rtdmd_rl
@@ -62,10 +64,11 @@ def levels_handed_to_rollout(monkeypatch, module):
 
 
 def test_shift_reaches_the_rollout_of_stage_1_and_its_previews(tmp_path, monkeypatch):
-    seen = levels_handed_to_rollout(monkeypatch, cold_start)
+    in_the_loop = levels_handed_to_rollout(monkeypatch, cold_start)
+    in_previews = levels_handed_to_rollout(monkeypatch, model)
     more = ["--shift", 2, "--sample_every", 1, "--out_dir", tmp_path / "out"]
     run(cold_start, *STAGE_1, *more)
-    assert seen == [cps.sigmas(4, 2.0)] * 2
+    assert in_the_loop == in_previews == [cps.sigmas(4, 2.0)]
 
 
 def test_shift_reaches_the_rollout_of_stage_2(cold, tmp_path, monkeypatch):
@@ -365,7 +368,7 @@ def words_of(entry):
 
 
 def test_the_built_in_prompts_say_what_their_metadata_ask_for():
-    for row in rewards.geneval_prompts(600):
+    for row in prompts.geneval_prompts(600):
         metadata = row["metadata"]
         include = metadata["include"]
         if metadata["tag"] == "position":

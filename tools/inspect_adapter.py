@@ -118,7 +118,7 @@ def report(path):
         line("adapted parts", ", ".join(found["families"]), *families_verdict(found)),
         line("rank", ranks, set(found["ranks"]) == {PUBLISHED_RANK}, str(PUBLISHED_RANK)),
         line("dtype", dtypes, found["dtypes"] == [PUBLISHED_DTYPE], PUBLISHED_DTYPE),
-        line("std of A", f"{found['std_A']:.4g}", *std_verdict(found, file.usual_rank)),
+        line("std of A", f"{found['std_A']:.4g}", *std_verdict(found, file.usual_rank, stage)),
         line("largest |B|", f"{found['largest_B']:.3g}", *largest_verdict(found, stage)),
         f"    {'alpha':14}{alpha}",
     ]
@@ -144,11 +144,13 @@ def families_verdict(found):
     return found["families"] == ["attn"], "attn alone, no attn2"
 
 
-def std_verdict(found, rank):
-    """A hardly moves from its start: N(0, 1) in the release's stage 2, N(0, 1/rank^2) by peft."""
-    starts = (1.0, 1 / rank)
+def std_verdict(found, rank, stage):
+    """A hardly moves from its start: N(0, 1/rank^2) in stage 1, N(0, 1) in stage 2; None: either."""
+    start_of = {"cold_start": 1 / rank, "rtdmd": 1.0}
+    starts = [start_of[stage]] if stage else list(start_of.values())
     agrees = any(0.8 < found["std_A"] / start < 1.25 for start in starts)
-    return agrees, f"1, or 1/rank = {1 / rank:.3g} by peft's gaussian"
+    names = " or ".join(f"{start:.3g}" for start in starts)
+    return agrees, f"about {names}" + (f" ({stage})" if stage else "")
 
 
 def largest_verdict(found, stage):

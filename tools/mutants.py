@@ -188,9 +188,8 @@ def child(copy, arguments, result):
         os.chdir(copy)
         forget_the_repository()
         sys.path.insert(0, str(copy))
-        sys.dont_write_bytecode = (
-            True  # a fault of the same length within a second looks like the old file
-        )
+        # a fault of the same length within a second looks like the old file
+        sys.dont_write_bytecode = True
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
         sys.argv = ["pytest"]
         import pytest

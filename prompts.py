@@ -1,0 +1,164 @@
+"""Prompts: files of them, and prompts in GenEval's form for training without a download."""
+
+import json
+import random
+
+from common import note
+
+COCO_CLASSES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
+fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra,
+giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite,
+baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife,
+spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch,
+potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv remote, computer keyboard,
+cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
+hair drier, toothbrush"""
+COCO = COCO_CLASSES.replace("\n", " ").split(", ")
+CATEGORIES = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+COLORS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+RELATIONS = ["left of", "right of", "above", "below"]
+PLURALS = {
+    "person": "people",
+    "sheep": "sheep",
+    "skis": "skis",
+    "knife": "knives",
+    "scissors": "scissors",
+    "computer mouse": "computer mice",
+}
+
+
+# ---- made up -------------------------------------------------------------------------------------
+def geneval_prompts(count=20000, seed=0):
+    """`count` prompts in GenEval's six categories over the 80 classes of COCO.
+
+    -> [{"prompt", "metadata"}], metadata as GenEval writes it.
+    """
+    rng = random.Random(f"geneval/{seed}")
+    rows = []
+    for i in range(count):
+        tag = CATEGORIES[i % 6]
+        first, second = rng.sample(COCO, 2)
+        color, other_color = rng.sample(COLORS, 2)
+        exclude = {}
+        if tag == "single_object":
+            text = with_article(first)
+            include = [one(first)]
+        elif tag == "two_object":
+            text = f"{with_article(first)} and {with_article(second)}"
+            include = [one(first), one(second)]
+        elif tag == "counting":
+            n = rng.randint(2, 4)
+            text = f"{NUMBERS[n]} {plural(first)}"
+            include = [one(first, count=n)]
+            exclude = {"exclude": [one(first, count=n + 1)]}
+        elif tag == "colors":
+            text = f"{with_article(color)} {first}"
+            include = [one(first, color=color)]
+        elif tag == "position":
+            relation = rng.choice(RELATIONS)
+            text = f"{with_article(first)} {relation} {with_article(second)}"
+            include = [one(second), one(first, position=[relation, 0])]
+        else:
+            text = f"{with_article(color)} {first} and {with_article(other_color)} {second}"
+            include = [one(first, color=color), one(second, color=other_color)]
+        prompt = f"a photo of {text}"
+        metadata = {"tag": tag, "include": include, **exclude, "prompt": prompt}
+        rows.append({"prompt": prompt, "metadata": metadata})
+    return rows
+
+
+def with_article(words):
+    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+
+
+def plural(words):
+    ending = "es" if words[-1] in "sh" else "s"
+    return PLURALS.get(words, words + ending)
+
+
+def one(name, **more):
+    """An entry of GenEval's "include": one object of a class, unless `more` says otherwise."""
+    return {"class": name, "count": 1, **more}
+
+
+def note_templates(rows, args):
+    """Say so where stage 1 has nothing but the built-in prompts to learn from; rank 0 only.
+
+    The generator learns to draw what it is asked for in training, and those ask for objects of 80
+    kinds and nothing else.
+    """
+    if not args.prompts:
+        note(
+            f"no --prompts, so the generator learns from {len(rows)} built-in ones in GenEval's form "
+            f'("{rows[0]["prompt"]}"): good for a try and for GenEval; to draw anything else, give '
+            '--prompts FILE as under "The real recipe" in the README'
+        )
+
+
+# ---- files ---------------------------------------------------------------------------------------
+def load_prompts(path, metadata=""):
+    """-> list of {"prompt": str, "metadata": dict}
+
+    path: a prompt a line, or .jsonl with "prompt" and whatever a reward needs; "" gives
+    geneval_prompts(). metadata: a second such .jsonl, in which to look the prompts up. Raises
+    ValueError, one line that names file and line.
+    """
+    if metadata:
+        return looked_up(load_prompts(path), metadata)
+    if not path:
+        return geneval_prompts()
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [line.strip() for line in file]
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or "it is not UTF-8 text"
+        raise ValueError(f"cannot read --prompts {path}: {reason}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line:
+            rows.append(row_of(line, number, path))
+    if not rows:
+        raise ValueError(f"--prompts {path} is empty: it needs a prompt a line")
+    return rows
+
+
+def row_of(line, number, path):
+    """One line of a file -> {"prompt", "metadata"}; ValueError where it holds no prompt."""
+    try:
+        content = json.loads(line) if path.endswith(".jsonl") else {"prompt": line}
+        prompt = content["prompt"]
+        fine = prompt.strip() and prompt.encode()  # half a surrogate pair is no text
+    except Exception:  # not JSON, not an object, no text under "prompt"
+        fine = False
+    if not fine:
+        raise ValueError(
+            f"--prompts {path}, line {number}: needs a JSON object with a non-empty text "
+            'under "prompt"'
+        )
+    # "line", so that a reward that does not like it can say which
+    return {"prompt": prompt, "metadata": {**content, "line": number}}
+
+
+def looked_up(rows, path):
+    """The rows of the file at `path` that have these rows' prompts; ValueError where one is missing."""
+    known = {row["prompt"]: row for row in load_prompts(path)}
+
+    def wrong(prompt, _):
+        return None if prompt in known else f"not in --metadata {path}"
+
+    prompts = [row["prompt"] for row in rows]
+    each(prompts, [row["metadata"] for row in rows], wrong)
+    return [known[prompt] for prompt in prompts]
+
+
+def each(prompts, metadata, wrong):
+    """ValueError for the first prompt of which wrong(prompt, metadata) has something to say.
+
+    It names the line of the file.
+    """
+    for i, (prompt, row) in enumerate(zip(prompts, metadata), 1):
+        reason = wrong(prompt, row)
+        if reason:
+            place = f"line {row['line']}" if "line" in row else f"prompt {i}"
+            raise ValueError(f"{place} ({prompt[:60]!r}): {reason}")

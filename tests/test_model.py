@@ -1,0 +1,97 @@
+"""model.py where no GPU is needed to see it."""
+
+import contextlib
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+
+import model
+import rtdmd_rl
+
+
+class Memory:
+    """Stands in for a CUDA graph: what it recorded is a call, and replaying it computes that again."""
+
+    def replay(self):
+        results = self.function(*self.inputs)
+        for kept, result in zip(self.outputs, results, strict=True):
+            kept.copy_(result)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """-> (a function of tensors behind model.Recorded, the list of its real calls)"""
+    calls = []
+
+    def function(x, y):
+        calls.append(x.shape)
+        model.evaluated[0] += len(x)
+        return x + y, x * y
+
+    @contextlib.contextmanager
+    def graph(memory, pool, capture_error_mode):
+        yield
+
+    class Remembering(model.Recorded):
+        def record(self, inputs):
+            memory, static, output, count = super().record(inputs)
+            memory.function, memory.inputs, memory.outputs = function, static, output
+            return memory, static, output, count
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Memory)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(model, "evaluated", [0])
+    return Remembering(function, pool=None), calls
+
+
+def test_a_recorded_function_gives_what_the_plain_one_does(recorded):
+    function, _ = recorded
+    for i in range(5):
+        x, y = torch.full((2,), float(i)), torch.tensor([1.0, 2.0])
+        total, product = function(x, y)
+        assert torch.equal(total, x + y)
+        assert torch.equal(product, x * y)
+
+
+def test_results_of_a_recorded_function_are_not_overwritten_by_its_next_call(recorded):
+    function, _ = recorded
+    results = [function(torch.full((2,), float(i)), torch.ones(2))[0] for i in range(4)]
+    assert [result[0].item() for result in results] == [1, 2, 3, 4]
+
+
+def test_each_set_of_shapes_is_recorded_at_its_second_call(recorded):
+    function, calls = recorded
+    function(torch.ones(2), torch.ones(2))
+    assert list(function.graphs.values()) == [None]
+    function(torch.ones(3), torch.ones(3))
+    function(torch.ones(2), torch.ones(2))
+    assert [graph is None for graph in function.graphs.values()] == [False, True]
+
+
+def test_a_replayed_call_counts_its_forwards_like_a_plain_one(recorded):
+    function, _ = recorded
+    function(torch.ones(2), torch.ones(2))
+    assert model.evaluated == [2]
+    function(torch.ones(2), torch.ones(2))  # recording runs the Python, which replaying does not
+    counted_by_replay = 2  # the stand-in's replay runs it, too
+    assert model.evaluated == [4 + counted_by_replay]
+
+
+@pytest.mark.parametrize("preset", ["sd35m", "sd3m"])
+def test_a_fresh_adapter_of_stage_2_has_A_of_standard_deviation_1_at_true_width(
+    preset, monkeypatch
+):
+    """One block of SD3.5's (with the second attention) and of SD3's width, bf16 as on a GPU."""
+    monkeypatch.setattr("sys.argv", ["rtdmd_rl.py", "--preset", preset])
+    args = rtdmd_rl.arguments()
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=1,
+        attention_head_dim=64, num_attention_heads=24, joint_attention_dim=64,
+        caption_projection_dim=1536, pooled_projection_dim=64, pos_embed_max_size=8,
+        dual_attention_layers=(0,) if preset == "sd35m" else (),
+    ).to(torch.bfloat16)  # fmt: skip
+    model.add_adapter(transformer, "generator", args, args.lora_init_std)
+    A = [p for key, p in model.adapter(transformer, "generator").items() if ".lora_A." in key]
+    assert 0.98 < torch.cat([p.flatten() for p in A]).std() < 1.02
+    assert {p.dtype for p in A} == {torch.float32}
