@@ -869,8 +869,13 @@ STAGE_2 = [
     ),
     Fault(
         "stage 2: a short run saves where it started",
-        "        if epoch + 1 < args.ema_every:",
-        "        if False:",
+        "if epoch + 1 < max(args.ema_every, 2):",
+        "if False:",
+    ),
+    Fault(
+        "stage 2: a run of one epoch saves where it started",
+        "if epoch + 1 < max(args.ema_every, 2):",
+        "if epoch + 1 < args.ema_every:",
     ),
     Fault(
         "stage 2: fresh adapters start with stage 1's A",
@@ -890,8 +895,13 @@ STAGE_2 = [
     ),
     Fault(
         "stage 2: stage 1's adapters are swapped",
-        '"cold_fake", fake_file, assumed',
-        '"cold_fake", generator_file, assumed',
+        '"cold_fake", fake_file)',
+        '"cold_fake", generator_file)',
+    ),
+    Fault(
+        "stage 2: stage 1's alpha is that of the new adapters",
+        '"cold_generator", generator_file)',
+        '"cold_generator", generator_file, assumed_alpha=args.lora_alpha)',
     ),
     Fault(
         "stage 2: stage 1's fake score is left out", "    if fake_file:", "    if not fake_file:"
@@ -1082,7 +1092,7 @@ FILES = [
     ),
     Fault(
         "adapter files: modules with another alpha are forgotten",
-        "alpha_pattern={module: value for module, value in alphas.items() if value != usual_alpha}",
+        "alpha_pattern=other_alphas",
         "alpha_pattern={}",
     ),
     Fault(
@@ -1197,7 +1207,7 @@ FILES = [
         "in list(file.weights.items())[1:]:\n        layer",
     ),
     Fault("adapter files: keys too many are ignored", "    if lost:\n", "    if False:\n"),
-    Fault("adapter files: shapes may differ", "!= matrices[module]:", "!= [0, 0, 0] and False:"),
+    Fault("adapter files: shapes may differ", "if there != here:", "if False:"),
     Fault(
         "adapter files: numbers that are not finite are loaded",
         "if not (A.float().isfinite().all() and B.float().isfinite().all()):",
@@ -1255,9 +1265,7 @@ DRAWING = [
         'find_weights(getattr(args, stage), stage, "fake")\n            load',
     ),
     Fault(
-        "sample: the rank is not read from the file",
-        "rank_pattern={module: rank for module, rank in file.ranks.items() if rank != usual}",
-        "rank_pattern={}",
+        "sample: the rank is not read from the file", "rank_pattern=other_ranks", "rank_pattern={}"
     ),
     Fault(
         "sample: guidance is left out",
