@@ -869,8 +869,13 @@ STAGE_2 = [
     ),
     Fault(
         "stage 2: a short run saves where it started",
-        "        if epoch + 1 < max(args.ema_every, 2):",
-        "        if False:",
+        "if epoch + 1 < max(args.ema_every, 2):",
+        "if False:",
+    ),
+    Fault(
+        "stage 2: a run of one epoch saves where it started",
+        "if epoch + 1 < max(args.ema_every, 2):",
+        "if epoch + 1 < args.ema_every:",
     ),
     Fault(
         "stage 2: fresh adapters start with stage 1's A",
@@ -892,6 +897,11 @@ STAGE_2 = [
         "stage 2: stage 1's adapters are swapped",
         '"cold_fake", fake_file)',
         '"cold_fake", generator_file)',
+    ),
+    Fault(
+        "stage 2: stage 1's alpha is that of the new adapters",
+        '"cold_generator", generator_file)',
+        '"cold_generator", generator_file, assumed_alpha=args.lora_alpha)',
     ),
     Fault(
         "stage 2: stage 1's fake score is left out", "    if fake_file:", "    if not fake_file:"
@@ -1255,9 +1265,7 @@ DRAWING = [
         'find_weights(getattr(args, stage), stage, "fake")\n            load',
     ),
     Fault(
-        "sample: the rank is not read from the file",
-        "rank_pattern=other_ranks",
-        "rank_pattern={}",
+        "sample: the rank is not read from the file", "rank_pattern=other_ranks", "rank_pattern={}"
     ),
     Fault(
         "sample: guidance is left out",
