@@ -1,16 +1,19 @@
 """The release's recipe where it shows in numbers: the start of the adapters, their average, bf16."""
 
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 import cold_start
 import rtdmd_rl
 from model import adapter, add_adapter
 
+TINY = Path(__file__).resolve().parent.parent / "assets/tiny"
 SMALL = [
     "--preset", "tiny", "--device", "cpu", "--sample_every", 0, "--micro_batch", 4,
 ]  # fmt: skip
@@ -97,6 +100,17 @@ def test_under_adam_the_weights_move_in_proportion_to_the_start_of_A():
             optimizer.step()
         moved[std] = (2 * B @ A).norm().item()
     assert moved[1.0] == pytest.approx(32 * moved[1 / 32], rel=1e-3)
+
+
+def test_the_new_adapters_alpha_is_not_stage_1s(cold, tmp_path):
+    """Files that do not say their alpha, as the published ones, have 64 whatever the new ones have."""
+    for name in ("generator_ema.pt", "fake.pt"):
+        shutil.copy(cold / name, tmp_path)
+    pipe = StableDiffusion3Pipeline.from_pretrained(TINY)
+    args = SimpleNamespace(cold_start=str(tmp_path), lora_alpha=8.0)
+    rtdmd_rl.load_stage_1(pipe.transformer, args)
+    for name in ("cold_generator", "cold_fake"):
+        assert pipe.transformer.peft_config[name].lora_alpha == 64
 
 
 # -------------------------------------------------------------------------------------------------
