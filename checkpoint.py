@@ -27,7 +27,17 @@ from importlib.metadata import version
 import torch
 import torch.distributed as dist
 
-from common import all_reduce, as_bytes, die, is_rank_0, note, stop, sync, write_atomically
+from common import (
+    all_reduce,
+    as_bytes,
+    die,
+    flags_given,
+    is_rank_0,
+    note,
+    stop,
+    sync,
+    write_atomically,
+)
 
 # Where the stages write unless told otherwise. These two are never taken for a hub repository:
 # whoever registered an owner named `out` would otherwise decide what is drawn in an empty folder.
@@ -125,13 +135,13 @@ def checkpoint_folders(folder):
 
 
 def refuse_mixed(folder):
-    """Die where a kill came between the two renames of `save_checkpoint`: files of two steps."""
+    """Die where a kill came between the two renames of `Run.save`: files of two steps."""
     fake_waits = os.path.exists(os.path.join(folder, "fake.pt.tmp"))
     generator_waits = os.path.exists(os.path.join(folder, "generator_ema.pt.tmp"))
     if fake_waits and not generator_waits:
         die(
             f"{folder}: killed between renaming its two files, which are now of different steps; "
-            "continue that run with --resume"
+            "the command of that run goes on from its checkpoint"
         )
 
 
@@ -364,8 +374,8 @@ def paired(path, A_of, B_of):
 def alpha_of(path, weights, metadata, in_diffusers_format):
     """The alpha that the file or something beside it says, or None.
 
-    In this order: the file's metadata, adapter_config.json beside it, diffusers' own format, ckpt.pt
-    of the run that made it. A file in diffusers' format without metadata means alpha = rank: its
+    In this order: the file's metadata, adapter_config.json beside it, diffusers' own format,
+    settings.json and ckpt.pt of the run that made it. A file in diffusers' format without metadata means alpha = rank: its
     writers put alpha into B, as every export of ours does. Dies where what says it is damaged or contradicts the
     file.
     """
@@ -384,6 +394,10 @@ def alpha_of(path, weights, metadata, in_diffusers_format):
         return alpha_of_config(path, weights, config, config_path)
     if in_diffusers_format:
         return Alpha(None, "diffusers' format, in which alpha is part of B")
+    settings = settings_of(path)
+    if "lora_alpha" in settings:
+        config = {"lora_alpha": settings["lora_alpha"]}
+        return alpha_of_config(path, weights, config, os.path.join(folder, SETTINGS_NAME))
     for name in ("ckpt.pt", "ckpt.prev.pt"):
         # A damaged or foreign ckpt.pt is no reason to refuse the weights beside it.
         checkpoint_path = os.path.join(folder, name)
@@ -457,102 +471,167 @@ def settled_alpha(file, given, assumed):
     return known
 
 
+# ---- the settings of a run, which travel with its weights ----------------------------------------
+SETTINGS_NAME = "settings.json"
+# What has to be known of a run to draw from its weights, to train on, or to share them.
+SETTINGS = (
+    "pretrained", "resolution", "num_steps", "eta", "cfg", "lora_rank", "lora_alpha", "variant", "seed",
+)  # fmt: skip
+# Those that are the defaults of whatever uses the weights.
+SAMPLING = ("pretrained", "resolution", "num_steps", "eta", "cfg")
+
+
+def write_settings(args):
+    """Put the run's settings beside its weights; rank 0 only."""
+    if not is_rank_0():
+        return
+    settings = {"program": os.path.basename(sys.argv[0])}
+    settings.update((name, getattr(args, name)) for name in SETTINGS)
+    content = json.dumps(settings, indent=1) + "\n"
+    write_atomically({os.path.join(args.out_dir, SETTINGS_NAME): content.encode()})
+
+
+def settings_of(path):
+    """The settings that lie beside a file of weights; {} where none do, dies where they are damaged."""
+    settings_path = os.path.join(os.path.dirname(path), SETTINGS_NAME)
+    if not os.path.exists(settings_path):
+        return {}
+    with open(settings_path, encoding="utf-8", errors="replace") as file:
+        return json_or_die(file.read(), settings_path)
+
+
+def take_settings(args, path, names=SAMPLING, called=None):
+    """Let the settings beside a file of weights be the defaults of args.
+
+    A flag on the command line wins, and a note says so where it contradicts them. called: {setting: the
+    attribute of args that it goes to}, where that has another name. A base model that is a directory
+    of another machine is left out.
+    """
+    settings = settings_of(path)
+    for name in names:
+        value = settings.get(name)
+        if value is None:
+            continue
+        if name == "pretrained" and os.path.isabs(value) and not os.path.isdir(value):
+            continue
+        attribute = (called or {}).get(name, name)
+        if attribute not in flags_given():
+            setattr(args, attribute, value)
+        elif getattr(args, attribute) != value:
+            given = getattr(args, attribute)
+            note(f"--{attribute} {given} is used, though {path} was made with {name} {value}")
+
+
 # ---- the checkpoints of a run --------------------------------------------------------------------
-# Flags that may change when a run goes on: the result is the same, but for its length.
+SAVE_MINUTES = 20  # without a checkpoint
+# Flags that may change when a run goes on: the result is the same, but for its length. Of paths it is
+# the content that counts, see `content_of`.
 FREE = {
-    "out_dir", "resume", "device", "micro_batch", "steps", "epochs", "start", "cache_text", "preset",
-    "gradient_checkpointing", "sample_every", "save_every", "save_minutes", "saved_at", "max_skipped",
-    "made_with", "reward_batch", "offload_rewards", "eval_rewards", "eval_every", "eval_prompts",
-    "eval_images", "compile", "graphs", "wandb", "low_memory", "bench",
+    "out_dir", "device", "micro_batch", "steps", "epochs", "cache_text", "preset", "paper",
+    "pretrained", "cold_start", "prompts", "sample_every", "save_every", "eval_rewards", "eval_every",
+    "eval_prompts", "compile", "graphs", "wandb", "low_memory",
 }  # fmt: skip
 
 
-def save_or_stop(args, state, step, last):
-    """Save if it is time to. After a signal also say how to go on, and exit with status 0.
+class Run:
+    """The checkpoints of a run in out_dir: where it begins, and saving it.
 
-    The signals are SIGTERM, SIGINT and SIGHUP; all ranks stop at the same step.
+    state {name: list of parameters, or optimiser; "keys": names in the published format} is all that
+    has to be saved: random numbers and the order of prompts are functions of (seed, step). A checkpoint
+    that is there is put into state, and `start` is the step to go on with. Dies if it is damaged, or of
+    another program, model, prompts or flags; and in any case if the disk has no room.
     """
-    stopping = stop["agreed"] and step < last
-    overdue = 0 < 60 * args.save_minutes < time.time() - args.saved_at
-    if step % args.save_every == 0 or step == last or stopping or overdue:
-        save_checkpoint(args, state, step)
-        args.saved_at = time.time()
-    if stopping:
-        if is_rank_0():
-            print(
-                f"stopped by a signal and saved after {step} of {last}; the same command with "
-                "--resume goes on",
-                flush=True,
+
+    def __init__(self, args, state, rows, transformer):
+        self.args = args
+        self.state = state
+        self.saved_at = time.time()
+        paths = []
+        for name in ("ckpt.pt", "ckpt.prev.pt"):
+            if os.path.exists(f"{args.out_dir}/{name}"):
+                paths.append(f"{args.out_dir}/{name}")
+        check_room(args.out_dir, state, len(paths))
+        self.content = content_of(rows, transformer)
+        self.made_with = made_with(transformer.device)
+        agree_on_a_checkpoint(args.out_dir, bool(paths), transformer.device)
+        self.start = self.load(paths) if paths else 0
+        write_settings(args)
+
+    def flags(self):
+        """What must be the same when the run goes on: flags, and hashes of what they name."""
+        return {**vars(self.args), **self.content}
+
+    def load(self, paths):
+        """Put the first of the checkpoints into state -> the step to go on with."""
+        hint = f"; delete {paths[0]} to go on from the one before it" if paths[1:] else ""
+        saved = read(paths[0], "checkpoint", hint)
+        flags = saved.get("flags") if isinstance(saved, dict) and "step" in saved else None
+        if not isinstance(flags, dict) or set(flags) - FREE != set(self.flags()) - FREE:
+            die(
+                f"{paths[0]} is not a checkpoint of this program, or of another version of it{hint}"
             )
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        sys.exit(0)
+        changed = []
+        for name, value in self.flags().items():
+            if name not in FREE and flags[name] != value:
+                changed.append(f"--{name} {flags[name]} -> {value}")
+        if changed:
+            die(
+                f"{paths[0]} was made with other flags ({', '.join(changed)}): repeat them, or choose "
+                "another --out_dir"
+            )
+        for name, thing in self.state.items():
+            if hasattr(thing, "load_state_dict"):
+                thing.load_state_dict(saved[name])
+            elif name != "keys":
+                torch._foreach_copy_([p.data for p in thing], saved[name])
+        say_what_changed(paths[0], saved["step"], saved["made_with"], self.made_with)
+        return saved["step"]
 
+    def save_or_stop(self, step, last):
+        """Save if it is time to. After a signal also say how to go on, and exit with status 0.
 
-def save_checkpoint(args, state, step):
-    """Write generator_ema.pt and fake.pt (flat, published format) and ckpt.pt; rank 0 only.
+        The signals are SIGTERM, SIGINT and SIGHUP; all ranks stop at the same step.
+        """
+        stopping = stop["agreed"] and step < last
+        overdue = time.time() - self.saved_at > 60 * SAVE_MINUTES
+        if step % self.args.save_every == 0 or step == last or stopping or overdue:
+            self.save(step)
+            self.saved_at = time.time()
+        if stopping:
+            if is_rank_0():
+                print(
+                    f"stopped by a signal and saved after {step} of {last}; the same command goes on",
+                    flush=True,
+                )
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            sys.exit(0)
 
-    From ckpt.pt --resume goes on exactly: random numbers and the order of the prompts are functions
-    of (seed, step), so that the step is all there is to save of them.
-    """
-    if not is_rank_0():
-        return
-    content = {}
-    for name, thing in state.items():
-        if hasattr(thing, "state_dict"):
-            content[name] = thing.state_dict()
-        elif name != "keys":
-            content[name] = [p.detach().cpu() for p in thing]
-    files = {
-        "generator_ema.pt": dict(zip(state["keys"], content["ema"])),
-        "fake.pt": dict(zip(state["keys"], content["fake"])),
-        "ckpt.pt": {**content, "step": step, "flags": vars(args)},
-    }
-    if os.path.exists(f"{args.out_dir}/log.jsonl"):
-        sync(f"{args.out_dir}/log.jsonl")  # it must not be behind the checkpoint
-    written = {}
-    for name, thing in files.items():
-        written[f"{args.out_dir}/{name}"] = as_bytes(torch.save, thing)
-    write_atomically(written)
-
-
-def load_checkpoint(args, state, rows, transformer):
-    """With --resume put the last checkpoint into state -> the step to go on with; 0 without one.
-
-    Dies if it is damaged, or of another program, model, prompts or flags; and in any case if the
-    disk has no room for checkpoints.
-    """
-    paths = []
-    for name in ("ckpt.pt", "ckpt.prev.pt"):
-        if os.path.exists(f"{args.out_dir}/{name}"):
-            paths.append(f"{args.out_dir}/{name}")
-    check_room(args.out_dir, state, len(paths))
-    note_content(args, rows, transformer)
-    agree_on_a_checkpoint(args.out_dir, bool(paths), transformer.device)
-    args.saved_at = time.time()
-    if not args.resume or not paths:
-        return 0
-    hint = f"; delete {paths[0]} to go on from the one before it" if paths[1:] else ""
-    saved = read(paths[0], "checkpoint", hint)
-    flags = saved.get("flags") if isinstance(saved, dict) and "step" in saved else None
-    if not isinstance(flags, dict) or set(flags) - FREE != set(vars(args)) - FREE:
-        die(f"{paths[0]} is not a checkpoint of this program, or of another version of it{hint}")
-    changed = []
-    for name, value in vars(args).items():
-        if name not in FREE and flags[name] != value:
-            changed.append(f"--{name} {flags[name]} -> {value}")
-    if changed:
-        die(
-            f"{paths[0]} was made with other flags ({', '.join(changed)}): repeat them, or choose "
-            "another --out_dir"
-        )
-    for name, thing in state.items():
-        if hasattr(thing, "load_state_dict"):
-            thing.load_state_dict(saved[name])
-        elif name != "keys":
-            torch._foreach_copy_([p.data for p in thing], saved[name])
-    say_what_changed(paths[0], saved["step"], flags["made_with"], args.made_with)
-    return saved["step"]
+    def save(self, step):
+        """Write generator_ema.pt and fake.pt (flat, published format) and ckpt.pt; rank 0 only."""
+        if not is_rank_0():
+            return
+        out_dir = self.args.out_dir
+        content = {}
+        for name, thing in self.state.items():
+            if hasattr(thing, "state_dict"):
+                content[name] = thing.state_dict()
+            elif name != "keys":
+                content[name] = [p.detach().cpu() for p in thing]
+        keys = self.state["keys"]
+        files = {
+            "generator_ema.pt": dict(zip(keys, content["ema"])),
+            "fake.pt": dict(zip(keys, content["fake"])),
+            "ckpt.pt": {
+                **content, "step": step, "flags": self.flags(), "made_with": self.made_with,
+            },
+        }  # fmt: skip
+        if os.path.exists(f"{out_dir}/log.jsonl"):
+            sync(f"{out_dir}/log.jsonl")  # it must not be behind the checkpoint
+        written = {}
+        for name, thing in files.items():
+            written[f"{out_dir}/{name}"] = as_bytes(torch.save, thing)
+        write_atomically(written)
 
 
 def check_room(out_dir, state, checkpoints):
@@ -569,20 +648,25 @@ def check_room(out_dir, state, checkpoints):
         )
 
 
-def note_content(args, rows, transformer):
-    """Put into args what the flags do not show: hashes of weights and prompts, and versions."""
+def content_of(rows, transformer):
+    """{what: hash} of the frozen weights and the prompts: what the flags do not show."""
     frozen = []
     for name, p in transformer.named_parameters():
         if not p.requires_grad:
             # the first 64 of each, as bf16 rounds them on any device
             frozen.append((name, p.flatten()[:64].bfloat16().tolist()))
+    hashes = {}
     for name, content in (("pretrained or cold_start", frozen), ("prompts", rows)):
-        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-        setattr(args, f"{name} content", digest)
-    packages = ("torch", "diffusers", "peft", "transformers")
-    args.made_with = {name: version(name) for name in packages}
-    args.made_with["device"] = args.device
-    args.made_with["processes"] = int(os.environ.get("WORLD_SIZE", 1))
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        hashes[f"{name} content"] = digest[:12]
+    return hashes
+
+
+def made_with(device):
+    """{package or machine: version or kind}, to say what has changed when a run goes on."""
+    versions = {name: version(name) for name in ("torch", "diffusers", "peft", "transformers")}
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    return {**versions, "device": device.type, "processes": processes}
 
 
 def agree_on_a_checkpoint(out_dir, found, device):

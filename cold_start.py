@@ -23,34 +23,24 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint, save_or_stop
+import cps
+import variants
+from checkpoint import Run
 from common import (
     Log,
+    Parser,
     StepRandom,
     Sums,
     checked,
     data_order,
     distance,
-    make_parser,
     parse,
     setup,
     shard,
     update,
 )
-from cps import ambient_target, cps_step, per_sample, renoise, rollout, sigmas
-from model import (
-    adapter,
-    add_adapter,
-    check_levels,
-    evaluated,
-    graphed,
-    load_pipeline,
-    note_prompts,
-    play,
-    preview,
-    text_encoder,
-    train_only,
-)
+from cps import ambient_target, cps_step, per_sample, renoise, rollout
+from model import graphed, load_base, note_prompts, preview
 from prompts import load_prompts, note_templates
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -67,7 +57,6 @@ PRESETS = {  # defaults that differ; everything else is the same for every model
         prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"),
         device="auto",
         resolution=32,
-        max_sequence_length=8,
         cfg=2.0,
         steps=800,
         batch_size=64,
@@ -75,60 +64,64 @@ PRESETS = {  # defaults that differ; everything else is the same for every model
         lr=1e-3,
         fake_lr=1e-3,
         generator_every=2,
-        ema=0.99,
         sample_every=200,
         save_every=200,
         compile=0,
     ),
 }
-PAPER = dict(
-    lora_rank=64,
-    lora_alpha=32,
-    renoise_std="printed",
-    consistency_times="steps",
-    dm_gradient="score",
-)  # --paper: its letter (README)
+# --paper: its letter, where the authors' release differs from it (docs/paper_vs_release.md).
+PAPER = dict(lora_rank=64, lora_alpha=32, variant="printed_std,step_consistency,score_gradient")
 
 
 def arguments():
-    parser, add = make_parser(
-        "Stage 1: AC-DMD, from a multi-step teacher to a 4-step generator.",
-        PRESETS,
-        "out/cold_start",
-        PAPER,
+    parser = Parser("Stage 1: AC-DMD, from a multi-step teacher to a 4-step generator.")
+    add = parser.add_argument
+    add("--preset", choices=list(PRESETS), default="sd35m", help="set of default flags")
+    add("--paper", action="store_true", help="the paper's letter, in place of the authors' release")
+    add("--variant", default="", metavar="NAME,...", help="other functions, see variants.py")
+    # base model and prompts
+    add("--pretrained", help="diffusers directory or hub id of the Stable Diffusion 3 model")
+    add("--prompts", default="", help='file with a prompt a line, or jsonl with "prompt"')
+    add("--resolution", type=int, default=512, help="height and width of the pictures in pixels")
+    add("--cfg", type=float, default=4.5, help="guidance scale of the teacher")
+    # the adapters
+    add("--lora_rank", type=int, default=32, help="rank of the adapters")
+    add("--lora_alpha", type=float, default=64, help="their product is scaled by alpha / rank")
+    # the algorithm
+    add("--num_steps", type=int, default=4, help="sampling steps K of the generator")
+    add(
+        "--eta", type=float, default=0.9, help="new noise of a step: 0 Euler, 1 consistency sampler"
     )
-    add("--steps", type=int, default=15000, help="optimiser steps of the fake score")
+    add("--gamma", type=float, default=0.01, help="weight of the consistency loss; 0 is A-DMD")
     add("--generator_every", type=int, default=10, help="update the generator every so many steps")
-    add(
-        "--batch_size",
-        type=int,
-        default=72,
-        help="pictures a step over all GPUs together; does not depend on the number of GPUs",
-    )
-    add(
-        "--micro_batch",
-        type=int,
-        default=3,
-        help="pictures a GPU handles at once; gradients are accumulated over them",
-    )
+    # optimisation
+    add("--steps", type=int, default=15000, help="optimiser steps of the fake score")
+    add("--batch_size", type=int, default=72, help="pictures a step, over all GPUs together")
+    add("--micro_batch", type=int, default=3, help="pictures a GPU handles at once: memory alone")
     add("--lr", type=float, default=3e-5, help="learning rate of the generator")
     add("--fake_lr", type=float, default=3e-5, help="learning rate of the fake score")
+    add("--ema", type=float, default=0.99, help="decay of the generator's average, a step")
+    # the machine
+    add("--seed", type=int, default=0, help="one seed, one result, on any number of GPUs")
+    add("--device", default="cuda", help="cuda, cpu, mps, or auto: the best there is")
+    add("--compile", type=int, choices=(0, 1), default=1, help="on a GPU: compile the blocks")
     add(
-        "--ema",
-        type=float,
-        default=0.99,
-        help="decay of the generator's average, applied after every step",
+        "--graphs",
+        type=int,
+        choices=(0, 1),
+        default=1,
+        help="on a GPU: record passes as CUDA graphs",
     )
-    add("--lora_init_std", type=float, help="std of a fresh adapter's A; None: 1/rank, peft's own")
     add(
-        "--dmd2",
-        action="store_true",
-        help="DMD2-style training: the last executed step goes to level 0 whichever it is, and its x-prediction is "
-        "re-noised over [0, 1] (give --gamma 0 too)",
+        "--cache_text", action="store_true", help="encode all prompts first, free the text encoders"
     )
-    args = parse(parser)
-    check_levels(args)
-    return args
+    add("--low_memory", action="store_true", help="for 24 GB: --cache_text, fewer activations")
+    # output
+    add("--out_dir", default="out/cold_start", help="a run that is in there goes on")
+    add("--sample_every", type=int, default=500, help="save a picture grid every so many steps")
+    add("--save_every", type=int, default=500, help="save a checkpoint every so many steps")
+    add("--wandb", default="", metavar="PROJECT", help="log to Weights & Biases, too")
+    return parse(parser, PRESETS, PAPER)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -168,81 +161,69 @@ def consistency_loss(fake, x_t, v_t, t, t_below, noise1, noise2, eta):
     return (drift1 * drift2).flatten(1).mean(1)
 
 
-def fake_score_loss(
-    fake, x_s, s, t, noise, back, noise1, noise2, gamma, eta, std="exact", after=None
-):
+def consistency_path(fake, x_s, s, s_next, x_t, v_t, t, steps_back):
+    """Where Eq. 11 is asked for -> (x_t, fake's velocity there, t', t''): from t to up to 0.2 below it.
+
+    (s_next [B], the generator's next level, is for the paper's letter, variants.py.)
+    """
+    return x_t, v_t, t, (t - steps_back).clamp(min=0)
+
+
+def fake_score_loss(fake, x_s, s, s_next, t, noise, steps_back, noise1, noise2, gamma, eta):
     """The fake score's loss (Eq. 12) -> (loss, ambient, consistency), each [B].
 
     x_s [B,C,H,W]: generator samples at noise level s (0 for finished pictures); t [B] > s: where to
-    score them; back [B] in (0, 0.2]: how far below t the consistency looks; the noises are like x_s.
-    std: see cps.renoise. after: the paper's letter for the consistency, from x_s itself at
-    t' = s = t_k to t'' = after = t_{k+1}.
+    score them; steps_back [B] in (0, 0.2]: how far below t the consistency looks; the noises are like
+    x_s.
     """
-    x_t = renoise(x_s, s, t, noise, std)
+    x_t = renoise(x_s, s, t, noise)
     v_t = fake(x_t, t)
-    ambient = ambient_loss(v_t, *ambient_target(x_s, s, t, noise, std))
+    ambient = ambient_loss(v_t, *ambient_target(x_s, s, t, noise))
     if gamma == 0:
         return ambient, ambient, torch.zeros_like(ambient)
-    t_below = (t - back).clamp(min=0)
-    if after is not None:
-        x_t = x_s
-        t_below = torch.zeros_like(t) + after
-        t = torch.zeros_like(t) + s
-        v_t = fake(x_t, t)
-    consistency = consistency_loss(fake, x_t, v_t, t, t_below, noise1, noise2, eta)
+    path = consistency_path(fake, x_s, s, s_next, x_t, v_t, t, steps_back)
+    consistency = consistency_loss(fake, *path, noise1, noise2, eta)
     return ambient + gamma * consistency, ambient, consistency
 
 
-def generator_loss(
-    x_s, s, t, noise, noise_back, teacher, fake, eta, std="exact", gradient="transition"
-):
+def generator_loss(x_s, s, t, noise, noise_back, teacher, fake, eta):
     """The distribution-matching term (Eq. 9) -> [B]. Stage 2 imports it as its anchor: that is Eq. 7.
 
     Teacher (with guidance) and fake both look at x_s re-noised to t. Each takes one CPS step back to
     s with the same noise. Where they land differs by the difference of their scores. The loss's
     gradient with respect to x_s is (y_fake - y_teacher) / mean |x_s - y_teacher|, averaged over the
-    elements. gradient "score" is the paper's letter: the gradient of the KL divergence itself,
-    (score_fake - score_teacher)(x_t) dx_t/dx_s, which adds up over the elements, as log pi does.
+    elements.
     """
     with torch.no_grad():
-        x_t = renoise(x_s, s, t, noise, std)
-        v_teacher = teacher(x_t, t)
-        v_fake = fake(x_t, t)
-        if gradient == "score":
-            a = per_sample((1 - t) / (1 - s), x_t)
-            t = per_sample(t, x_t)
-            difference = a * (1 - t) / t * (v_teacher - v_fake)  # score = -(x + (1-t) v) / t, Eq. 2
-        else:
-            y_teacher, _, _ = cps_step(x_t, v_teacher, t, s, eta, noise_back)
-            y_fake, _, _ = cps_step(x_t, v_fake, t, s, eta, noise_back)
-            size = (x_s - y_teacher).abs().flatten(1).mean(1).view(-1, 1, 1, 1)
-            # 0 / 0 where both agree; any other nan stays one, so that `update` skips it
-            difference = torch.where(size == 0, 0, (y_fake - y_teacher) / size)
-        target = x_s - difference
-    loss = 0.5 * (x_s - target).square().flatten(1)
-    return loss.sum(1) if gradient == "score" else loss.mean(1)
+        x_t = renoise(x_s, s, t, noise)
+        y_teacher, _, _ = cps_step(x_t, teacher(x_t, t), t, s, eta, noise_back)
+        y_fake, _, _ = cps_step(x_t, fake(x_t, t), t, s, eta, noise_back)
+        size = (x_s - y_teacher).abs().flatten(1).mean(1).view(-1, 1, 1, 1)
+        # 0 / 0 where both agree; any other nan stays one, so that `update` skips it
+        target = x_s - torch.where(size == 0, 0, (y_fake - y_teacher) / size)
+    return 0.5 * (x_s - target).square().flatten(1).mean(1)
 
 
-def no_laps(part):
-    """Where the time goes is measured with --bench alone."""
+def executed_levels(levels, k):
+    """Noise levels of the k steps that are executed: from 1 to s."""
+    return levels[: k + 1]
 
 
 # -------------------------------------------------------------------------------------------------
 # Algorithm 1, lines of stage 1
 def main():
     args = arguments()
+    variants.swap(args.variant, 1, vars(cps), globals())
     device, rank, world = setup(args)
     rows = checked(load_prompts, args.prompts)
     note_templates(rows, args)
 
     # One frozen transformer, and an adapter for each of the two roles that learn.
-    pipe = load_pipeline(args, device)
-    transformer = pipe.transformer
-    encode = text_encoder(pipe, args, [row["prompt"] for row in rows])
-    dtype = getattr(torch, args.adapter_dtype)
+    base = load_base(args, device, [row["prompt"] for row in rows])
+    levels = base.levels(args.num_steps)  # 1, .9, .75, .5, 0
     for name in ("generator", "fake"):
-        add_adapter(transformer, name, args, args.lora_init_std, dtype)
-    student_params, fake_params = train_only(transformer, "generator", "fake")
+        base.add_adapter(name, args.lora_rank, args.lora_alpha, args.seed)
+    student_params, fake_params = base.train_only("generator", "fake")
     fused = device.type == "cuda"
     student_opt = torch.optim.AdamW(student_params, lr=args.lr, weight_decay=0, fused=fused)
     fake_opt = torch.optim.AdamW(fake_params, lr=args.fake_lr, weight_decay=0, fused=fused)
@@ -255,14 +236,14 @@ def main():
         "ema": ema,
         "G_opt": student_opt,
         "F_opt": fake_opt,
-        "keys": list(adapter(transformer, "fake")),
+        "keys": list(base.adapter("fake")),
     }
-    args.start = load_checkpoint(args, state, rows, transformer)
-    note_prompts(pipe, rows, args)
-    levels = sigmas(args.num_steps, args.shift)
-    empty_text = encode([""])
+    run = Run(args, state, rows, base.transformer)
+    note_prompts(base, rows)
+
+    # The batch, over all GPUs together, of which this one has its rows, some at a time.
     n_pictures = args.batch_size
-    my_rows = shard(n_pictures, rank, world)  # of the whole batch, those of this GPU
+    my_rows = shard(n_pictures, rank, world)
     n_mine = my_rows.stop - my_rows.start
     micro_batches = [slice(i, i + args.micro_batch) for i in range(0, n_mine, args.micro_batch)]
     if rank == 0:
@@ -275,97 +256,85 @@ def main():
 
     # The three roles: velocity functions of one transformer.
     def student(text):
-        return play(transformer, ["generator"], text)
+        return base.velocity(["generator"], text)
 
     def fake(text):
-        return play(transformer, ["fake"], text)
+        return base.velocity(["fake"], text)
 
     def teacher(text):
-        return play(transformer, [], text, empty_text, args.cfg)
+        return base.velocity([], text, args.cfg)
 
     # The work on one micro-batch: functions of tensors alone, which a GPU records once and replays.
     # Losses are divided by the whole batch, so that micro-batches and GPUs simply add up.
     def student_pass(x, s, *text):
         return student(text)(x, s)
 
-    def fake_pass(x_s, s, t, noise, steps_back, noise1, noise2, s_after, *text):
-        s_after = s_after if args.consistency_times == "steps" else None
+    def fake_pass(x_s, s, s_next, t, noise, steps_back, noise1, noise2, *text):
         losses = fake_score_loss(
-            fake(text), x_s, s, t, noise, steps_back, noise1, noise2,
-            args.gamma, args.eta, args.renoise_std, s_after,
-        )  # fmt: skip
+            fake(text), x_s, s, s_next, t, noise, steps_back, noise1, noise2, args.gamma, args.eta
+        )
         (losses[0].sum() / n_pictures).backward()
         return torch.stack([loss.sum() for loss in losses]).detach()
 
     def generator_pass(x, s_before, s, step_noise, t, noise, noise_back, *text):
         x_s, _, _ = cps_step(x, student(text)(x, s_before), s_before, s, args.eta, step_noise)
-        loss = generator_loss(
-            x_s, s, t, noise, noise_back, teacher(text), fake(text),
-            args.eta, args.renoise_std, args.dm_gradient,
-        ).sum()  # fmt: skip
+        losses = generator_loss(x_s, s, t, noise, noise_back, teacher(text), fake(text), args.eta)
+        loss = losses.sum()
         (loss / n_pictures).backward()
         return loss.detach()
 
     student_pass, fake_pass, generator_pass = graphed(
         args.graphs, device, student_pass, fake_pass, generator_pass
     )
-    silent = None if rank == 0 else True
-    bar = tqdm(range(args.start, args.steps), initial=args.start, total=args.steps, disable=silent)
-    log = Log(args)
-    lap = no_laps
-    if args.bench:
-        from report import stopwatch
 
-        lap = stopwatch(args, transformer, n_pictures, 2 * args.generator_every, evaluated)
+    def velocity_of(text):
+        return lambda x, level: student_pass(x, x.new_full((len(x),), level), *text)
+
+    silent = None if rank == 0 else True
+    bar = tqdm(range(run.start, args.steps), initial=run.start, total=args.steps, disable=silent)
+    log = Log(args, run.start, device)
     skipped = {"generator": 0, "fake": 0}  # updates in a row that were not finite
 
     for step in bar:
         # ---- draw. k is the same for all pictures and ranks, so that ranks stay in step (Eq. 8)
-        draw = StepRandom(args.seed, step, n_pictures, my_rows, pipe.latent_shape, device)
+        draw = StepRandom(args.seed, step, n_pictures, my_rows, base.latent_shape, device)
         k = draw.scalars.randint(1, args.num_steps)
-        grid = levels[:k] + [0.0] if args.dmd2 else levels  # DMD2's last step goes all the way
-        s = grid[k]
+        executed = executed_levels(levels, k)
+        s_before, s = executed[-2:]
         x_start = draw.normal()
         step_noise = [draw.normal() for _ in range(k)]
         places = data_order(len(rows), step * n_pictures, n_pictures, args.seed)[my_rows]
         prompts = [rows[place]["prompt"] for place in places]
-        texts = [encode(prompts[b]) for b in micro_batches]
+        texts = [base.encode(prompts[b]) for b in micro_batches]
         sums = Sums(device, "loss_fake", "loss_ambient", "loss_consistency")
         norms = {}
-        lap("text")
+        log.lap("text")
 
         # ---- roll out: the first k steps of the student, without gradient (Eq. 8)
-        x_before = torch.empty_like(x_start)
-        x_s = torch.empty_like(x_start)
-        with torch.no_grad():
-            for b, text in zip(micro_batches, texts):
-
-                def velocity(x, level, text=text):
-                    return student_pass(x, x.new_full((len(x),), level), *text)
-
-                noise_of_steps = [noise[b] for noise in step_noise]
-                path = rollout(velocity, x_start[b], grid, k, args.eta, noise_of_steps)
-                x_before[b] = path[k - 1]
-                x_s[b] = path[k]
-        s_before_of_each = x_start.new_full((n_mine,), grid[k - 1])
-        s_of_each = x_start.new_full((n_mine,), s)
-        s_after_of_each = x_start.new_full((n_mine,), grid[min(k + 1, len(grid) - 1)])
-        lap("rollout")
+        x_before, x_s = torch.empty_like(x_start), torch.empty_like(x_start)
+        for b, text in zip(micro_batches, texts):
+            noises = [noise[b] for noise in step_noise]
+            with torch.no_grad():
+                path = rollout(velocity_of(text), x_start[b], executed, k, args.eta, noises)
+            x_before[b], x_s[b] = path[-2:]
+        log.lap("rollout")
 
         # ---- fake follows the student, every step (Eq. 10-12)
+        levels_before = x_start.new_full((n_mine,), s_before)
+        levels_here = x_start.new_full((n_mine,), s)
+        levels_next = x_start.new_full((n_mine,), levels[min(k + 1, args.num_steps)])
         t = renoise_time(s, draw.uniform())
         noise = draw.normal()
         steps_back = (1 + (200 * draw.uniform()).floor()) / 1000  # U{1..200} / 1000
         noise1, noise2 = draw.normal(), draw.normal()
         for b, text in zip(micro_batches, texts):
             loss, ambient, consistency = fake_pass(
-                x_s[b], s_of_each[b], t[b], noise[b], steps_back[b], noise1[b], noise2[b],
-                s_after_of_each[b], *text,
+                x_s[b], levels_here[b], levels_next[b], t[b], noise[b], steps_back[b],
+                noise1[b], noise2[b], *text,
             )  # fmt: skip
             sums.add(loss_fake=loss, loss_ambient=ambient, loss_consistency=consistency)
-        loss = sums["loss_fake"]
-        norms["grad_fake"] = update(fake_params, fake_opt, args, skipped, "fake", loss)
-        lap("fake")
+        norms["grad_fake"] = update(fake_params, fake_opt, skipped, "fake", sums["loss_fake"])
+        log.lap("fake")
 
         # ---- the student follows the teacher, now and then, through its last step alone (Eq. 9)
         if (step + 1) % args.generator_every == 0:
@@ -374,24 +343,23 @@ def main():
             loss = torch.zeros((), device=device)
             for b, text in zip(micro_batches, texts):
                 loss += generator_pass(
-                    x_before[b], s_before_of_each[b], s_of_each[b], step_noise[k - 1][b],
+                    x_before[b], levels_before[b], levels_here[b], step_noise[-1][b],
                     t[b], noise[b], noise_back[b], *text,
                 )  # fmt: skip
             sums.of["loss_generator"] = loss
             norms["grad_generator"] = update(
-                student_params, student_opt, args, skipped, "generator", loss
+                student_params, student_opt, skipped, "generator", loss
             )
-            lap("generator")
+            log.lap("generator")
         torch._foreach_lerp_(ema, [p.detach() for p in student_params], 1 - args.ema)
 
         # ---- log, look, save
         losses = sums.over_ranks(lambda total: total / n_pictures)
         moved = distance(student_params, ema)
         log(bar, n_pictures, step=step, k=k, **losses, **norms, ema_drift=moved)
-        lap("step")
         if args.sample_every and (step + 1) % args.sample_every == 0:
-            preview(pipe, ["generator"], encode, rows, args, f"step_{step + 1}")
-        save_or_stop(args, state, step + 1, args.steps)
+            preview(base, ["generator"], rows, args, f"step_{step + 1}")
+        run.save_or_stop(step + 1, args.steps)
 
     if rank == 0:
         print(

@@ -57,26 +57,45 @@ def checked(function, *inputs):
 # ---- flags ---------------------------------------------------------------------------------------
 FROM_1 = (
     "batch_size", "micro_batch", "steps", "epochs", "num_steps", "generator_every", "resolution",
-    "lora_rank", "save_every", "prompts_per_epoch", "ema_every", "max_sequence_length",
-    "max_skipped", "num_images", "eval_every", "eval_images",
+    "lora_rank", "save_every", "prompts_per_epoch", "ema_every", "num_images", "eval_every",
 )  # fmt: skip
 RANGES = {
     "eta": (0, 1),
     "ema": (0, 1),
-    "lora_init_std": (1e-6, 1e6),
-    "shift": (0.01, 100),
     "seed": (0, 2**63 - 1),
     "group_size": (2, 10**6),
     **dict.fromkeys(FROM_1, (1, 10**9)),
 }
 
 
-def parse(parser):
-    """Parse the command line; the values of parser.preset are defaults.
+class Parser(argparse.ArgumentParser):
+    """argparse with one line for a mistake, no abbreviations, and defaults shown in --help."""
 
-    Every number must lie in its range (from 0, where RANGES has none). Dies where one does not.
+    def __init__(self, description):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message):
+        die(message)
+
+
+def parse(parser, presets=None, paper=None):
+    """Parse the command line -> its values.
+
+    The values of the preset that is asked for become defaults and, with --paper, those of `paper`.
+    Every number must lie in its range (from 0, where RANGES has none); dies where one does not.
     """
-    parser.set_defaults(**parser.preset)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.error = die
+    early.add_argument("--preset", default=parser.get_default("preset"))
+    early.add_argument("--paper", action="store_true")
+    asked, _ = early.parse_known_args()
+    parser.set_defaults(**(presets or {}).get(asked.preset, {}))
+    if asked.paper and paper:
+        parser.set_defaults(**paper)
     args = parser.parse_args()
     for name, value in vars(args).items():
         low, high = RANGES.get(name, (0, math.inf))
@@ -85,170 +104,15 @@ def parse(parser):
     if not args.out_dir:
         die("--out_dir must not be empty")
     if getattr(args, "low_memory", False):
-        args.gradient_checkpointing = args.cache_text = args.offload_rewards = True
+        args.cache_text = True
         args.micro_batch = min(args.micro_batch, 4)
-    if getattr(args, "bench", 0) and hasattr(args, "save_every"):
-        # of the stages: an endless run that `stopwatch` ends
-        args.out_dir = f"{args.out_dir}/bench_{os.getppid()}"
-        args.resume = False
-        args.steps = args.epochs = 10**9
     return args
 
 
-def make_parser(description, presets, out_dir, paper):
-    """A parser with the flags that both stages have -> (parser, parser.add_argument).
-
-    The values of the preset become defaults and, with --paper, those of `paper`.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="sd35m")
-    first.add_argument("--paper", action="store_true")
-    first.error = die
-    early, _ = first.parse_known_args()
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.error = die
-    parser.preset = {**presets.get(early.preset, {}), **(paper if early.paper else {})}
-    letter = ", ".join(f"--{name} {value}" for name, value in paper.items())
-    add = parser.add_argument
-    add("--preset", choices=list(presets), default="sd35m", help="set of default flags")
-    add(
-        "--paper",
-        action="store_true",
-        help="default flags by the paper's letter wherever the authors' release differs from it: "
-        + letter,
-    )
-    add("--pretrained", help="diffusers directory or hub id of the Stable Diffusion 3 model")
-    add("--out_dir", default=out_dir, help="where checkpoints, log.jsonl and samples/ go")
-    add(
-        "--prompts",
-        default="",
-        help='file with a prompt a line, or jsonl with "prompt"; default: the preset\'s own prompts',
-    )
-    add("--seed", type=int, default=0, help="one seed, one result")
-    add("--device", default="cuda", help="cuda, cpu, mps, or auto: the best there is")
-    add(
-        "--resume",
-        action="store_true",
-        help="continue the run in out_dir; if there is none, start one",
-    )
-    add("--resolution", type=int, default=512, help="height and width of the pictures in pixels")
-    add("--max_sequence_length", type=int, default=128, help="T5 tokens of a prompt")
-    add("--num_steps", type=int, default=4, help="sampling steps K of the generator")
-    add("--shift", type=float, default=3.0, help="SD3 time shift of the sampling grid")
-    add(
-        "--eta",
-        type=float,
-        default=0.9,
-        help="stochasticity of CPS steps: 0 Euler, 1 consistency-model sampler",
-    )
-    add("--cfg", type=float, default=4.5, help="guidance scale of the teacher")
-    add(
-        "--gamma",
-        type=float,
-        default=0.01,
-        help="weight of the fake score's consistency loss; 0 is A-DMD",
-    )
-    add(
-        "--renoise_std",
-        choices=("exact", "printed"),
-        default="exact",
-        help="std of the sub-interval kernel: exact, or (t-s)/(1-s) as App. B "
-        "prints it, which gives the wrong marginal and a biased fake score (the tests prove it); the fake target is then Eq. 2 of that kernel's score",
-    )
-    add(
-        "--consistency_times",
-        choices=("near", "steps"),
-        default="near",
-        help="near: t' = the re-noise time, t'' up to 0.2 below it; steps: the paper's "
-        "t' = t_k, t'' = t_{k+1}, read as from the generator's own state x_{t_k} to its next level (0 where that is 0)",
-    )
-    add(
-        "--dm_gradient",
-        choices=("transition", "score"),
-        default="transition",
-        help="AC-DMD's gradient: difference of two CPS transitions over "
-        "their mean size, or the paper's difference of scores, read as the KL's own gradient, summed over elements",
-    )
-    add("--lora_rank", type=int, default=32, help="rank of the adapters")
-    add(
-        "--lora_alpha",
-        type=float,
-        default=64,
-        help="alpha of the new adapters; their product is scaled by alpha / rank",
-    )
-    add(
-        "--adapter_dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="precision of adapters, gradients, Adam's moments and "
-        "average; bfloat16 is the release's, in which updates below half a step of bf16 are lost",
-    )
-    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    add(
-        "--max_skipped",
-        type=int,
-        default=20,
-        help="stop after so many updates in a row with a loss or gradient that is not finite",
-    )
-    add(
-        "--gradient_checkpointing",
-        action="store_true",
-        help="trade a third of the speed for most of the activations' memory",
-    )
-    add(
-        "--cache_text",
-        action="store_true",
-        help="encode all prompts once, before training, into a file in out_dir, and free the text encoders",
-    )
-    add(
-        "--low_memory",
-        action="store_true",
-        help="for a 24 GB card: --gradient_checkpointing, --cache_text, --offload_rewards, decoding "
-        "picture by picture, --micro_batch 4 at most",
-    )
-    add(
-        "--compile",
-        type=int,
-        choices=(0, 1),
-        help="compile each transformer block and the decoder; 1 on a GPU unless said, else 0",
-    )
-    add(
-        "--graphs",
-        type=int,
-        choices=(0, 1),
-        default=1,
-        help="on a GPU: record each pass as a CUDA graph and replay it",
-    )
-    add(
-        "--wandb",
-        default="",
-        metavar="PROJECT",
-        help="send the numbers of log.jsonl to Weights & Biases, too (pip install wandb)",
-    )
-    add(
-        "--bench",
-        type=int,
-        default=0,
-        help="measure so many steps after a warm-up, print one JSON line, and stop; nothing is saved",
-    )
-    add(
-        "--sample_every",
-        type=int,
-        default=500,
-        help="save a picture grid every so many steps; 0: never",
-    )
-    add("--save_every", type=int, default=500, help="save a checkpoint every so many steps")
-    add(
-        "--save_minutes",
-        type=float,
-        default=20,
-        help="and after so many minutes without one; 0: never",
-    )
-    return parser, add
+def flags_given():
+    """The names of the flags on the command line."""
+    words = [word.split("=")[0] for word in sys.argv[1:]]
+    return {word[2:] for word in words if word.startswith("--")}
 
 
 # ---- processes -----------------------------------------------------------------------------------
@@ -266,13 +130,6 @@ def setup(args, training=True):
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = chosen_device(args, int(os.environ.get("LOCAL_RANK", 0)))
-    if training and not args.resume:
-        for name in ("ckpt.pt", "ckpt.prev.pt"):
-            if os.path.exists(f"{args.out_dir}/{name}"):
-                die(
-                    f"{args.out_dir} holds a run already: add --resume to continue it, "
-                    "or choose another --out_dir"
-                )
     make_out_dir(args.out_dir, "samples" if training else "", rank)
     if device.type == "cuda":
         count = torch.cuda.device_count()
@@ -292,19 +149,20 @@ def setup(args, training=True):
 
 
 def chosen_device(args, local_rank):
-    """--device as a torch.device; dies where it is not there. "auto" in args becomes what was found."""
+    """--device as a torch.device; "auto" is the best there is. Dies where it is not there."""
     has_mps = torch.backends.mps.is_available()
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
         die(
             "no CUDA GPU found; to try everything on this machine: --preset tiny, "
             "or insist with --device cpu"
         )
     there = False
     with contextlib.suppress(RuntimeError):  # no device of that name
-        index = (local_rank,) if args.device == "cuda" else ()
-        device = torch.device(args.device, *index)
+        index = (local_rank,) if name == "cuda" else ()
+        device = torch.device(name, *index)
         there = device.type in ("cuda", "cpu") or (device.type == "mps" and has_mps)
     if not there:
         die(f"--device must be cuda, cpu, mps or auto, and be there; got {args.device!r}")
@@ -351,7 +209,7 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
             # another rank has died; torchrun ends this one too, if it does not end by itself
             reason = str(e).splitlines()[0][:120]
             die(
-                f"lost the other processes ({reason}); go on from the last checkpoint with --resume",
+                f"lost the other processes ({reason}); the same command goes on from the last checkpoint",
                 status=1,
                 local=True,
             )
@@ -404,11 +262,15 @@ class StepRandom:
 
 
 # ---- the optimiser's step ------------------------------------------------------------------------
-def update(parameters, optimizer, args, skipped, name, loss):
+MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm
+MAX_SKIPPED = 20  # after so many updates in a row that are not finite, a run ends
+
+
+def update(parameters, optimizer, skipped, name, loss):
     """One optimiser step on the gradients summed over ranks, clipped -> their norm.
 
     loss: a scalar, this rank's share. If norm or loss is not finite nothing changes but
-    skipped[name], and nan is returned; args.max_skipped of them in a row end the run.
+    skipped[name], and nan is returned; MAX_SKIPPED of them in a row end the run.
     """
     grads = [p.grad for p in parameters]
     # One all-reduce for all: the gradients, the loss, and whether a signal came to any rank, so
@@ -420,15 +282,15 @@ def update(parameters, optimizer, args, skipped, name, loss):
     finite = math.isfinite(norm) and math.isfinite(loss)
     skipped[name] = 0 if finite else skipped[name] + 1
     if finite:
-        flat *= min(1, args.max_grad_norm / (norm + 1e-6))
+        flat *= min(1, MAX_GRAD_NORM / (norm + 1e-6))
         sizes = [p.numel() for p in parameters]
         summed = [g.view_as(p) for p, g in zip(parameters, flat[:-2].split(sizes))]
         torch._foreach_copy_(grads, summed)
         optimizer.step()
-    elif skipped[name] >= args.max_skipped:
+    elif skipped[name] >= MAX_SKIPPED:
         die(
             f"{skipped[name]} updates in a row of the {name} adapter were not finite; "
-            f"the last good checkpoint is in {args.out_dir}",
+            "the last good checkpoint is in --out_dir",
             status=1,
         )
     torch._foreach_zero_(grads)
@@ -470,21 +332,28 @@ class Sums:
 
 # ---- the log -------------------------------------------------------------------------------------
 class Log:
-    """A line a step in out_dir/log.jsonl, and the same numbers in the progress bar; rank 0 only."""
+    """A line a step in out_dir/log.jsonl, and the same numbers in the progress bar; rank 0 only.
+
+    start: the step that the run begins with; the lines of later ones, of a run that went on after its
+    last checkpoint, are dropped.
+    """
 
     FLAT_EPOCHS = 20  # after so many without any difference in scores there is a warning
 
-    def __init__(self, args):
+    def __init__(self, args, start, device):
         self.path = f"{args.out_dir}/log.jsonl"
         self.silent = not is_rank_0()
         if self.silent:
             return
-        if args.resume and os.path.exists(self.path):
-            self.forget_from(args.start)
-        self.file = open(self.path, "ab" if args.resume else "wb", buffering=0)
+        if start > 0 and os.path.exists(self.path):
+            self.forget_from(start)
+        self.file = open(self.path, "ab" if start > 0 else "wb", buffering=0)
         self.board = wandb_board(args) if args.wandb else None
-        self.clock = time.time()
         self.flat_epochs = 0
+        self.on_gpu = device.type == "cuda"
+        self.laps = []
+        self.clock = time.perf_counter()
+        self.mark = self.now()
 
     def forget_from(self, start):
         """Drop the lines that came after the checkpoint."""
@@ -496,6 +365,32 @@ class Log:
             die(f"{self.path} is damaged; move it away to go on")
         write_atomically({self.path: kept.encode()})
 
+    def now(self):
+        """A moment; on a GPU by its own clock, for which nothing has to wait."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self, part):
+        """The time since the last lap went to this part of the step; parts may come again."""
+        if not self.silent:
+            self.laps.append((part, self.now()))
+
+    def seconds_of_parts(self):
+        """{"s_<part>": seconds} of the laps so far; they begin anew."""
+        seconds = {}
+        before = self.mark
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        for part, moment in self.laps:
+            took = before.elapsed_time(moment) / 1000 if self.on_gpu else moment - before
+            seconds[f"s_{part}"] = seconds.get(f"s_{part}", 0) + took
+            before = moment
+        self.laps = []
+        return {name: round(took, 4) for name, took in seconds.items()}
+
     def __call__(self, bar, images, **numbers):
         """Write one step's numbers. images: how many pictures it was, for the speed."""
         if self.silent:
@@ -506,24 +401,29 @@ class Log:
             missing = isinstance(value, float) and not math.isfinite(value)  # JSON knows no nan
             line[name] = None if missing else value
         line["skipped"] = sum(v is None for k, v in line.items() if k.startswith("grad_"))
-        now = time.time()
+        parts = self.seconds_of_parts()
+        now = time.perf_counter()
         line["seconds"] = round(now - self.clock, 4)
         line["images_per_s"] = round(images / (now - self.clock), 2)
         if torch.cuda.is_available():
             line["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.clock = now
+        self.mark = self.now()
+        shown = {k: v for k, v in line.items() if k != "step" and isinstance(v, (int, float))}
+        bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
+        # what the parts leave of the whole: previews, checkpoints and held-out rewards of the step before
+        parts["s_rest"] = round(max(0.0, line["seconds"] - sum(parts.values())), 4)
+        line.update(parts)
         try:
             self.file.write((json.dumps(line) + "\n").encode())
         except OSError as e:
             die(
-                f"cannot write {self.path} ({e.strerror}); make room, and go on from the last "
-                "checkpoint with --resume",
+                f"cannot write {self.path} ({e.strerror}); make room: the same command goes on from "
+                "the last checkpoint",
                 status=1,
             )
         if self.board:
             self.board.log(line, step=line["step"])
-        shown = {k: v for k, v in line.items() if k != "step" and isinstance(v, (int, float))}
-        bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
 
     def warn_of_flat_groups(self, numbers):
         flat = numbers.get("flat_groups") == 1
@@ -587,7 +487,7 @@ def write_atomically(files):
                 os.remove(name + ".tmp")
         die(
             f"cannot write {path} ({e.strerror}); make room: what was saved before is intact, "
-            "and a run goes on with --resume",
+            "and the same command goes on from there",
             status=1,
         )
     for path in files:

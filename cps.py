@@ -80,35 +80,32 @@ def cps_step(x, v, sigma, sigma_next, eta, noise=None):
     return mean + std * noise, mean, std
 
 
-def renoise(x_s, sigma_s, sigma_t, noise, std="exact"):
+def renoise(x_s, sigma_s, sigma_t, noise):
     """From x_s at noise level s up to t > s inside the sub-interval [s, 1] (Eq. 10); shapes [B,...].
 
         x_t = a x_s + sig n,    a = (1-t)/(1-s),    sig^2 = t^2 - a^2 s^2
 
-    so that x_t has the marginal of level t whenever x_s has that of level s. std "printed" is App. B's
-    sig = (t-s)/(1-s), with which it has not: see the test of the Gaussian world. s = 0 gives
-    (1-t) x0 + t n in both, ordinary re-noising, ordinary DMD2.
+    so that x_t has the marginal of level t whenever x_s has that of level s. (With App. B's printed
+    sig = (t-s)/(1-s) it has not: see the variant printed_std, and the test of the Gaussian world.) s = 0
+    gives (1-t) x0 + t n: ordinary re-noising, ordinary DMD2.
     """
     x_s = at_least_float32(x_s)
     s = per_sample(sigma_s, x_s)
     t = per_sample(sigma_t, x_s)
-    a, sig = sub_interval(s, t, std)
+    a, sig = sub_interval(s, t)
     return a * x_s + sig * at_least_float32(noise)
 
 
-def sub_interval(s, t, std="exact"):
+def sub_interval(s, t):
     """Coefficients (a, sig) of the kernel x_s -> x_t.
 
     sig^2 = (t - a s)(t + a s), where t - a s = (t-s)/(1-s): no cancellation.
     """
     a = (1 - t) / (1 - s)
-    printed = (t - s) / (1 - s)
-    if std == "printed":
-        return a, printed
-    return a, (printed * (t + a * s)).clamp(min=0).sqrt()
+    return a, ((t - s) / (1 - s) * (t + a * s)).clamp(min=0).sqrt()
 
 
-def ambient_target(x_s, sigma_s, sigma_t, noise, std="exact"):
+def ambient_target(x_s, sigma_s, sigma_t, noise):
     """The velocity target of ambient denoising score matching -> (v_target like x_s, sig).
 
     sig broadcasts over x_s. The conditional score of the kernel above is -n/sig. Put into
@@ -123,23 +120,20 @@ def ambient_target(x_s, sigma_s, sigma_t, noise, std="exact"):
     x_s = at_least_float32(x_s)
     s = per_sample(sigma_s, x_s)
     t = per_sample(sigma_t, x_s)
-    _, sig = sub_interval(s, t, std)
+    _, sig = sub_interval(s, t)
     sig = sig.clamp(min=torch.finfo(x_s.dtype).tiny ** 0.25)
     of_noise = (t - sig**2) / (1 - t) / sig
     return -x_s / (1 - s) + of_noise * at_least_float32(noise), sig
 
 
-def log_prob(x_next, mean, std=None):
-    """Log-density of x_next under a CPS step, up to a constant, per sample: [B,...] -> [B].
+def log_prob(x_next, mean, std):
+    """Log-density of x_next under a CPS step, as the release has it: [B,...] -> [B].
 
-    With std: the Gaussian of Eq. 13, -||x_next - mean||^2 / (2 std^2). Without: what the authors'
-    release uses, -mean (x_next - mean)^2, i.e. without 1/(2 std^2) and averaged over the elements.
+    -mean (x_next - mean)^2: averaged over the elements, and without the Gaussian's 1/(2 std^2) of
+    Eq. 13, for which std would be needed (the variant gaussian_log_prob).
     """
     square = (at_least_float32(x_next) - at_least_float32(mean)).square()
-    if std is None:
-        return -square.flatten(1).mean(1)
-    variance = torch.as_tensor(std) ** 2
-    return -(square / (2 * variance)).flatten(1).sum(1)
+    return -square.flatten(1).mean(1)
 
 
 def rollout(velocity, x, levels, k, eta, noises):

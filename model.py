@@ -42,21 +42,105 @@ TARGETS = [
 ]
 
 
-# ---- loading -------------------------------------------------------------------------------------
-def check_levels(args):
-    """Die where the sampling grid leaves no room between its first step and pure noise."""
-    if sigmas(args.num_steps, args.shift)[1] > 0.96:
-        die(
-            f"--num_steps {args.num_steps} with --shift {args.shift:g}: the first step ends above "
-            "noise level .96, which leaves no room to re-noise"
-        )
+# ---- the base model ------------------------------------------------------------------------------
+MOST_TEXT_TOKENS = 128  # of T5, the release's limit; a base whose tokenizer allows fewer has fewer
 
 
-def load_pipeline(args, device):
+class StableDiffusion3:
+    """A base model as the programs see it: levels, text, velocity, pictures, adapters.
+
+    Another kind of base is another class with these methods and attributes: the stages know no more.
+
+        latent_shape    (C, h, w) of a picture's latents
+        shift           time shift of the sampling grid, the base's own
+        levels(K)       noise levels of K sampling steps
+        encode          prompts -> text, a tuple of tensors with one row a prompt
+        velocity        adapters, text -> v(x, sigma): one role of the transformer
+        decode          latents -> pictures
+
+    compile: compile the blocks and the decoder. cache_text: the transformer stays on the CPU until
+    `cache_texts` has made room for it. low_memory: activations are computed again in the backward
+    pass, and pictures decoded one by one. Dies with one line where the directory or the repository is
+    no such pipeline, or the resolution does not fit.
+    """
+
+    def __init__(
+        self, pretrained, device, resolution, compile=False, cache_text=False, low_memory=False
+    ):
+        self.pretrained = pretrained
+        self.device = device
+        self.low_memory = low_memory
+        self.pipe = load_pipeline(pretrained, device, transformer_waits=cache_text)
+        self.transformer = self.pipe.transformer
+        self.latent_shape = latent_shape(self.pipe, resolution)
+        self.shift = self.pipe.scheduler.config.shift
+        self.encode = TextEncoder(self.pipe, text_tokens(self.pipe))
+        self.empty_text = None  # of classifier-free guidance, encoded when first needed
+        if compile:
+            compile_blocks(self.pipe)
+        if low_memory:
+            checkpoint_activations(self.transformer)
+
+    def levels(self, num_steps):
+        """Noise levels of `num_steps` sampling steps; dies where the first leaves no room above it."""
+        levels = sigmas(num_steps, self.shift)
+        if levels[1] > 0.96:
+            die(
+                f"--num_steps {num_steps} with this model's time shift {self.shift:g}: the first step "
+                "ends above noise level .96, which leaves no room to re-noise"
+            )
+        return levels
+
+    def cache_texts(self, prompts, path):
+        """Encode all prompts now, into a file, and free the text encoders; see TextTable."""
+        self.encode = TextTable(self.pipe, text_tokens(self.pipe), prompts, path, self.pretrained)
+        self.empty_text = None
+
+    def velocity(self, adapters, text, cfg=1.0):
+        """The velocity function of the transformer with these adapters; with guidance if cfg is not 1."""
+        if cfg == 1:
+            return play(self.transformer, adapters, text)
+        if self.empty_text is None:
+            self.empty_text = self.encode([""])
+        return play(self.transformer, adapters, text, self.empty_text, cfg)
+
+    def decode(self, latents):
+        """Latents [B,C,h,w] -> pictures [B,3,H,W] in [0,1], float32, differentiable."""
+        return decode(self.pipe, latents, one_by_one=self.low_memory)
+
+    def add_adapter(self, name, rank, alpha, seed, init_std=None):
+        add_adapter(self.transformer, name, rank, alpha, seed, init_std)
+
+    def load_adapter(self, name, path, given_alpha=None):
+        load_adapter(self.transformer, name, path, given_alpha)
+
+    def adapter(self, name):
+        return adapter(self.transformer, name)
+
+    def train_only(self, *names):
+        return train_only(self.transformer, *names)
+
+
+def load_base(args, device, prompts):
+    """The base model as the flags of a stage ask for it, its text encoders freed with --cache_text."""
+    base = StableDiffusion3(
+        args.pretrained,
+        device,
+        args.resolution,
+        compile=bool(args.compile) and device.type == "cuda",
+        cache_text=args.cache_text,
+        low_memory=args.low_memory,
+    )
+    if args.cache_text:
+        base.cache_texts(prompts, f"{args.out_dir}/text.bin")
+    return base
+
+
+def load_pipeline(pretrained, device, transformer_waits=False):
     """The diffusers pipeline, frozen; bf16 on a GPU, float32 elsewhere.
 
-    With --cache_text the transformer stays on the CPU until `text_encoder` has made room for it.
-    Dies with one line where the directory or the repository is none, or --resolution does not fit.
+    transformer_waits: it stays on the CPU. Dies with one line where the directory or the repository
+    is none.
     """
     for logging in (transformers_logging, diffusers_logging):
         logging.set_verbosity_error()  # else what the tokenizers cut off is printed, prompt by prompt
@@ -65,40 +149,46 @@ def load_pipeline(args, device):
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        index = StableDiffusion3Pipeline.load_config(args.pretrained)
+        index = StableDiffusion3Pipeline.load_config(pretrained)
         absent = {}
         for name in ("text_encoder_3", "tokenizer_3"):  # some come without T5, which has to be said
             if not (index.get(name) or [None])[0]:
                 absent[name] = None
-        pipe = StableDiffusion3Pipeline.from_pretrained(args.pretrained, dtype=dtype, **absent)
+        pipe = StableDiffusion3Pipeline.from_pretrained(pretrained, dtype=dtype, **absent)
         encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
         for module in (pipe.transformer, pipe.vae, *encoders):
             if module is not None:
-                waits = module is pipe.transformer and getattr(args, "cache_text", False)
+                waits = module is pipe.transformer and transformer_waits
                 module.requires_grad_(False).eval().to("cpu" if waits else device)
     except Exception as e:  # a directory can be wrong in a dozen ways
         reason = str(e).splitlines()[0][:200]
         die(
-            f"--pretrained {args.pretrained} cannot be loaded; it must be a pipeline directory or "
+            f"--pretrained {pretrained} cannot be loaded; it must be a pipeline directory or "
             f"a hub id ({reason})",
             local=isinstance(e, torch.cuda.OutOfMemoryError),
         )
+    pipe.transformer.lora_layers = []  # kept by adopt_layers, for set_adapters
+    return pipe
+
+
+def latent_shape(pipe, resolution):
+    """(C, h, w) of the latents of a square picture; dies where its side does not fit the model."""
     unit = pipe.vae_scale_factor * pipe.transformer.config.patch_size
     most = unit * pipe.transformer.config.pos_embed_max_size
-    if args.resolution % unit or args.resolution > most:
+    if resolution % unit or resolution > most:
         die(
-            f"--resolution {args.resolution} must be divisible by {unit} and at most {most} for "
+            f"--resolution {resolution} must be divisible by {unit} and at most {most} for "
             "this model's VAE and patches"
         )
-    if args.compile or (args.compile is None and device.type == "cuda"):
-        compile_blocks(pipe)
-    if getattr(args, "gradient_checkpointing", False):
-        checkpoint_activations(pipe.transformer)
-    side = args.resolution // pipe.vae_scale_factor
-    pipe.latent_shape = (pipe.transformer.config.in_channels, side, side)
-    pipe.low_memory = getattr(args, "low_memory", False)
-    pipe.transformer.lora_layers = []
-    return pipe
+    side = resolution // pipe.vae_scale_factor
+    return pipe.transformer.config.in_channels, side, side
+
+
+def text_tokens(pipe):
+    """How many T5 tokens of a prompt are read."""
+    if pipe.tokenizer_3 is None:
+        return MOST_TEXT_TOKENS
+    return min(MOST_TEXT_TOKENS, pipe.tokenizer_3.model_max_length)
 
 
 def compile_blocks(pipe):
@@ -137,26 +227,26 @@ def checkpoint_activations(transformer):
 
 
 # ---- adapters ------------------------------------------------------------------------------------
-def add_adapter(transformer, name, args, init_std=None, dtype=torch.float32):
+def add_adapter(transformer, name, rank, alpha, seed, init_std=None):
     """Put a fresh LoRA under `name`; it changes nothing yet, since its B is 0.
 
     init_std: A ~ N(0, init_std^2); None leaves peft's own gaussian, N(0, 1/rank^2). It matters: B
     moves by lr an update whatever its gradient, so that the weights move by lr times A.
     """
-    digest = hashlib.sha256(f"{args.seed}/{name}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:4], "big"))  # the same on all ranks
     config = LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
+        r=rank,
+        lora_alpha=alpha,
         init_lora_weights="gaussian",
         target_modules=TARGETS,
     )
     transformer.add_adapter(config, name)
     adopt_layers(transformer)
     for key, p in adapter(transformer, name).items():
-        p.data = p.data.to(dtype)
+        p.data = p.data.float()  # the base may be bf16, in which small updates would be lost
         if init_std is not None and ".lora_A." in key:
-            p.data *= init_std * args.lora_rank
+            p.data *= init_std * rank
 
 
 def load_adapter(transformer, name, path, given_alpha=None, assumed_alpha=64.0):
@@ -306,11 +396,6 @@ def set_adapters(transformer, adapters):
 
 
 # ---- velocity ------------------------------------------------------------------------------------
-# Forwards of the transformer so far, in pictures, for --bench. With gradient they count twice, for
-# the backward pass.
-evaluated = [0]
-
-
 def play(transformer, adapters, text, negative=None, cfg=1.0):
     """The velocity function of the transformer in one role: v(x [B,C,H,W], sigma float or [B]).
 
@@ -331,7 +416,6 @@ def play(transformer, adapters, text, negative=None, cfg=1.0):
             timestep = torch.cat([timestep, timestep])
             embeds = torch.cat([repeated(negative[0], n), embeds])
             pooled = torch.cat([repeated(negative[1], n), pooled])
-        evaluated[0] += len(x) * (2 if torch.is_grad_enabled() else 1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
             v = transformer(
                 hidden_states=x.to(embeds.dtype),
@@ -387,41 +471,26 @@ class Recorded:
             return self.function(*inputs)
         if self.graphs[key] is None:
             self.graphs[key] = self.record(inputs)
-        graph, static, output, count = self.graphs[key]
+        graph, static, output = self.graphs[key]
         torch._foreach_copy_(static, inputs)
         graph.replay()
-        evaluated[0] += count
         if torch.is_tensor(output):
             return output.clone()
         return tuple(tensor.clone() for tensor in output)
 
     def record(self, inputs):
-        """-> (graph, its input tensors, its output, how many forwards it counts for)"""
+        """-> (graph, its input tensors, its output)"""
         static = [x.clone() for x in inputs]
         graph = torch.cuda.CUDAGraph()
-        before = evaluated[0]
         # thread_local: NCCL's thread may go on
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             output = self.function(*static)
-        count = evaluated[0] - before
-        evaluated[0] = before
-        return graph, static, output, count
+        return graph, static, output
 
 
 # ---- text ----------------------------------------------------------------------------------------
 KEPT_PROMPTS = 256  # of the last so many prompts the encoding is kept
 TEXT_BATCH = 32  # prompts encoded at once on a GPU
-
-
-def text_encoder(pipe, args, prompts=()):
-    """-> a function encode(prompts) -> (prompt_embeds [B,L,D], pooled [B,P]).
-
-    Each prompt is encoded once. With --cache_text all `prompts` are encoded now, into a file, and
-    the text encoders are freed.
-    """
-    if getattr(args, "cache_text", False):
-        return TextTable(pipe, args, prompts)
-    return TextEncoder(pipe, args.max_sequence_length)
 
 
 @torch.no_grad()
@@ -469,30 +538,30 @@ class TextTable:
     the transformer comes to the device in their place. Dies where the disk or the GPU has no room.
     """
 
-    def __init__(self, pipe, args, prompts):
+    def __init__(self, pipe, max_sequence_length, prompts, path, pretrained):
         self.device = pipe.vae.device
+        self.max_sequence_length = max_sequence_length
         self.rows = {}
         for prompt in [*prompts, ""]:
             self.rows.setdefault(prompt, len(self.rows))
-        embeds, pooled = encoded(pipe, [""], args.max_sequence_length)
+        embeds, pooled = encoded(pipe, [""], max_sequence_length)
         self.shape = embeds.shape[1:]
         self.split = embeds[0].numel()
         width = embeds.numel() + pooled.numel()
-        path = f"{args.out_dir}/text.bin"
         n_bytes = len(self.rows) * width * embeds.element_size()
         try:
             # all of it now: a memory map over a full disk ends in a bus error
             with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "rb") as file:
                 os.posix_fallocate(file.fileno(), 0, n_bytes)
         except OSError as e:
-            die(f"--cache_text needs {n_bytes / 1e9:.1f} GB in {args.out_dir} ({e.strerror})")
+            die(f"--cache_text needs {n_bytes / 1e9:.1f} GB for {path} ({e.strerror})")
         size = len(self.rows) * width
         table = torch.from_file(path, shared=True, size=size, dtype=embeds.dtype)
         self.table = table.view(len(self.rows), width)
-        self.fill(pipe, args.max_sequence_length)
-        self.make_room(pipe, args.pretrained)
+        self.fill(pipe)
+        self.make_room(pipe, pretrained)
 
-    def fill(self, pipe, max_sequence_length):
+    def fill(self, pipe):
         """Encode this process's share of the prompts, then wait for those of the others."""
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -500,7 +569,7 @@ class TextTable:
         silent = None if local_rank == 0 else True
         for i in tqdm(range(0, len(todo), TEXT_BATCH), desc="text", disable=silent):
             batch = todo[i : i + TEXT_BATCH]
-            embeds, pooled = encoded(pipe, batch, max_sequence_length)
+            embeds, pooled = encoded(pipe, batch, self.max_sequence_length)
             places = [self.rows[prompt] for prompt in batch]
             self.table[places] = torch.cat([embeds.flatten(1), pooled], 1).cpu()
         all_reduce(torch.zeros(1, device=self.device)).item()  # .item(): the host waits, too
@@ -521,7 +590,7 @@ class TextTable:
         return found[:, : self.split].unflatten(1, self.shape), found[:, self.split :]
 
 
-def note_prompts(pipe, rows, args):
+def note_prompts(base, rows):
     """Say how many prompts are longer than what the text encoders read, and how many are repeated.
 
     On rank 0 only.
@@ -529,10 +598,9 @@ def note_prompts(pipe, rows, args):
     if not is_rank_0() or not rows:
         return
     prompts = [row["prompt"] for row in rows]
-    limits = (
-        (pipe.tokenizer, pipe.tokenizer_max_length),
-        (pipe.tokenizer_3, args.max_sequence_length),
-    )
+    pipe = base.pipe
+    t5_tokens = base.encode.max_sequence_length
+    limits = ((pipe.tokenizer, pipe.tokenizer_max_length), (pipe.tokenizer_3, t5_tokens))
     too_long = [False] * len(prompts)
     for tokenizer, limit in limits:
         if tokenizer:
@@ -541,7 +609,7 @@ def note_prompts(pipe, rows, args):
     if any(too_long):
         note(
             f"{sum(too_long)} of {len(prompts)} prompts are longer than CLIP's "
-            f"{pipe.tokenizer_max_length} or T5's {args.max_sequence_length} tokens: "
+            f"{pipe.tokenizer_max_length} or T5's {t5_tokens} tokens: "
             "the rest is not read"
         )
     repeated_prompts = len(prompts) - len(set(prompts))
@@ -550,7 +618,7 @@ def note_prompts(pipe, rows, args):
 
 
 # ---- pictures ------------------------------------------------------------------------------------
-def decode(pipe, latents):
+def decode(pipe, latents, one_by_one=False):
     """Latents [B,C,h,w] -> pictures [B,3,H,W] in [0,1], float32, differentiable."""
     config = pipe.vae.config
     latents = (latents / config.scaling_factor + config.shift_factor).to(pipe.vae.dtype)
@@ -558,7 +626,7 @@ def decode(pipe, latents):
     def run(z):
         return pipe.vae.decode(z).sample
 
-    if pipe.low_memory:
+    if one_by_one:
         # One by one, and again in the backward pass: the activations of one picture at a time.
         pictures = [
             torch.utils.checkpoint.checkpoint(run, z, use_reentrant=False, preserve_rng_state=False)
@@ -584,18 +652,18 @@ def save_grid(pictures, path, columns=8):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # not worth compiling for eight pictures
-def preview(pipe, adapters, encode, rows, args, name):
+def preview(base, adapters, rows, args, name):
     """Eight fixed prompts and seeds through the generator as it is now; rank 0 only.
 
     They go to out_dir/samples/name.png.
     """
     if not is_rank_0():
         return
-    device = pipe.transformer.device
-    levels = sigmas(args.num_steps, args.shift)
-    rng = generator(device, "preview", args.seed)
-    text = encode([rows[i * len(rows) // 8]["prompt"] for i in range(8)])
-    noise = [torch.randn(8, *pipe.latent_shape, generator=rng, device=device) for _ in levels]
-    student = play(pipe.transformer, adapters, text)
+    levels = base.levels(args.num_steps)
+    rng = generator(base.device, "preview", args.seed)
+    text = base.encode([rows[i * len(rows) // 8]["prompt"] for i in range(8)])
+    shape = (8, *base.latent_shape)
+    noise = [torch.randn(shape, generator=rng, device=base.device) for _ in levels]
+    student = base.velocity(adapters, text)
     path = rollout(student, noise[0], levels, args.num_steps, args.eta, noise[1:])
-    save_grid(decode(pipe, path[-1]), f"{args.out_dir}/samples/{name}.png")
+    save_grid(base.decode(path[-1]), f"{args.out_dir}/samples/{name}.png")

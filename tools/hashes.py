@@ -59,7 +59,10 @@ def digest(content):
 def numbers_of(log):
     """A log.jsonl without what measures time."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    kept = [{k: v for k, v in sorted(line.items()) if k not in TIMES} for line in lines]
+    kept = [
+        {k: v for k, v in sorted(line.items()) if k not in TIMES and not k.startswith("s_")}
+        for line in lines
+    ]
     return json.dumps(kept).encode()
 
 

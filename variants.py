@@ -1,0 +1,126 @@
+"""Where the paper's letter, or an ablation, differs from the release's recipe.
+
+A variant is a function with the name and the arguments of the one that it replaces. `--variant
+NAME,...` puts it in that one's place when a stage starts (`swap`); --paper chooses those that the paper
+prints. The stage files themselves know the default alone. The names are in VARIANTS, at the end.
+"""
+
+import torch
+
+from common import die
+from cps import at_least_float32, per_sample, renoise
+
+ADVANTAGE_CLIP = 5.0
+
+
+# ---- both stages ---------------------------------------------------------------------------------
+def sub_interval(s, t):
+    """App. B's printed kernel x_s -> x_t: std (t-s)/(1-s).
+
+    It gives the wrong marginal and a biased fake score. The fake score's target is then Eq. 2 of this
+    kernel's score.
+    """
+    return (1 - t) / (1 - s), (t - s) / (1 - s)
+
+
+def consistency_path(fake, x_s, s, s_next, x_t, v_t, t, steps_back):
+    """The consistency between the generator's own levels (Sec. 3.1): t' = t_k and t'' = t_{k+1}.
+
+    Read as from the generator's own state x_{t_k} to its next level, 0 where that state is a picture.
+    """
+    t_k = torch.zeros_like(t) + s
+    t_next = torch.zeros_like(t) + s_next
+    return x_s, fake(x_s, t_k), t_k, t_next
+
+
+def generator_loss(x_s, s, t, noise, noise_back, teacher, fake, eta):
+    """The gradient of the KL divergence itself (Eq. 9) -> [B].
+
+    (score_fake - score_teacher)(x_t) dx_t/dx_s, which adds up over the elements, as log pi does.
+    """
+    with torch.no_grad():
+        x_t = renoise(x_s, s, t, noise)
+        v_teacher = teacher(x_t, t)
+        v_fake = fake(x_t, t)
+        a = per_sample((1 - t) / (1 - s), x_t)
+        t = per_sample(t, x_t)
+        # score = -(x + (1-t) v) / t, Eq. 2
+        difference = a * (1 - t) / t * (v_teacher - v_fake)
+        target = x_s - difference
+    return 0.5 * (x_s - target).square().flatten(1).sum(1)
+
+
+# ---- stage 1 -------------------------------------------------------------------------------------
+def executed_levels(levels, k):
+    """DMD2: the last executed step goes to level 0, whichever it is (give --gamma 0, too)."""
+    return [*levels[:k], 0.0]
+
+
+# ---- stage 2 -------------------------------------------------------------------------------------
+def log_prob(x_next, mean, std):
+    """The Gaussian's log-density up to a constant (Eq. 13): -||x_next - mean||^2 / (2 std^2) -> [B]."""
+    square = (at_least_float32(x_next) - at_least_float32(mean)).square()
+    variance = torch.as_tensor(std) ** 2
+    return -(square / (2 * variance)).flatten(1).sum(1)
+
+
+def advantages(scores, weights, group_size):
+    """Each reward over its own group's standard deviation, and no more (Eq. 14): [R,B] -> [B]."""
+    grouped = scores.view(len(scores), -1, group_size)
+    centred = grouped - grouped[..., :1]
+    centred = centred - centred.mean(2, keepdim=True)
+    spread = grouped.std(2, keepdim=True)
+    weights = torch.as_tensor(weights, dtype=scores.dtype, device=scores.device).view(-1, 1, 1)
+    total = (weights * centred / (spread + 1e-4)).sum(0).flatten()
+    return total.clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP)
+
+
+def subset_weight(K, M):
+    """(K-1)/M times the sum over the subset: in expectation the sum over all K-1 steps (Eq. 17)."""
+    return (K - 1) / M
+
+
+def anchor_step(draw, K):
+    """One step drawn for each epoch, as in stage 1: the paper's Eq. 9 is an expectation over steps."""
+    return draw.scalars.randint(1, K)
+
+
+def old_log_prob(log_p, log_p_of_rollout):
+    """The rollout's, as in the release's code, where rounding gets clipped."""
+    return log_p_of_rollout
+
+
+def shared_noise(draw, prompts, *key):
+    """Not shared: every picture has its own."""
+    return draw.normal()
+
+
+# ---- choosing ------------------------------------------------------------------------------------
+VARIANTS = {  # name: (function, the stages that have it)
+    "printed_std": (sub_interval, (1, 2)),
+    "step_consistency": (consistency_path, (1, 2)),
+    "score_gradient": (generator_loss, (1, 2)),
+    "dmd2": (executed_levels, (1,)),
+    "gaussian_log_prob": (log_prob, (2,)),
+    "group_std": (advantages, (2,)),
+    "subset_factor": (subset_weight, (2,)),
+    "drawn_step": (anchor_step, (2,)),
+    "rollout_log_prob": (old_log_prob, (2,)),
+    "free_noise": (shared_noise, (2,)),
+}
+
+
+def swap(names, stage, *namespaces):
+    """Put the named variants in the place of the functions of the same name.
+
+    names: separated by commas. namespaces: of the modules that call these functions by name. Dies at
+    a name that is unknown, or of the other stage.
+    """
+    known = [name for name, (_, stages) in VARIANTS.items() if stage in stages]
+    for name in filter(None, names.split(",")):
+        if name not in known:
+            die(f"--variant {name}: stage {stage} knows {', '.join(known)}")
+        function, _ = VARIANTS[name]
+        for namespace in namespaces:
+            if function.__name__ in namespace:
+                namespace[function.__name__] = function
