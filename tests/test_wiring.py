@@ -376,7 +376,7 @@ def test_the_built_in_prompts_say_what_their_metadata_ask_for():
             assert target == 0
             expected = f"{words_of(include[1])} {relation} {words_of(include[0])}"
         elif metadata["tag"] == "counting":
-            continue  # test_smoke.py
+            continue  # test_prompts.py
         else:
             expected = " and ".join(words_of(entry) for entry in include)
         assert row["prompt"] == f"a photo of {expected}"

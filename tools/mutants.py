@@ -33,7 +33,7 @@ from tools.faults import FAULTS
 ROOT = Path(__file__).resolve().parent.parent
 NOT_COPIED = (".git", ".venv", "out", "assets", "__pycache__", ".pytest_cache")
 
-# test_smoke.py without what takes long (processes that talk to each other or are killed, the
+# The tests without what takes long (processes that talk to each other or are killed, the
 # compiler, tables of many runs), and without the diffs of the README: they do not fit a text that
 # has a fault in their place, whatever the fault does.
 LEFT_OUT = (
@@ -73,8 +73,6 @@ def stages_of(tests):
         p for p in sorted((ROOT / "tests").glob("test_*.py")) if f"tests/{p.name}" not in core
     ]
     names = [str(path.relative_to(ROOT)) for path in others]
-    if (ROOT / "test_smoke.py").exists():
-        names.append("test_smoke.py")
     stages.append(Stage("others", [*names, "-k", f"not ({LEFT_OUT})"]))
     return stages
 

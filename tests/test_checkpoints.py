@@ -1,0 +1,425 @@
+"""A run survives: it continues to the byte after signals, kills, full disks and damaged files."""
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+
+import checkpoint
+import cold_start
+import common
+import rtdmd_rl
+from crash import crash_test, same
+from helpers import (
+    ADAPTERS,
+    COLD,
+    RL,
+    ROOT,
+    TINY,
+    flip,
+    good,
+    here,
+    listing,
+    load,
+    log_of,
+    same_files,
+    stage_of,
+)
+
+
+def test_the_checkpoint_has_one_pair_of_keys_for_each_attention_projection_that_a_block_has(run):
+    """The published format: `transformer_blocks.0.attn.to_q.lora_A.default.weight`; attn, and not SD3.5's second attention attn2."""
+    blocks = SD3Transformer2DModel.from_pretrained(TINY / "transformer").transformer_blocks
+    expected = {
+        f"transformer_blocks.{i}.attn.{name}.lora_{ab}.default.weight"
+        for i, block in enumerate(blocks)
+        for ab in "AB"
+        for name, module in block.attn.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    assert len(expected) == (len(blocks) * 8 - 1) * 2  # the last block has no to_add_out
+    for path in (run.cold / "generator_ema.pt", run.cold / "fake.pt", run.rl / "generator_ema.pt"):
+        assert set(load(path)) == expected and all(
+            v.dtype == torch.float32 for v in load(path).values()
+        )
+
+
+@pytest.mark.parametrize("stage", ["cold", "rl"])
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    run, tmp_path, stage
+):
+    program, flags, length, half = stage_of(run, stage)
+    flags, one, two = [*flags, "--out_dir", tmp_path / "out"], getattr(run, stage), tmp_path / "out"
+    good(here(program, *flags, length, half))
+    with open(
+        two / "log.jsonl", "a"
+    ) as f:  # as after a kill: a step that the checkpoint does not know, and half a line
+        f.write(json.dumps({"step": half, "loss_fake": 9}) + '\n{"step": 3, "lo')
+    good(here(program, *flags, "--resume"))
+    assert same_files(one, two) and log_of(one) == log_of(two)
+    a, b = load(one / "ckpt.pt"), load(two / "ckpt.pt")
+    for name in ("G_opt", "F_opt"):
+        assert all(
+            torch.equal(v, b[name]["state"][i][k])
+            for i, moments in a[name]["state"].items()
+            for k, v in moments.items()
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- it survives
+# Kill it anywhere: signals, crashes, full disks, damaged files. The crash test is a program of its own, too: crash.py.
+@pytest.fixture
+def small_state(tmp_path):
+    """-> state(step), args: as the programs give them to save_checkpoint; every number of it is `step`."""
+
+    def state(step):
+        parameter = torch.nn.Parameter(torch.full((3, 2), float(step)))
+        optimizer = torch.optim.AdamW([parameter])
+        return {
+            "generator": [parameter],
+            "fake": [parameter],
+            "ema": [parameter],
+            "G_opt": optimizer,
+            "F_opt": optimizer,
+            "keys": ["key"],
+        }
+
+    return state, SimpleNamespace(out_dir=str(tmp_path))
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no `except Exception` or `except OSError` of the programs sees it."""
+
+
+def test_killed_at_any_call_while_saving_a_whole_checkpoint_is_left_and_no_mixture(
+    small_state, tmp_path, monkeypatch, capsys
+):
+    """Save step 1, 2, then 3 and die at the n-th write, flush or rename, for every n. What --resume reads is step 2 or 3, whole; the two
+    adapters are of one step, or stage 2 refuses them. When nobody dies: step 3, and step 2 behind it."""
+    state, args = small_state
+    for n in itertools.count():
+        [p.unlink() for p in tmp_path.iterdir()]
+        [checkpoint.save_checkpoint(args, state(step), step) for step in (1, 2)]
+        calls = []
+
+        def mortal(call, half=False):
+            def wrapped(*inputs, **options):
+                calls.append(call)
+                if len(calls) == n + 1:
+                    if half and os.path.isfile(inputs[0]):  # it is being written
+                        os.truncate(inputs[0], os.path.getsize(inputs[0]) // 2)
+                    raise Killed
+                return call(*inputs, **options)
+
+            return wrapped
+
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(common, "sync", mortal(common.sync, half=True))
+            patch.setattr(os, "replace", mortal(os.replace))
+            checkpoint.save_checkpoint(args, state(3), 3)
+        path = next(tmp_path / f for f in ("ckpt.pt", "ckpt.prev.pt") if (tmp_path / f).exists())
+        saved = checkpoint.read(str(path), "checkpoint")
+        assert saved["step"] in (2, 3) and all(
+            (saved[name][0] == saved["step"]).all() for name in ("generator", "fake", "ema")
+        )
+        generator, fake = (
+            checkpoint.read(f"{tmp_path}/{f}", "adapter")["key"][0, 0].item() for f in ADAPTERS
+        )
+        try:
+            checkpoint.find_weights(str(tmp_path), "cold_start")
+            assert generator == fake and generator in (2, 3)
+        except SystemExit:
+            assert (generator, fake) == (3, 2) and "--resume" in capsys.readouterr().err
+        if len(calls) == n:  # nobody died
+            break
+    assert (
+        n == 8 and saved["step"] == generator == 3 and load(tmp_path / "ckpt.prev.pt")["step"] == 2
+    )  # 3 flushes, 4 renames, 1 directory
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_one_flipped_bit_anywhere_in_a_checkpoint_is_noticed_or_changes_nothing(
+    small_state, tmp_path, capsys
+):
+    """Every byte of a small one. torch.load alone takes wrong weights, steps and flags for right: it does not look at the checksums."""
+    state, args = small_state
+    checkpoint.save_checkpoint(SimpleNamespace(out_dir=str(tmp_path), lr=1e-3), state(7), 7)
+    path, (whole, content), noticed, missed_by_torch = (
+        tmp_path / "ckpt.pt",
+        (load(tmp_path / "ckpt.pt"), (tmp_path / "ckpt.pt").read_bytes()),
+        0,
+        0,
+    )
+    for place in range(len(content)):
+        path.write_bytes(content)
+        flip(path, place, place % 8)
+        try:
+            assert same(checkpoint.read(str(path), "checkpoint"), whole), place
+        except SystemExit:
+            noticed += 1
+            with contextlib.suppress(Exception):
+                missed_by_torch += not same(load(path), whole)
+    errors = capsys.readouterr().err.splitlines()
+    assert (
+        len(errors) == noticed > 500
+        and all("damaged" in line for line in errors)
+        and missed_by_torch > 50
+    )
+
+
+def test_a_damaged_byte_in_each_part_of_a_real_checkpoint_is_refused_and_the_one_before_it_goes_on(
+    run, tmp_path
+):
+    """Each tensor, the flags, the optimisers. The message offers ckpt.prev.pt, and doing as it says ends in the bytes of a whole run."""
+    path = Path(shutil.copy(run.cold / "ckpt.pt", tmp_path))
+    parts = [part for part in zipfile.ZipFile(path).infolist() if part.file_size]
+    for part in [part for part in parts if "/data/" not in part.filename] + parts[
+        :: len(parts) // 8
+    ]:
+        header = path.read_bytes()[part.header_offset :][:30]
+        place = (
+            part.header_offset
+            + 30
+            + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+            + part.file_size // 2
+        )
+        flip(path, place)
+        with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as err:
+            checkpoint.read(str(path), "checkpoint", "; HINT")
+        assert "damaged" in err.getvalue() and err.getvalue().endswith("; HINT\n")
+        flip(path, place)
+    flags = [*COLD, "--out_dir", tmp_path / "run", "--save_every", 1]
+    good(here(cold_start, *flags, "--steps", 3))
+    flip(tmp_path / "run/ckpt.pt", os.path.getsize(tmp_path / "run/ckpt.pt") // 2)
+    status, _, err = here(cold_start, *flags, "--resume")
+    assert (
+        status == 2
+        and err.count("\n") == 1
+        and f"delete {tmp_path}/run/ckpt.pt to go on from the one before it" in err
+    )
+    (tmp_path / "run/ckpt.pt").unlink()
+    status, out, _ = here(cold_start, *flags, "--resume")
+    assert (
+        status == 0
+        and "ckpt.prev.pt, step 2" in out
+        and same_files(tmp_path / "run", run.cold)
+        and log_of(tmp_path / "run") == log_of(run.cold)
+    )
+
+
+def test_resume_without_a_checkpoint_starts_and_other_content_under_the_same_name_is_refused(
+    run, tmp_path
+):
+    """Prompts, and for stage 2 stage 1's weights: the flags are the same, the files behind them are not."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a circle\na square\n")
+    flags = [*COLD, "--steps", 1, "--prompts", prompts, "--out_dir", tmp_path / "cold", "--resume"]
+    good(here(cold_start, *flags))
+    good(
+        here(
+            rtdmd_rl,
+            *RL,
+            "--epochs",
+            1,
+            "--cold_start",
+            tmp_path / "cold",
+            "--out_dir",
+            tmp_path / "rl",
+        )
+    )
+    prompts.write_text("a circle\na triangle\n")
+    status, _, err = here(cold_start, *flags)
+    assert status == 2 and err.count("\n") == 1 and "--prompts content" in err
+    shutil.copy(run.cold / "generator_ema.pt", tmp_path / "cold/generator_ema.pt")
+    status, _, err = here(
+        rtdmd_rl, *RL, "--cold_start", tmp_path / "cold", "--out_dir", tmp_path / "rl", "--resume"
+    )
+    assert status == 2 and err.count("\n") == 1 and "cold_start content" in err
+
+
+def test_other_packages_or_another_number_of_processes_are_told_on_resume(
+    run, tmp_path, monkeypatch
+):
+    shutil.copytree(run.cold, tmp_path / "out")
+    monkeypatch.setattr(
+        checkpoint,
+        "version",
+        lambda name: (
+            "9.9" if name == "peft" else __import__("importlib.metadata").metadata.version(name)
+        ),
+    )
+    ckpt = load(run.cold / "ckpt.pt")
+    ckpt["flags"]["made_with"]["processes"] = 8
+    torch.save(ckpt, tmp_path / "out/ckpt.pt")
+    status, out, _ = here(cold_start, *COLD, "--out_dir", tmp_path / "out", "--resume")
+    assert (
+        status == 0
+        and "-> 9.9, processes 8 -> 1): the same results up to rounding" in out
+        and "torch" not in out
+    )
+
+
+# ---- signals and dying processes
+def at_call(function, n, action):
+    """`function`, doing `action` before its n-th call"""
+    count = itertools.count(1)
+    return lambda *inputs: (action() if next(count) == n else None, function(*inputs))[1]
+
+
+@pytest.mark.parametrize("stage, name", [("cold", "SIGTERM"), ("rl", "SIGINT")])
+def test_a_signal_finishes_the_step_saves_and_exits_with_status_0(run, tmp_path, stage, name):
+    """In the middle of the first step, twice, as torchrun passes them on; --resume then ends in the bytes of an uninterrupted run."""
+    program, flags, *_ = stage_of(run, stage)
+    ask = lambda: [os.kill(os.getpid(), getattr(signal, name)) for _ in range(2)]
+    status, out, err = here(
+        program,
+        *flags,
+        "--out_dir",
+        tmp_path,
+        fake_score_loss=at_call(program.fake_score_loss, 1, ask),
+    )
+    assert (
+        status == 0
+        and "saved after 1 of" in out
+        and "--resume" in out
+        and "done" not in out
+        and load(tmp_path / "ckpt.pt")["step"] == 1
+    )
+    good(here(program, *flags, "--out_dir", tmp_path, "--resume"))
+    assert same_files(tmp_path, getattr(run, stage)) and log_of(tmp_path) == log_of(
+        getattr(run, stage)
+    )
+
+
+def two_ranks(out_dir, *flags):
+    """torchrun with two endless ranks -> (its Popen, [pid of rank 0, of rank 1]) once they have taken two steps."""
+    command = [
+        Path(sys.executable).with_name("torchrun"),
+        "--standalone",
+        "--nproc_per_node=2",
+        "cold_start.py",
+        *COLD[:-6],
+        "--steps",
+        10000,
+        *flags,
+    ]
+    job = subprocess.Popen(
+        [*map(str, command), "--out_dir", str(out_dir)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log, until = out_dir / "log.jsonl", time.time() + 60
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 2) and time.time() < until:
+        time.sleep(0.1)
+    pids = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    return job, sorted(
+        map(int, pids),
+        key=lambda pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0RANK=")[1][:1],
+    )
+
+
+def test_a_signal_to_one_rank_of_two_ends_both_at_the_same_step_with_status_0(tmp_path):
+    job, (_, second) = two_ranks(tmp_path)
+    os.kill(second, signal.SIGTERM)
+    out, err = job.communicate(timeout=60)
+    step = load(tmp_path / "ckpt.pt")["step"]
+    assert (
+        job.returncode == 0
+        and "Traceback" not in err
+        and f"saved after {step} of" in out
+        and len(log_of(tmp_path)) == step
+    )
+    flags = [*COLD[:-6], "--steps", step + 1, "--out_dir", tmp_path, "--resume"]
+    status, out, _ = here(cold_start, *flags)  # alone from here on
+    assert status == 0 and "processes 2 -> 1" in out
+
+
+def test_a_killed_rank_ends_the_job_within_a_minute_and_its_checkpoint_is_whole(tmp_path):
+    job, pids = two_ranks(tmp_path, "--save_every", 1)
+    os.kill(pids[1], signal.SIGKILL)
+    start = time.time()
+    _, err = job.communicate(timeout=60)
+    assert (
+        job.returncode != 0
+        and time.time() - start < 60
+        and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    )
+    assert "cold_start.py: error: lost the other processes" in err
+    assert any(
+        checkpoint.read(str(tmp_path / f), "checkpoint")["step"] >= 1
+        for f in ("ckpt.pt", "ckpt.prev.pt")
+        if (tmp_path / f).exists()
+    )
+
+
+def test_a_checkpoint_is_saved_after_so_many_minutes_too(tmp_path, monkeypatch):
+    saved = []
+    save = lambda args, state, step: saved.append(step)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+    good(here(cold_start, *COLD, "--steps", 3, "--save_minutes", 1e-9, "--out_dir", tmp_path))
+    assert saved == [1, 2, 3]
+    for minutes, steps in (
+        (1, [1, 8, 9]),
+        (0, [8, 9]),
+    ):  # two minutes since the last one; every 8 steps; the last step
+        args = SimpleNamespace(save_every=8, save_minutes=minutes, saved_at=time.time() - 120)
+        saved.clear()
+        [cold_start.save_or_stop(args, {}, step, 9) for step in range(1, 10)]
+        assert saved == steps
+
+
+# ---- full disks
+@pytest.mark.parametrize(
+    "limit, name", [(50, "log.jsonl"), (300_000, "generator_ema.pt"), (1_000_000, "ckpt.pt")]
+)
+def test_a_full_disk_while_writing_loses_nothing_that_was_saved(run, tmp_path, limit, name):
+    """The kernel refuses to let a file grow beyond the limit, in the middle of a write. One line, status 1; the old files are untouched and of
+    one step, nothing half-written is left, and --resume ends in the same bytes as a run without the accident."""
+    flags = [*COLD, "--out_dir", tmp_path / "out"]
+    good(here(cold_start, *flags, "--steps", 2))
+    (tmp_path / "out/log.jsonl").write_text("")  # or the limit would be met at once
+    before = listing(tmp_path / "out")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        status, _, err = here(cold_start, *flags, "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (
+        status == 1
+        and err.count("\n") == 1
+        and f"cannot write {tmp_path}/out/{name}" in err
+        and "--resume" in err
+    )
+    assert {k: v for k, v in listing(tmp_path / "out").items() if "log" not in k} == {
+        k: v for k, v in before.items() if "log" not in k
+    }
+    good(here(cold_start, *flags, "--resume"))
+    assert same_files(tmp_path / "out", run.cold)
+
+
+def test_too_small_a_disk_is_met_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    status, _, err = here(cold_start, *COLD, "--out_dir", tmp_path)
+    assert status == 2 and err.count("\n") == 1 and "GB free" in err and not listing(tmp_path)
+
+
+def test_killed_runs_resume_and_end_in_the_bytes_of_a_run_that_nobody_killed(run, tmp_path):
+    report, identical = crash_test(3, run, tmp_path, seed=1)
+    assert identical, "\n".join(report)

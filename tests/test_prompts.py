@@ -1,0 +1,136 @@
+"""Prompts of every kind are read, and the built-in ones have GenEval's form."""
+
+import io
+import json
+import sys
+from collections import Counter
+
+import rewards
+import sample
+import tiny
+from helpers import BASE, TINY, good, here
+from prompts import geneval_prompts, load_prompts
+
+
+def test_the_built_in_prompts_come_in_genevals_six_categories_with_genevals_metadata():
+    rows = geneval_prompts(1200)
+    assert rows == geneval_prompts(1200) and rows != geneval_prompts(1200, seed=1)
+    assert sorted(Counter(r["metadata"]["tag"] for r in rows).items()) == sorted(
+        (tag, 200) for tag in tiny.CATEGORIES
+    )
+    for row in rows:
+        tag, include, words = (
+            row["metadata"]["tag"],
+            row["metadata"]["include"],
+            row["prompt"].split(),
+        )
+        assert (
+            row["prompt"].startswith("a photo of ") and row["metadata"]["prompt"] == row["prompt"]
+        )
+        assert (
+            len(include)
+            == len({o["class"] for o in include})
+            == (2 if tag in ("two_object", "position", "color_attr") else 1)
+        )
+        for o in include:
+            assert o["class"] in rewards.COCO and (
+                tag == "counting" or o["count"] == 1 and o["class"] in row["prompt"]
+            )
+            assert ("color" in o) == (tag in ("colors", "color_attr")) and o.get(
+                "color", "red"
+            ) in rewards.COLORS
+        assert [o["position"][1] for o in include if "position" in o] == [0] * (tag == "position")
+        if tag == "counting":
+            n = include[0]["count"]
+            assert words[3] == tiny.NUMBERS[n] and row["metadata"]["exclude"] == [
+                {"class": include[0]["class"], "count": n + 1}
+            ]
+        assert not [
+            (a, b)
+            for a, b in zip(words, words[1:])
+            if a in ("a", "an") and (b[0] in "aeiou") != (a == "an")
+        ]
+
+
+# ---- prompts
+def test_prompts_of_every_kind_are_read_and_what_is_cut_off_is_counted(tmp_path, capfd):
+    """BOM, CRLF, blank lines, 10 000 characters, duplicates, what looks like a flag, emoji, right-to-left: all are drawn, and one line each says
+    how many are too long (tiny tokenizers know their world's words and spell out all others) and how many are repeated. No other line:
+    diffusers would print the text that is cut off."""
+    prompts = [
+        "a red circle",
+        "--seed",
+        "-1",
+        "🟥🔵 🏳️‍🌈",
+        "دائرة حمراء",
+        "a blue square " * 714 + "a",
+        "a red circle",
+        "x" * 10000,
+    ]
+    (tmp_path / "p.txt").write_bytes(("\ufeff" + "\r\n\r\n \r\n".join(prompts)).encode())
+    (tmp_path / "p.jsonl").write_bytes(
+        ("\ufeff" + "\r\n".join(json.dumps({"prompt": p}) for p in prompts)).encode()
+    )
+    assert [row["prompt"] for row in load_prompts(str(tmp_path / "p.txt"))] == prompts
+    status, _, err = here(
+        sample,
+        "--prompts",
+        tmp_path / "p.jsonl",
+        *BASE[:4],
+        "--teacher",
+        "--steps",
+        1,
+        "--out_dir",
+        tmp_path / "out",
+        "--rewards",
+        "clipscore",
+        "--reward_path",
+        f"clipscore={TINY}/clip",
+    )
+    assert (
+        status == 0
+        and len(list((tmp_path / "out").glob("0*.png"))) == len(prompts)
+        and capfd.readouterr().err == ""
+    )
+    assert err.splitlines() == [
+        "note: 4 of 8 prompts are longer than CLIP's 10 or T5's 8 tokens: the rest is not read",
+        "note: 1 of 8 prompts are repeated: each counts",
+    ]
+    assert [
+        json.loads(line)["prompt"]
+        for line in (tmp_path / "out/scores.jsonl").read_text().splitlines()
+    ] == prompts
+    good(
+        here(
+            sample,
+            *BASE[:4],
+            "--teacher",
+            "--steps",
+            1,
+            "--out_dir",
+            tmp_path / "flag",
+            "--",
+            "--a red circle",
+        )
+    )
+
+
+def test_prompts_are_drawn_as_they_come_in_on_stdin(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a red circle\n\ntwo squares\n"))
+    status, out, err = here(
+        sample,
+        *BASE[:4],
+        "--cold_start",
+        run.cold,
+        "--rtdmd",
+        run.rl,
+        "--prompts",
+        "-",
+        "--out_dir",
+        tmp_path,
+    )
+    assert (
+        status == 0
+        and "two squares" in out
+        and {"00000.png", "00001.png", "grid.png"} <= {p.name for p in tmp_path.iterdir()}
+    ), err
