@@ -32,7 +32,7 @@ from helpers import (
     same_files,
     shell,
     tiny_args,
-    tiny_pipe,
+    tiny_base,
     want,
 )
 from small_rewards import CPU, one_reward

@@ -39,7 +39,7 @@ from helpers import (
     load,
     random_adapter,
     tiny_args,
-    tiny_pipe,
+    tiny_base,
 )
 from small_rewards import CPU
 

@@ -36,7 +36,7 @@ from helpers import (
     shell,
     stage_of,
     tiny_args,
-    tiny_pipe,
+    tiny_base,
 )
 from rtdmd_rl import policy_loss, shared_noise
 

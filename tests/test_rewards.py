@@ -16,7 +16,7 @@ import model
 import rewards
 import tiny
 from gaussian import close
-from helpers import TINY, Code, tiny_pipe
+from helpers import TINY, Code, tiny_base
 from small_rewards import (
     BLIP_SMALL,
     CLIP_SMALL,
