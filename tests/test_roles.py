@@ -228,7 +228,10 @@ def test_both_adapters_are_stacked_and_neither_replaces_the_other(tmp_path):
         )
         return sample.draw(v, [0], (4, 16, 16), sigmas(), 0.9, torch.device("cpu"))
 
-    stacked, pipe = latents(tiny_base().pipe, str(tmp_path / "one"), str(tmp_path / "two")), tiny_base().pipe
+    stacked, pipe = (
+        latents(tiny_base().pipe, str(tmp_path / "one"), str(tmp_path / "two")),
+        tiny_base().pipe,
+    )
     for key in weights:
         if ".lora_A" in key:  # W + (alpha / rank) B A
             pipe.transformer.get_submodule(key.split(".lora_A")[0]).weight.data += (
