@@ -16,7 +16,6 @@ pytest.register_assert_rewrite("helpers", "gaussian", "small_rewards", "crash")
 
 import cold_start
 import rtdmd_rl
-import sample
 from helpers import BASE, COLD, RL, shell, tiny_args, tiny_base
 
 
@@ -35,7 +34,7 @@ def run(tmp_path_factory):
         shell(cold_start, *COLD, "--out_dir", t / "cold"),
         shell(rtdmd_rl, *RL, "--cold_start", t / "cold", "--out_dir", t / "rl"),
         shell(
-            sample,
+            SimpleNamespace(__name__="sample"),
             "a red circle",
             *BASE[:4],
             "--num_images",
