@@ -77,7 +77,10 @@ def bad(run, tmp_path_factory):
         '{"r": 32, "lora_alpha": 64}'
     )  # else its alpha would be assumed, and a line say so
     first = next(iter(weights))
-    changed = lambda value: {**weights, first: value}
+
+    def changed(value):
+        return {**weights, first: value}
+
     for name, content in {
         "nokeys": {"net." + k: v for k, v in weights.items()},
         "half": dict(list(weights.items())[:9]),
