@@ -168,9 +168,9 @@ def tiny_args(**more):
     )
 
 
-def tiny_base(resolution=32, **more):
+def tiny_base(pretrained=TINY, resolution=32, **more):
     """The tiny base model on the CPU."""
-    return StableDiffusion3(str(TINY), CPU, resolution, **more)
+    return StableDiffusion3(str(pretrained), CPU, resolution, **more)
 
 
 def random_adapter(path, seed, rank=32):
