@@ -21,6 +21,7 @@ import tiny
 from gaussian import close
 from helpers import (
     BASE,
+    CPU,
     README,
     RL,
     TINY,
@@ -35,7 +36,7 @@ from helpers import (
     tiny_base,
     want,
 )
-from small_rewards import CPU, one_reward
+from small_rewards import one_reward
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_all_ablations_at_a_size_of_nothing(quick, tmp_path, monkeypatch):
     assert (
         status == 0
         and {seed for _, seed in trained} == {1}
-        and ("1", 1) == trained[0]
+        and trained[0] == ("1", 1)
         and len(trained) == len(files) - 3
     )
     assert err.count("failed") == 1 and "2 --subset 1, seed 1: failed" in err

@@ -29,6 +29,7 @@ from cps import CPSScheduler
 from gaussian import LEVELS, close
 from helpers import (
     BASE,
+    CPU,
     README,
     ROOT,
     TINY,
@@ -41,7 +42,6 @@ from helpers import (
     tiny_args,
     tiny_base,
 )
-from small_rewards import CPU
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_merging_into_a_bf16_base_is_done_in_float32(tmp_path):
     lora = {
         k: p.mul_(1e-2) for k, p in export.concatenated(pipe.transformer, names).items()
     }  # B A shrinks by 1e-4
-    for k, p in cold_start.adapter(pipe.transformer, names[0]).items():
+    for p in cold_start.adapter(pipe.transformer, names[0]).values():
         p.data.mul_(1e-2)
     base = {
         k: p.detach().float().clone()
@@ -256,7 +256,7 @@ def test_a_model_card_says_how_it_was_made_and_what_it_scored(run, tmp_path):
         and "base_model: " in card
         and "licence" in card
     )
-    for program, flags in (
+    for _program, flags in (
         (cold_start, "--steps 4"),
         (rtdmd_rl, "--epochs 2"),
         (rtdmd_rl, "--rewards clipscore:1,checker:1"),
@@ -320,9 +320,9 @@ def test_an_export_that_fails_half_way_leaves_nothing(run, tmp_path, monkeypatch
 
 
 def test_the_scheduler_is_loaded_with_a_pipeline_saved_with_it_and_drives_img2img(tmp_path):
-    load = lambda pipeline, where, **more: pipeline.from_pretrained(
-        where, dtype=torch.float32, **more
-    )
+    def load(pipeline, where, **more):
+        return pipeline.from_pretrained(where, dtype=torch.float32, **more)
+
     ours = CPSScheduler.from_pretrained(TINY, subfolder="scheduler", eta=0.8)
     pipe = load(DiffusionPipeline, TINY, scheduler=ours)
     pipe.save_pretrained(tmp_path)
@@ -342,7 +342,10 @@ def test_the_scheduler_is_loaded_with_a_pipeline_saved_with_it_and_drives_img2im
         [900, 750, 500]
     )
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    normal = lambda: randn_tensor((2, 4, 16, 16), generator=generators)
+
+    def normal():
+        return randn_tensor((2, 4, 16, 16), generator=generators)
+
     x0 = (
         pipe.vae.encode(image.image_processor.preprocess(pictures))
         .latent_dist.sample(generators)

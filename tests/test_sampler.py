@@ -156,7 +156,9 @@ def test_the_scheduler_draws_in_diffusers_what_our_own_loop_draws(tiny_parts, tm
         cold_start.play(pipe.transformer, [], text),
         dict(zip(("prompt_embeds", "pooled_prompt_embeds"), text)),
     )
-    own = lambda eta: sample.draw(v, seeds, pipe.latent_shape, LEVELS, eta, torch.device("cpu"))
+
+    def own(eta):
+        return sample.draw(v, seeds, pipe.latent_shape, LEVELS, eta, torch.device("cpu"))
 
     def diffusers(scheduler, **inputs):
         scheduler.generator = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -197,7 +199,10 @@ def test_the_scheduler_draws_in_diffusers_what_our_own_loop_draws(tiny_parts, tm
 # -------------------------------------------------------------------------------- rollout, times, data order; the real loops
 def test_a_rollout_takes_k_steps_and_follows_the_grad_mode():
     theta, (x, *noises), seen = ZERO.clone().requires_grad_(), normals(K + 1, 3), []
-    G = lambda x, s: seen.append(s) or generator_with(theta)(x, s)
+
+    def G(x, s):
+        return seen.append(s) or generator_with(theta)(x, s)
+
     for k in range(K + 1):
         seen.clear()
         with torch.no_grad():
