@@ -16,6 +16,7 @@ import cold_start
 import report
 import rewards
 import rtdmd_rl
+import sample
 import tiny
 from gaussian import close
 from helpers import (
@@ -296,6 +297,40 @@ def test_diversity_is_2_bits_of_colour_and_the_distance_where_all_differs():
     assert report.diversity([row] * 4, torch.eye(4), half)[1] == pytest.approx(
         math.log2(3)
     )  # 2 of 6 pairs agree
+
+
+def test_the_scoreboards_rows_have_the_levels_that_their_legend_says(monkeypatch, tmp_path):
+    """50 steps on diffusers' grid; 4 at the student's levels, to show what distillation adds."""
+    rows = []
+    pipe = tiny_base().pipe
+
+    class StopHereError(Exception):
+        """Raised in place of drawing the report."""
+
+    def record(pipe, encode, clips, captions, adapters, levels, eta, cfg=1.0):
+        rows.append((levels, eta, cfg))
+        return {"checker": 0.0}, torch.zeros(len(captions), 3, 32, 32)
+
+    def enough(*inputs):
+        raise StopHereError
+
+    monkeypatch.setattr(report, "evaluate", record)
+    monkeypatch.setattr(report, "read_log", lambda run: [{"step": 0, "seconds": 1.0}])
+    monkeypatch.setattr(
+        report, "load_tiny", lambda *_, **__: (SimpleNamespace(cfg=2.0), pipe, None, [])
+    )
+    monkeypatch.setattr(
+        report, "load_generator", lambda pipe, args: ["cold_generator", "generator"]
+    )
+    monkeypatch.setattr(report, "draw_report", enough)
+    with pytest.raises(StopHereError):
+        report.scoreboard(str(tmp_path), TINY, 3, torch.device("cpu"))
+    levels, etas, guidances = zip(*rows, strict=True)
+    assert levels[0] == sample.teacher_levels(pipe, 50)
+    for others in levels[1:]:
+        assert others == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
+    assert etas == (0.0, 0.0, 0.0, 0.9, 0.9)
+    assert guidances == (2.0, 2.0, 1.0, 1.0, 1.0)
 
 
 # ---- held-out prompts, while training
