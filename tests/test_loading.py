@@ -29,7 +29,6 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-import cold_start
 import model
 import rtdmd_rl
 import sample
@@ -894,7 +893,7 @@ def test_stage_2_freezes_stage_1_as_its_files_are_and_trains_what_its_flags_say(
             untouched = model.play(transformer, [], embeds)(X, 0.75)
         torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
         differ(ours, untouched)
-        assert all(not p.requires_grad for p in cold_start.adapter(transformer, name).values())
+        assert all(not p.requires_grad for p in model.adapter(transformer, name).values())
     new = torch.load(tmp_path / "out/generator_ema.pt", weights_only=True)
     usual = [
         n
