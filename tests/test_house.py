@@ -31,7 +31,8 @@ ALLOWED = {
     },
     "sample": {"checkpoint", "common", "cps", "model", "prompts"},
 }  # fmt: skip
-READABLE = sorted(ALLOWED)
+TOOLS = [f"tools/{path.stem}" for path in ROOT.glob("tools/*.py")]
+READABLE = sorted([*ALLOWED, *TOOLS])
 
 
 def tree_of(name):
