@@ -137,6 +137,11 @@ def renoise_time(s, u):
     return (s + 0.01 + (1 - s - 0.01) * u).clamp(0.02, 0.98)
 
 
+def steps_back(u):
+    """How far below t the consistency looks: U{1..200} / 1000, from u [B] uniform in [0,1) -> [B]."""
+    return (1 + (200 * u).floor()) / 1000
+
+
 def ambient_loss(v_fake, v_target, sig):
     """Denoising score matching from a start that is noisy itself (Eq. 10, Prop. D.1) -> [B].
 
@@ -161,19 +166,19 @@ def consistency_loss(fake, x_t, v_t, t, t_below, noise1, noise2, eta):
     return (drift1 * drift2).flatten(1).mean(1)
 
 
-def consistency_path(fake, x_s, s, s_next, x_t, v_t, t, steps_back):
+def consistency_path(fake, x_s, s, s_next, x_t, v_t, t, back):
     """Where Eq. 11 is asked for -> (x_t, fake's velocity there, t', t''): from t to up to 0.2 below it.
 
     (s_next [B], the generator's next level, is for the paper's letter, variants.py.)
     """
-    return x_t, v_t, t, (t - steps_back).clamp(min=0)
+    return x_t, v_t, t, (t - back).clamp(min=0)
 
 
-def fake_score_loss(fake, x_s, s, s_next, t, noise, steps_back, noise1, noise2, gamma, eta):
+def fake_score_loss(fake, x_s, s, s_next, t, noise, back, noise1, noise2, gamma, eta):
     """The fake score's loss (Eq. 12) -> (loss, ambient, consistency), each [B].
 
     x_s [B,C,H,W]: generator samples at noise level s (0 for finished pictures); t [B] > s: where to
-    score them; steps_back [B] in (0, 0.2]: how far below t the consistency looks; the noises are like
+    score them; back [B] in (0, 0.2]: how far below t the consistency looks; the noises are like
     x_s.
     """
     x_t = renoise(x_s, s, t, noise)
@@ -181,7 +186,7 @@ def fake_score_loss(fake, x_s, s, s_next, t, noise, steps_back, noise1, noise2, 
     ambient = ambient_loss(v_t, *ambient_target(x_s, s, t, noise))
     if gamma == 0:
         return ambient, ambient, torch.zeros_like(ambient)
-    path = consistency_path(fake, x_s, s, s_next, x_t, v_t, t, steps_back)
+    path = consistency_path(fake, x_s, s, s_next, x_t, v_t, t, back)
     consistency = consistency_loss(fake, *path, noise1, noise2, eta)
     return ambient + gamma * consistency, ambient, consistency
 
@@ -269,9 +274,9 @@ def main():
     def student_pass(x, s, *text):
         return student(text)(x, s)
 
-    def fake_pass(x_s, s, s_next, t, noise, steps_back, noise1, noise2, *text):
+    def fake_pass(x_s, s, s_next, t, noise, back, noise1, noise2, *text):
         losses = fake_score_loss(
-            fake(text), x_s, s, s_next, t, noise, steps_back, noise1, noise2, args.gamma, args.eta
+            fake(text), x_s, s, s_next, t, noise, back, noise1, noise2, args.gamma, args.eta
         )
         (losses[0].sum() / n_pictures).backward()
         return torch.stack([loss.sum() for loss in losses]).detach()
@@ -325,11 +330,11 @@ def main():
         levels_next = x_start.new_full((n_mine,), levels[min(k + 1, args.num_steps)])
         t = renoise_time(s, draw.uniform())
         noise = draw.normal()
-        steps_back = (1 + (200 * draw.uniform()).floor()) / 1000  # U{1..200} / 1000
+        back = steps_back(draw.uniform())
         noise1, noise2 = draw.normal(), draw.normal()
         for b, text in zip(micro_batches, texts):
             loss, ambient, consistency = fake_pass(
-                x_s[b], levels_here[b], levels_next[b], t[b], noise[b], steps_back[b],
+                x_s[b], levels_here[b], levels_next[b], t[b], noise[b], back[b],
                 noise1[b], noise2[b], *text,
             )  # fmt: skip
             sums.add(loss_fake=loss, loss_ambient=ambient, loss_consistency=consistency)

@@ -30,7 +30,7 @@ import cold_start
 import cps
 import variants
 from checkpoint import DEFAULT_PLACES, Run, find_weights, take_settings
-from cold_start import HERE, fake_score_loss, generator_loss, renoise_time
+from cold_start import HERE, fake_score_loss, generator_loss, renoise_time, steps_back
 from common import (
     Log,
     Parser,
@@ -265,6 +265,25 @@ def shared_noise(draw, prompts, *key):
     return torch.stack([noise_of[prompt] for prompt in prompts])
 
 
+def step_noise(draw, K, S, prompts, *key):
+    """Noise of all K steps: steps in S explore; the others do not blur the comparison in a group."""
+    noise = []
+    for k in range(K - 1):
+        if k in S:
+            noise.append(draw.normal())
+        else:
+            noise.append(shared_noise(draw, prompts, *key, k))
+    noise.append(
+        torch.zeros(len(prompts), *draw.shape, device=draw.device)
+    )  # the last is deterministic
+    return noise
+
+
+def rows_of(tensors, b):
+    """The rows of a micro-batch, of each tensor."""
+    return [tensor[b] for tensor in tensors]
+
+
 def average_decay(decay, updates):
     """Decay of the generator's average after so many optimiser updates.
 
@@ -301,7 +320,8 @@ def main():
         student_params, lr=args.lr, weight_decay=WEIGHT_DECAY, fused=fused
     )
     fake_opt = torch.optim.AdamW(fake_params, lr=args.fake_lr, weight_decay=0, fused=fused)
-    ema = [p.detach().clone() for p in student_params]
+    weights_now = [p.detach() for p in student_params]
+    ema = [p.clone() for p in weights_now]
 
     # All that a checkpoint has to hold, since random numbers are functions of (seed, epoch).
     state = {
@@ -324,6 +344,7 @@ def main():
     n_pictures = args.prompts_per_epoch * args.group_size
     my_rows = shard(n_pictures, rank, world)
     n_mine = my_rows.stop - my_rows.start
+    level = [torch.full((n_mine,), s, device=device) for s in levels]  # one a picture
     # fake's loss evaluates three times its pictures with gradient (once with --gamma 0), and the
     # decoder's activations are large: the micro-batches of all other passes are twice as large.
     small = [slice(i, i + args.micro_batch) for i in range(0, n_mine, args.micro_batch)]
@@ -350,9 +371,9 @@ def main():
     def student_pass(x, s, *text):
         return student(text)(x, s)
 
-    def fake_pass(x_s, s, s_next, t, noise, steps_back, noise1, noise2, *text):
+    def fake_pass(x_s, s, s_next, t, noise, back, noise1, noise2, *text):
         losses, _, _ = fake_score_loss(
-            fake(text), x_s, s, s_next, t, noise, steps_back, noise1, noise2, args.gamma, args.eta
+            fake(text), x_s, s, s_next, t, noise, back, noise1, noise2, args.gamma, args.eta
         )
         loss = losses.sum() / n_pictures
         loss.backward()
@@ -401,17 +422,40 @@ def main():
                     log_p[k][b] = log_prob(x_next, mean, std)
         return path, log_p
 
-    def score(x_0, prompts, metadata):
-        """One micro-batch -> scores [R,b], and the rewards' weighted gradient and loss, if any."""
-        with torch.set_grad_enabled(bool(det_weight)):
-            x_0 = x_0.detach().requires_grad_(bool(det_weight))
-            each = score_all(rewards, base.decode(x_0), prompts, metadata)
-        if not det_weight:
-            return torch.stack(each), None, None
-        total = sum(r.weight * score for r, score in zip(rewards, each) if r.differentiable)
-        loss = torch.relu(args.margin - total).sum() / n_pictures
-        (gradient,) = torch.autograd.grad(det_weight * loss, x_0)
-        return torch.stack(each).detach(), gradient, loss.detach()
+    def score(x_0, prompts, metadata, sums, squares):
+        """Rewards of the pictures -> [R, n_pictures] of all ranks, and their gradient at x_0 (Eq. 15)."""
+        scores = torch.zeros(len(rewards), n_pictures, device=device)  # a rank fills in its own
+        my_scores = scores[:, my_rows]
+        gradient = torch.zeros_like(x_0)
+        move(rewards, device if args.low_memory else None)
+        for b in small:
+            with torch.set_grad_enabled(bool(det_weight)):
+                x = x_0[b].detach().requires_grad_(bool(det_weight))
+                each = score_all(rewards, base.decode(x), prompts[b], metadata[b])
+            my_scores[:, b] = torch.stack(each).detach()
+            if det_weight:
+                total = sum(r.weight * score for r, score in zip(rewards, each) if r.differentiable)
+                loss = torch.relu(args.margin - total).sum() / n_pictures
+                (gradient[b],) = torch.autograd.grad(det_weight * loss, x)
+                sums.add(loss_det=loss.detach())
+                squares.add(slope_det=gradient[b].square().sum())
+        move(rewards, "cpu" if args.low_memory else None)
+        return all_reduce(scores), gradient
+
+    def my_prompts(epoch):
+        """-> (prompts, metadata) of this rank's pictures, each prompt group_size times in a row"""
+        n_prompts = args.prompts_per_epoch
+        places = data_order(len(rows), epoch * n_prompts, n_prompts, args.seed)
+        mine = [rows[place] for place in places for _ in range(args.group_size)][my_rows]
+        return [row["prompt"] for row in mine], [row["metadata"] for row in mine]
+
+    def text_of(prompts):
+        """Their text, for the large micro-batches and for the small ones."""
+        large_texts = [base.encode(prompts[b]) for b in large]
+        small_texts = []
+        for text in large_texts:
+            small_texts += zip(*(tensor.split(args.micro_batch) for tensor in text))
+        return large_texts, small_texts
 
     silent = None if rank == 0 else True
     bar = tqdm(range(run.start, args.epochs), initial=run.start, total=args.epochs, disable=silent)
@@ -423,73 +467,44 @@ def main():
         draw = StepRandom(args.seed, epoch, n_pictures, my_rows, base.latent_shape, device)
         S = sorted(draw.scalars.sample(range(K - 1), M))
         last = anchor_step(draw, K)
-        n_prompts = args.prompts_per_epoch
-        places = data_order(len(rows), epoch * n_prompts, n_prompts, args.seed)
-        mine = [rows[place] for place in places for _ in range(args.group_size)][my_rows]
-        prompts = [row["prompt"] for row in mine]
-        metadata = [row["metadata"] for row in mine]
-        large_texts = [base.encode(prompts[b]) for b in large]
-        small_texts = []
-        for text in large_texts:
-            small_texts += zip(*(tensor.split(args.micro_batch) for tensor in text))
+        prompts, metadata = my_prompts(epoch)
+        large_texts, small_texts = text_of(prompts)
         x_start = draw.normal()
-        noise = []
-        for k in range(K - 1):  # steps outside of S do not blur the comparison within a group
-            explores = k in S
-            noise.append(
-                draw.normal() if explores else shared_noise(draw, prompts, args.seed, epoch, k)
-            )
-        noise.append(torch.zeros_like(x_start))  # the last step is deterministic
-        level = [x_start.new_full((n_mine,), s) for s in levels]
+        noise = step_noise(draw, K, S, prompts, args.seed, epoch)
         sums = Sums(device, "loss_fake", "loss_policy", "loss_det", "loss_dm", "drift_clipped")
-        squares = Sums(device, "slope_det", "slope_dm")
+        squares = Sums(device, "slope_det", "slope_dm")  # of gradients at x_0: which term leads
         log.lap("text")
 
         # ---- every few epochs the average moves towards the weights, before this epoch's update
         if (epoch + 1) % args.ema_every == 0:
-            keep = average_decay(args.ema, epoch)
-            torch._foreach_lerp_(ema, [p.detach() for p in student_params], 1 - keep)
+            torch._foreach_lerp_(ema, weights_now, 1 - average_decay(args.ema, epoch))
 
         # ---- roll out all K steps, without gradient (Eq. 8)
         path, log_p = roll_out(x_start, level, noise, large_texts)
         log.lap("rollout")
 
         # ---- fake follows the student: one update on the finished pictures, s = 0 (Eq. 10-12)
+        here, below = level[last], level[min(last + 1, K)]
         t = renoise_time(levels[last], draw.uniform())
-        t_noise = draw.normal()
-        steps_back = (1 + (200 * draw.uniform()).floor()) / 1000  # U{1..200} / 1000
-        noise1, noise2 = draw.normal(), draw.normal()
+        t_noise, back = draw.normal(), steps_back(draw.uniform())
+        inputs = (path[last], here, below, t, t_noise, back, draw.normal(), draw.normal())
         for b, text in zip(small, small_texts):
-            loss = fake_pass(
-                path[last][b], level[last][b], level[min(last + 1, K)][b], t[b], t_noise[b],
-                steps_back[b], noise1[b], noise2[b], *text,
-            )  # fmt: skip
-            sums.add(loss_fake=loss)
+            sums.add(loss_fake=fake_pass(*rows_of(inputs, b), *text))
         grad_fake = update(fake_params, fake_opt, skipped, "fake", sums["loss_fake"])
         log.lap("fake")
 
-        # ---- score the pictures; differentiable rewards give a gradient with respect to x_0 (Eq. 15)
-        gradients = {K: torch.zeros_like(x_start), last: torch.zeros_like(x_start)}
-        scores = torch.zeros(len(rewards), n_pictures, device=device)  # a rank fills in its own
-        my_scores = scores[:, my_rows]
-        move(rewards, device if args.low_memory else None)
-        for b in small:
-            my_scores[:, b], gradient, loss = score(path[K][b], prompts[b], metadata[b])
-            if gradient is not None:
-                gradients[K][b] = gradient
-                sums.add(loss_det=loss)
-                squares.add(slope_det=gradient.square().sum())
-        move(rewards, "cpu" if args.low_memory else None)
+        # ---- score the pictures; differentiable rewards give a gradient at x_0 (Eq. 15)
+        scores, reward_gradient = score(path[K], prompts, metadata, sums, squares)
+        gradients = {K: reward_gradient} if det_weight else {}
         log.lap("rewards")
 
-        # ---- AC-DMD, the anchor to the teacher (Eq. 9)
+        # ---- AC-DMD, the anchor to the teacher: one more gradient (Eq. 9)
         if args.dm_weight:
+            gradients.setdefault(last, torch.zeros_like(x_start))
             t = renoise_time(levels[last], draw.uniform())
-            t_noise, noise_back = draw.normal(), draw.normal()
+            inputs = (path[last], here, t, draw.normal(), draw.normal())
             for b, text in zip(large, large_texts):
-                gradient, loss = anchor_pass(
-                    path[last][b], level[last][b], t[b], t_noise[b], noise_back[b], *text
-                )
+                gradient, loss = anchor_pass(*rows_of(inputs, b), *text)
                 gradients[last][b] += gradient
                 sums.add(loss_dm=loss)
                 squares.add(slope_dm=gradient.square().sum())
@@ -497,52 +512,48 @@ def main():
 
         # ---- both gradients through the student's step, whose input is a constant: what it owes to
         # the student is SubGRPO's part (App. G.2)
-        if args.dm_weight or det_weight:
-            for b, text in zip(large, large_texts):
-                for k, gradient in gradients.items():
-                    step_pass(
-                        path[k - 1][b], level[k - 1][b], level[k][b], noise[k - 1][b],
-                        gradient[b], *text,
-                    )  # fmt: skip
-            log.lap("last_step")
+        for b, text in zip(large, large_texts):
+            for k, gradient in gradients.items():
+                inputs = (path[k - 1], level[k - 1], level[k], noise[k - 1], gradient)
+                step_pass(*rows_of(inputs, b), *text)
+        log.lap("last_step")
 
         # ---- SubGRPO on the steps in S (Eq. 17); pictures with advantage 0 are not counted
-        all_reduce(scores)
         advantage = advantages(scores, reward_weights, args.group_size)
         n_kept = (advantage != 0).sum().clamp(min=1)
-        my_advantage = advantage[my_rows]
         largest_drift = torch.zeros((), device=device)
-        if args.policy_weight:
-            for b, text in zip(large, large_texts):
-                for k in S:
-                    loss, outside, drift = policy_pass(
-                        path[k][b], level[k][b], level[k + 1][b], path[k + 1][b], log_p[k][b],
-                        my_advantage[b], n_kept, *text,
-                    )  # fmt: skip
-                    sums.add(loss_policy=loss, drift_clipped=outside / n_pictures / M)
-                    largest_drift = torch.maximum(largest_drift, drift)
+        for b, text in zip(large, large_texts):
+            for k in S if args.policy_weight else ():
+                inputs = (
+                    path[k],
+                    level[k],
+                    level[k + 1],
+                    path[k + 1],
+                    log_p[k],
+                    advantage[my_rows],
+                )
+                loss, outside, drift = policy_pass(*rows_of(inputs, b), n_kept, *text)
+                sums.add(loss_policy=loss, drift_clipped=outside / n_pictures / M)
+                largest_drift = torch.maximum(largest_drift, drift)
         loss = sums["loss_policy"] + sums["loss_det"] + sums["loss_dm"]
         grad_student = update(student_params, student_opt, skipped, "generator", loss)
         log.lap("policy")
         if epoch + 1 < max(args.ema_every, 2):
             # Nothing but the start is averaged yet: a run that ends here saves its weights, not zeros.
-            torch._foreach_copy_(ema, [p.detach() for p in student_params])
+            torch._foreach_copy_(ema, weights_now)
 
         # ---- log, look, save
         numbers = {
             f"reward_{reward.name}": each.mean().item() for reward, each in zip(rewards, scores)
         }
-        numbers.update(sums.over_ranks())
-        # norms of the weighted terms' gradients at the pictures' latents: which of the two leads
-        numbers.update(squares.over_ranks(torch.sqrt))
+        numbers.update(sums.over_ranks(), **squares.over_ranks(torch.sqrt))
         numbers["drift_max"] = all_reduce(largest_drift, dist.ReduceOp.MAX).item()
         if held_out and (epoch == 0 or (epoch + 1) % args.eval_every == 0):
             numbers.update(evaluate(base, eval_rows, held_out, args, f"eval_{epoch + 1}"))
         numbers["latent_std"] = spread_in_groups(path[K], args.group_size, n_pictures, my_rows)
         numbers["flat_groups"] = share_of_flat_groups(advantage, args.group_size)
-        numbers.update(ema_drift=distance(student_params, ema))
-        numbers.update(grad_fake=grad_fake, grad_generator=grad_student)
-        log(bar, n_pictures, step=epoch, S=S, **numbers)
+        numbers.update(ema_drift=distance(student_params, ema), grad_fake=grad_fake)
+        log(bar, n_pictures, step=epoch, S=S, **numbers, grad_generator=grad_student)
         if args.sample_every and (epoch + 1) % args.sample_every == 0:
             preview(base, STUDENT, rows, args, f"epoch_{epoch + 1}")
         run.save_or_stop(epoch + 1, args.epochs)

@@ -23,7 +23,7 @@ def sub_interval(s, t):
     return (1 - t) / (1 - s), (t - s) / (1 - s)
 
 
-def consistency_path(fake, x_s, s, s_next, x_t, v_t, t, steps_back):
+def consistency_path(fake, x_s, s, s_next, x_t, v_t, t, back):
     """The consistency between the generator's own levels (Sec. 3.1): t' = t_k and t'' = t_{k+1}.
 
     Read as from the generator's own state x_{t_k} to its next level, 0 where that state is a picture.

@@ -4,7 +4,6 @@ that several files share.
 
 import os
 import sys
-import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,20 +11,18 @@ os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
-import torch
 
 pytest.register_assert_rewrite("helpers", "gaussian", "small_rewards", "crash")
 
 import cold_start
 import rtdmd_rl
-import sample
-from helpers import BASE, COLD, RL, TINY, shell
+from helpers import BASE, COLD, RL, shell, tiny_args, tiny_base
 
 
 @pytest.fixture(scope="module")
 def tiny_parts():
-    args = types.SimpleNamespace(**cold_start.PRESETS["tiny"])
-    return args, cold_start.load_pipeline(args, torch.device("cpu"))
+    """(flags of the preset, the tiny base model)"""
+    return tiny_args(), tiny_base()
 
 
 # ------------------------------------------------------------------------------------------------- stage 1 -> stage 2 -> sample
@@ -37,7 +34,7 @@ def run(tmp_path_factory):
         shell(cold_start, *COLD, "--out_dir", t / "cold"),
         shell(rtdmd_rl, *RL, "--cold_start", t / "cold", "--out_dir", t / "rl"),
         shell(
-            sample,
+            SimpleNamespace(__name__="sample"),
             "a red circle",
             *BASE[:4],
             "--num_images",
@@ -48,10 +45,6 @@ def run(tmp_path_factory):
             t / "rl",
             "--out_dir",
             t / "pictures",
-            "--rewards",
-            "clipscore,checker",
-            "--reward_path",
-            f"clipscore={TINY}/clip",
         ),
     ]
     return SimpleNamespace(cold=t / "cold", rl=t / "rl", pictures=t / "pictures", results=results)

@@ -19,7 +19,9 @@ import pytest
 import torch
 
 import cold_start
+import cps
 import rtdmd_rl
+from model import StableDiffusion3
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 torch.set_num_threads(1)
@@ -75,6 +77,18 @@ def shell(program, *flags, processes=1):
     return done.returncode, done.stdout, done.stderr
 
 
+@contextlib.contextmanager
+def unswapped():
+    """What --variant puts into the modules is taken out again."""
+    modules = [vars(module) for module in (cps, cold_start, rtdmd_rl)]
+    before = [dict(names) for names in modules]
+    try:
+        yield
+    finally:
+        for names, old in zip(modules, before):
+            names.update(old)
+
+
 def here(program, *flags, **replace):
     """The same command line in this process -> (exit status, stdout, stderr). replace: names of the program's module to replace."""
     out, err, status, handlers = (
@@ -84,6 +98,7 @@ def here(program, *flags, **replace):
         {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)},
     )
     with (
+        unswapped(),
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
@@ -111,7 +126,7 @@ def log_of(out_dir, *without):
         {
             k: v
             for k, v in line.items()
-            if k not in ("seconds", "images_per_s", "peak_gib", *without)
+            if k not in ("seconds", "images_per_s", "peak_gib", *without) and not k.startswith("s_")
         }
         for line in lines
     ]
@@ -141,17 +156,17 @@ tiny_args = lambda **more: SimpleNamespace(
     **{**cold_start.PRESETS["tiny"], "lora_rank": 32, "lora_alpha": 64, "seed": 0, **more}
 )
 
-tiny_pipe = lambda **more: cold_start.load_pipeline(tiny_args(**more), torch.device("cpu"))
+
+def tiny_base(resolution=32, **more):
+    """The tiny base model on the CPU."""
+    return StableDiffusion3(str(TINY), torch.device("cpu"), resolution, **more)
 
 
 def random_adapter(path, seed, rank=32):
     """A file in the published format with random A and B, so that the adapter visibly does something -> its content"""
-    transformer, g = tiny_pipe().transformer, torch.Generator().manual_seed(seed)
-    cold_start.add_adapter(transformer, "x", tiny_args(lora_rank=rank))
-    weights = {
-        k: torch.randn(p.shape, generator=g) * 0.05
-        for k, p in cold_start.adapter(transformer, "x").items()
-    }
+    base, g = tiny_base(), torch.Generator().manual_seed(seed)
+    base.add_adapter("x", rank, 64, 0)
+    weights = {k: torch.randn(p.shape, generator=g) * 0.05 for k, p in base.adapter("x").items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(weights, path)
     return weights

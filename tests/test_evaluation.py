@@ -32,7 +32,7 @@ from helpers import (
     same_files,
     shell,
     tiny_args,
-    tiny_pipe,
+    tiny_base,
     want,
 )
 from small_rewards import CPU, one_reward
@@ -433,7 +433,7 @@ def test_held_out_pictures_are_always_the_same_whatever_the_micro_batch_and_the_
     tmp_path, monkeypatch
 ):
     pipe, rows, judge = (
-        tiny_pipe(),
+        tiny_base().pipe,
         tiny.captions()[:7],
         rewards.build("judge", CPU, [f"judge={TINY}/judge"]),
     )

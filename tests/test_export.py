@@ -39,7 +39,7 @@ from helpers import (
     load,
     random_adapter,
     tiny_args,
-    tiny_pipe,
+    tiny_base,
 )
 from small_rewards import CPU
 
@@ -52,7 +52,7 @@ from small_rewards import CPU
 def test_plain_diffusers_and_peft_load_our_file_and_compute_what_play_computes(run, targets):
     args, pipe, bare = (
         tiny_args(cold_start=str(run.cold), rtdmd=""),
-        tiny_pipe(),
+        tiny_base().pipe,
         SD3Transformer2DModel.from_pretrained(TINY / "transformer"),
     )
     bare.add_adapter(
@@ -141,7 +141,7 @@ def test_diffusers_draws_from_every_export_what_our_own_loop_draws(tmp_path, sta
             merged,
         )
     )
-    args, pipe = tiny_args(lora_alpha=24, **where), tiny_pipe()
+    args, pipe = tiny_args(lora_alpha=24, **where), tiny_base().pipe
     v = cold_start.play(
         pipe.transformer,
         sample.load_generator(pipe, args),
@@ -200,7 +200,7 @@ def test_merging_into_a_bf16_base_is_done_in_float32(tmp_path):
             shift=3.0,
             eta=0.9,
         ),
-        tiny_pipe(),
+        tiny_base().pipe,
     )
     pipe.transformer.bfloat16()
     names = sample.load_generator(pipe, args)
@@ -349,7 +349,7 @@ def test_the_scheduler_is_loaded_with_a_pipeline_saved_with_it_and_drives_img2im
         .sub(pipe.vae.config.shift_factor)
         * pipe.vae.config.scaling_factor
     )
-    own, start = tiny_pipe(), 0.1 * x0 + 0.9 * normal()
+    own, start = tiny_base().pipe, 0.1 * x0 + 0.9 * normal()
     v = cold_start.play(own.transformer, [], cold_start.text_encoder(own, tiny_args())(TEXTS))
     close(steps[0][1], start, 1e-4)
     close(

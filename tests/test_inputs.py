@@ -26,7 +26,7 @@ from helpers import (
     random_adapter,
     shell,
     tiny_args,
-    tiny_pipe,
+    tiny_base,
 )
 
 

@@ -36,7 +36,7 @@ from helpers import (
     shell,
     stage_of,
     tiny_args,
-    tiny_pipe,
+    tiny_base,
 )
 from rtdmd_rl import policy_loss, shared_noise
 
@@ -447,7 +447,7 @@ def test_three_commands_go_from_the_teacher_to_pictures(run):
 def test_every_adapter_weight_with_a_gradient_moves_and_the_teacher_does_not_move_by_a_bit(
     run, again, stage
 ):
-    transformer, trained = tiny_pipe().transformer, again.pipes[stage].transformer.state_dict()
+    transformer, trained = tiny_base().pipe.transformer, again.pipes[stage].transformer.state_dict()
     for key, value in transformer.state_dict().items():
         name, _, kind = key.rpartition(".")
         assert torch.equal(
@@ -503,7 +503,7 @@ def test_several_processes_train_the_same_adapters_as_one(run, alone, tmp_path, 
     one, many, transformer = (
         load(alone / stage / "ckpt.pt"),
         load(tmp_path / "out/ckpt.pt"),
-        tiny_pipe().transformer,
+        tiny_base().pipe.transformer,
     )
     for name in ("generator", "fake"):
         cold_start.add_adapter(transformer, name, tiny_args())

@@ -16,7 +16,7 @@ import model
 import rewards
 import tiny
 from gaussian import close
-from helpers import TINY, Code, tiny_pipe
+from helpers import TINY, Code, tiny_base
 from small_rewards import (
     BLIP_SMALL,
     CLIP_SMALL,
@@ -49,7 +49,7 @@ def contradictions(row):
 
 
 def test_the_checker_accepts_true_pictures_after_the_vae_and_rejects_captions_that_contradict_them():
-    rows, pipe, rng = tiny.captions() * 3, tiny_pipe(), random.Random(0)
+    rows, pipe, rng = tiny.captions() * 3, tiny_base().pipe, random.Random(0)
     torch.manual_seed(0)
     with torch.no_grad():
         latents = pipe.vae.encode(

@@ -10,7 +10,7 @@ import cold_start
 import model
 import sample
 from cps import sigmas
-from helpers import BASE, flat, good, here, random_adapter, same_files, tiny_args, tiny_pipe
+from helpers import BASE, flat, good, here, random_adapter, same_files, tiny_args, tiny_base
 
 
 def generator_gradient(switch, checkpointing, compile=0, device=torch.device("cpu")):
@@ -70,7 +70,7 @@ def test_role_switching_and_checkpointing_leave_the_generators_gradient_as_it_is
 @pytest.mark.parametrize("active", [[], ["one"], ["one", "two"]])
 def test_our_forward_of_an_adapted_matrix_is_pefts_own(active):
     """`lora_linear` adds up all active adapters in one pair of products; values and gradients are those of peft's forward, to rounding."""
-    pipe, g, found = tiny_pipe(), torch.Generator().manual_seed(0), []
+    pipe, g, found = tiny_base().pipe, torch.Generator().manual_seed(0), []
     transformer, text = (
         pipe.transformer,
         cold_start.text_encoder(pipe, tiny_args())(["a red circle", "two squares"]),
@@ -228,7 +228,7 @@ def test_both_adapters_are_stacked_and_neither_replaces_the_other(tmp_path):
         )
         return sample.draw(v, [0], (4, 16, 16), sigmas(), 0.9, torch.device("cpu"))
 
-    stacked, pipe = latents(tiny_pipe(), str(tmp_path / "one"), str(tmp_path / "two")), tiny_pipe()
+    stacked, pipe = latents(tiny_base().pipe, str(tmp_path / "one"), str(tmp_path / "two")), tiny_base().pipe
     for key in weights:
         if ".lora_A" in key:  # W + (alpha / rank) B A
             pipe.transformer.get_submodule(key.split(".lora_A")[0]).weight.data += (
