@@ -1,4 +1,4 @@
-# make tiny: the whole paper on this machine (stage 1, stage 2, sampling, scoreboard).  make test: the tests.
+# make tiny: the whole paper on this machine (stage 1, stage 2, sampling, scoreboard).  make smoke: one minute of tests.  make test: all of them.
 # make ablations: the paper's tables 3 and 4 at this scale.  All set up .venv themselves.
 PYTHON ?= python3
 RUN ?= out/tiny
@@ -25,6 +25,9 @@ ablations: .venv/done
 	sed -n 's/^#-  //p' requirements.txt > $@.txt && .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $@.txt
 	touch $@
 
+smoke: .venv/done
+	.venv/bin/python -m pytest -q test_smoke.py
+
 test: .venv/optional
 	.venv/bin/python -m pytest -q -n 2 test_smoke.py tests
 
@@ -35,4 +38,4 @@ lint: .venv/done
 clean:
 	rm -rf out .venv __pycache__
 
-.PHONY: tiny ablations test lint clean
+.PHONY: tiny ablations smoke test lint clean

@@ -16,19 +16,27 @@ from cps import rollout, sigmas
 # ------------------------------------------------------------------------------------------------------- the Gaussian world
 D, K, LEVELS, ETAS = 2, 4, sigmas(), (0, 0.5, 0.9, 1)
 
-f64 = lambda *values: torch.tensor(values, dtype=torch.float64)
 
-full = lambda value, like: torch.full((len(like),), value, dtype=torch.float64)
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
 
-close = lambda a, b, tolerance=1e-9: torch.testing.assert_close(
-    a, b, rtol=tolerance, atol=tolerance
-)
 
-linear = lambda field: (
-    lambda x, t=None: x @ field[0].mT + field[1]
-)  # (A, b) -> the velocity A x + b
+def full(value, like):
+    return torch.full((len(like),), value, dtype=torch.float64)
 
-pack = lambda field: torch.cat([part.flatten() for part in field])
+
+def close(a, b, tolerance=1e-9):
+    return torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def linear(field):
+    """(A, b) -> the velocity A x + b."""
+    return lambda x, t=None: x @ field[0].mT + field[1]
+
+
+def pack(field):
+    return torch.cat([part.flatten() for part in field])
+
 
 EYE, MEAN, COV = torch.eye(D).double(), f64(0.8, -0.5), f64([0.6, 0.25], [0.25, 0.3])
 
@@ -87,7 +95,10 @@ def unpack(theta):
 def rms_error(field, world, t):
     """Relative root-mean-square error of a linear field as the world's velocity at t."""
     (mean, cov), exact = marginal(world, t), exact_field(world, t)
-    square = lambda A, b: ((A @ cov * A).sum() + (A @ mean + b).square().sum()).item()
+
+    def square(A, b):
+        return ((A @ cov * A).sum() + (A @ mean + b).square().sum()).item()
+
     return math.sqrt(square(field[0] - exact[0], field[1] - exact[1]) / square(*exact))
 
 

@@ -21,6 +21,7 @@ import torch
 import cold_start
 import cps
 import rtdmd_rl
+import sample
 from model import StableDiffusion3
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
@@ -28,8 +29,8 @@ torch.set_num_threads(1)
 
 
 ROOT = Path(__file__).resolve().parent.parent
-
 TINY = ROOT / "assets/tiny"
+CPU = torch.device("cpu")
 
 README = (ROOT / "README.md").read_text()
 
@@ -132,34 +133,51 @@ def log_of(out_dir, *without):
     ]
 
 
-load = lambda path: torch.load(path, map_location="cpu", weights_only=True)
-
-flat = lambda tensors: torch.cat(
-    [t.detach().flatten() for t in (tensors.values() if isinstance(tensors, dict) else tensors)]
-)
-
-same_files = lambda one, two, names=ADAPTERS: all(
-    (one / f).read_bytes() == (two / f).read_bytes() for f in names
-)
-
-listing = lambda folder: (
-    {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()} if folder.is_dir() else {}
-)
-
-stage_of = lambda run, stage: (
-    (cold_start, COLD, "--steps", 2)
-    if stage == "cold"
-    else (rtdmd_rl, [*RL, "--cold_start", run.cold], "--epochs", 1)
-)
-
-tiny_args = lambda **more: SimpleNamespace(
-    **{**cold_start.PRESETS["tiny"], "lora_rank": 32, "lora_alpha": 64, "seed": 0, **more}
-)
+def load(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def tiny_base(resolution=32, **more):
+def flat(tensors):
+    return torch.cat(
+        [t.detach().flatten() for t in (tensors.values() if isinstance(tensors, dict) else tensors)]
+    )
+
+
+def same_files(one, two, names=ADAPTERS):
+    return all((one / f).read_bytes() == (two / f).read_bytes() for f in names)
+
+
+def listing(folder):
+    return (
+        {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        if folder.is_dir()
+        else {}
+    )
+
+
+def stage_of(run, stage):
+    return (
+        (cold_start, COLD, "--steps", 2)
+        if stage == "cold"
+        else (rtdmd_rl, [*RL, "--cold_start", run.cold], "--epochs", 1)
+    )
+
+
+def tiny_args(**more):
+    return SimpleNamespace(
+        **{**cold_start.PRESETS["tiny"], "lora_rank": 32, "lora_alpha": 64, "seed": 0, **more}
+    )
+
+
+def tiny_base(pretrained=TINY, resolution=32, **more):
     """The tiny base model on the CPU."""
-    return StableDiffusion3(str(TINY), torch.device("cpu"), resolution, **more)
+    return StableDiffusion3(str(pretrained), CPU, resolution, **more)
+
+
+def load_both(base, cold, rl, lora_alpha=None):
+    """Stack what --cold_start and --rtdmd name on the base ('' leaves one out) -> names of the adapters."""
+    args = SimpleNamespace(cold_start=str(cold), rtdmd=str(rl), teacher=False)
+    return sample.load_generator(base, sample.generator_files(args), lora_alpha)
 
 
 def random_adapter(path, seed, rank=32):
@@ -191,4 +209,6 @@ class Code:
 
 ONE_BATCH = ["--micro_batch", 10]  # one call of a loss an update
 
-want = lambda name="cat", count=1, **more: {"class": name, "count": count, **more}
+
+def want(name="cat", count=1, **more):
+    return {"class": name, "count": count, **more}

@@ -10,9 +10,7 @@ import shutil
 import torch
 
 import rewards
-from helpers import TINY
-
-CPU = torch.device("cpu")
+from helpers import CPU, TINY
 
 CLIP_SMALL = {  # name: open_clip's configuration, transformers' configuration
     "hpsv2": (
@@ -94,11 +92,13 @@ BLIP_SMALL = (
     ),
 )
 
-one_reward = lambda name, *paths, **more: rewards.build(name, CPU, [str(p) for p in paths], **more)[
-    0
-]
 
-rand = lambda *shape, seed=0: torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+def one_reward(name, *paths, **more):
+    return rewards.build(name, CPU, [str(p) for p in paths], **more)[0]
+
+
+def rand(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def shake(model, seed=0):
@@ -126,7 +126,10 @@ def imagereward_state(seed=0):
         },
     )
     see, read = "blip.visual_encoder.", "blip.text_encoder."
-    both = lambda name, *shape: shapes.update({name + ".weight": shape, name + ".bias": shape[:1]})
+
+    def both(name, *shape):
+        return shapes.update({name + ".weight": shape, name + ".bias": shape[:1]})
+
     (
         both(see + "patch_embed.proj", 128, 3, 16, 16),
         both(see + "norm", 128),
@@ -164,9 +167,12 @@ def imagereward_state(seed=0):
         )
     for i, (wide, narrow) in zip((0, 2, 4, 6, 7), itertools.pairwise((64, 1024, 128, 64, 16, 1))):
         both(f"mlp.layers.{i}", narrow, wide)
-    loud = lambda k: (
-        3 if "mlp" in k else 4 if "self.query" in k or "self.key" in k else 1
-    )  # so that every token of a prompt matters
+
+    def loud(k):
+        return (
+            3 if "mlp" in k else 4 if "self.query" in k or "self.key" in k else 1
+        )  # so that every token of a prompt matters
+
     state = {
         k: loud(k) * torch.randn(s, generator=g) / (s[-1] ** 0.5 if len(s) > 1 else 3)
         for k, s in shapes.items()

@@ -284,7 +284,10 @@ def at_call(function, n, action):
 def test_a_signal_finishes_the_step_saves_and_exits_with_status_0(run, tmp_path, stage, name):
     """In the middle of the first step, twice, as torchrun passes them on; --resume then ends in the bytes of an uninterrupted run."""
     program, flags, *_ = stage_of(run, stage)
-    ask = lambda: [os.kill(os.getpid(), getattr(signal, name)) for _ in range(2)]
+
+    def ask():
+        return [os.kill(os.getpid(), getattr(signal, name)) for _ in range(2)]
+
     status, out, err = here(
         program,
         *flags,
@@ -370,7 +373,10 @@ def test_a_killed_rank_ends_the_job_within_a_minute_and_its_checkpoint_is_whole(
 
 def test_a_checkpoint_is_saved_after_so_many_minutes_too(tmp_path, monkeypatch):
     saved = []
-    save = lambda args, state, step: saved.append(step)
+
+    def save(args, state, step):
+        return saved.append(step)
+
     monkeypatch.setattr(checkpoint, "save_checkpoint", save)
     good(here(cold_start, *COLD, "--steps", 3, "--save_minutes", 1e-9, "--out_dir", tmp_path))
     assert saved == [1, 2, 3]

@@ -11,11 +11,11 @@ import cold_start
 import common
 import rewards
 import rtdmd_rl
-import sample
 from cold_start import generator_loss
 from cps import cps_step, rollout
 from gaussian import full, normals
 from helpers import BASE, COLD, ONE_BATCH, RL, flat, good, here, listing, load, log_of, stage_of
+from tools import evaluate
 
 
 def nan_at(loss, calls):
@@ -165,7 +165,10 @@ def test_a_nan_of_the_teacher_or_of_the_fake_score_makes_the_loss_nan_and_agreem
 
 def test_nan_latents_skip_the_updates_of_their_step_alone(run, tmp_path):
     factor = itertools.chain([math.nan], itertools.repeat(1.0))
-    spoilt = lambda *inputs: (lambda f, path: [x * f for x in path])(next(factor), rollout(*inputs))
+
+    def spoilt(*inputs):
+        return (lambda f, path: [x * f for x in path])(next(factor), rollout(*inputs))
+
     good(
         here(
             cold_start,
@@ -228,14 +231,11 @@ def test_a_reward_that_raises_is_named_with_the_prompts(run, tmp_path, capsys):
     for status, _, err in (
         here(rtdmd_rl, *RL, "--cold_start", run.cold, *end, build=build),
         here(
-            sample,
+            evaluate,
             "a circle",
             *BASE[:4],
-            "--teacher",
-            "--steps",
-            1,
-            "--rewards",
-            "clipscore",
+            *["--cold_start", "", "--rtdmd", "", "--teacher", "--steps", 1],
+            *["--rewards", "clipscore"],
             *end,
             build=build,
         ),
@@ -247,7 +247,10 @@ def test_a_reward_that_raises_is_named_with_the_prompts(run, tmp_path, capsys):
             and "RuntimeError: out of ideas" in err
         )
     for shape in ((), (3, 1), (2,)):  # the first would be broadcast to every picture
-        wrong = lambda images, prompts, metadata: torch.zeros(shape)
+
+        def wrong(images, prompts, metadata):
+            return torch.zeros(shape)
+
         wrong.__dict__.update(bad_reward.__dict__)
         with pytest.raises(SystemExit):
             rewards.guarded(wrong)(
@@ -257,9 +260,11 @@ def test_a_reward_that_raises_is_named_with_the_prompts(run, tmp_path, capsys):
 
 
 def test_a_reward_that_never_varies_is_warned_of_once(run, tmp_path, capsys):
-    half = lambda images, prompts, metadata: torch.tensor(
-        [0.3, 0.3, 0.3, 0, 1, 2]
-    )  # two groups of three, of which one does not vary
+    def half(images, prompts, metadata):
+        return torch.tensor(
+            [0.3, 0.3, 0.3, 0, 1, 2]
+        )  # two groups of three, of which one does not vary
+
     half.__dict__.update(bad_reward.__dict__)
     good(
         here(
@@ -280,9 +285,9 @@ def test_a_reward_that_never_varies_is_warned_of_once(run, tmp_path, capsys):
     )
     assert log_of(tmp_path)[0]["flat_groups"] == 0.5
     log = common.Log(SimpleNamespace(out_dir=str(tmp_path), resume=False, wandb=""))
-    for flat in 19 * [1.0] + [0.5] + 60 * [1.0]:
-        log(SimpleNamespace(set_postfix=lambda *_, **__: None), 1, flat_groups=flat)
-        assert not flat == 0.5 or not capsys.readouterr().err
+    for share in 19 * [1.0] + [0.5] + 60 * [1.0]:
+        log(SimpleNamespace(set_postfix=lambda *_, **__: None), 1, flat_groups=share)
+        assert share != 0.5 or not capsys.readouterr().err
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -296,10 +301,15 @@ def test_the_signs_of_a_collapse_in_the_log_are_what_they_say(tiny_parts, run, t
         == drift
         == cold_start.distance(ckpt["generator"], ckpt["ema"])
     )
-    by_prompt = lambda x, v, *rest: tuple(
-        0 * v + v.new_tensor([i // 2 for i in range(len(x))]).view(-1, 1, 1, 1) if i == 0 else part
-        for i, part in enumerate(cps_step(x, v, *rest))
-    )
+
+    def by_prompt(x, v, *rest):
+        return tuple(
+            0 * v + v.new_tensor([i // 2 for i in range(len(x))]).view(-1, 1, 1, 1)
+            if i == 0
+            else part
+            for i, part in enumerate(cps_step(x, v, *rest))
+        )
+
     good(
         here(
             rtdmd_rl,

@@ -104,13 +104,21 @@ def at(x, y, name="cat", p=0.95, color="red", size=20):
     return name, p, (x - size / 2, y - size / 2, x + size / 2, y + size / 2), color
 
 
-meta = lambda tag, *include, **more: {"tag": tag, "include": list(include), **more}
+def meta(tag, *include, **more):
+    return {"tag": tag, "include": list(include), **more}
 
-counted = lambda n, name="cat": meta("counting", want(name, n), exclude=[want(name, n + 1)])
 
-placed = lambda relation: meta("position", want("dog"), want("cat", position=[relation, 0]))
+def counted(n, name="cat"):
+    return meta("counting", want(name, n), exclude=[want(name, n + 1)])
 
-row_of = lambda n, name="cat", p=0.95: [at(30 * i, 50, name, p) for i in range(n)]
+
+def placed(relation):
+    return meta("position", want("dog"), want("cat", position=[relation, 0]))
+
+
+def row_of(n, name="cat", p=0.95):
+    return [at(30 * i, 50, name, p) for i in range(n)]
+
 
 dog = at(50, 50, "dog")
 

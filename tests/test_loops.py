@@ -42,7 +42,9 @@ from rtdmd_rl import policy_loss, shared_noise
 
 
 def test_a_batch_is_the_same_on_any_number_of_ranks_and_every_prompt_comes_once_a_pass():
-    draw = lambda n, step: torch.randn(n, 3, generator=common.generator("cpu", 0, step))
+    def draw(n, step):
+        return torch.randn(n, 3, generator=common.generator("cpu", 0, step))
+
     for n, world in itertools.product((1, 2, 7, 12), (1, 2, 3)):
         parts = [draw(n, 9)[shard(n, rank, world)] for rank in range(world)]
         assert (
@@ -79,16 +81,20 @@ def run_main(module, pipe, out_dir, monkeypatch, *flags):
         return [json.loads(line) for line in f]
 
 
-level_of = lambda s: min(
-    LEVELS, key=lambda level: abs(level - float(s.flatten()[0] if torch.is_tensor(s) else s))
-)  # of a [B] tensor, too
+def level_of(s):
+    return min(
+        LEVELS, key=lambda level: abs(level - float(s.flatten()[0] if torch.is_tensor(s) else s))
+    )  # of a [B] tensor, too
 
 
 def test_stage_1_trains_each_adapter_by_its_own_loss_and_the_generator_through_its_last_step(
     tiny_parts, tmp_path, monkeypatch
 ):
     paths, last, grads, update = [], [], [], cold_start.update
-    has_grad = lambda parameters: any(p.grad.any() for p in parameters)
+
+    def has_grad(parameters):
+        return any(p.grad.any() for p in parameters)
+
     monkeypatch.setattr(
         cold_start, "rollout", lambda *inputs: paths.append(rollout(*inputs)) or paths[-1]
     )
@@ -145,13 +151,18 @@ def test_stage_2_shares_noise_on_the_other_steps_only_and_its_first_ratio_is_1(
     """Eq. 16 in the real loop: a prompt's pictures differ in the noise of the steps in S and in their start, and in nothing else."""
     (tmp_path / "prompts").write_text("a circle\na square\n")
     calls, ratios, used, N = [], [], [], 3
-    step = lambda x, v, s, t, eta, noise: (
-        calls.append((level_of(s), x, noise)) or cps_step(x, v, s, t, eta, noise)
-    )
-    loss = lambda log_p, old, *rest: (
-        ratios.append((log_p.requires_grad, old.requires_grad)) or policy_loss(log_p, old, *rest)
-    )
-    nothing = lambda *_, **__: None  # no stage 1 to load
+
+    def step(x, v, s, t, eta, noise):
+        return calls.append((level_of(s), x, noise)) or cps_step(x, v, s, t, eta, noise)
+
+    def loss(log_p, old, *rest):
+        return ratios.append((log_p.requires_grad, old.requires_grad)) or policy_loss(
+            log_p, old, *rest
+        )
+
+    def nothing(*_, **__):
+        return None  # no stage 1 to load
+
     for name, stand_in in (
         ("cps_step", step),
         ("policy_loss", loss),
@@ -171,7 +182,10 @@ def test_stage_2_shares_noise_on_the_other_steps_only_and_its_first_ratio_is_1(
     ]
     log = run_main(rtdmd_rl, tiny_parts[1], tmp_path / "a", monkeypatch, "--epochs", "4", *flags)
     assert len(calls) == 4 * (K + 2) and len({tuple(line["S"]) for line in log}) > 1
-    distinct = lambda noise: len({tuple(row.flatten().tolist()) for row in noise})
+
+    def distinct(noise):
+        return len({tuple(row.flatten().tolist()) for row in noise})
+
     for epoch, line in enumerate(log):
         *steps, (_, last_x, _), (s, x, _) = calls[epoch * (K + 2) : (epoch + 1) * (K + 2)]
         assert (
@@ -310,7 +324,7 @@ def test_paper_follows_the_papers_letter_wherever_the_release_differs_and_every_
 
 def test_the_papers_letter_reaches_the_losses_of_both_loops(tiny_parts, tmp_path, monkeypatch):
     """--paper in stage 1, then in stage 2 on its result: what the losses are given at every step, and that all numbers stay finite."""
-    fake, real, levels = [], [], {s: after for s, after in zip(LEVELS[1:], LEVELS[2:] + [0.0])}
+    fake, real, levels = [], [], dict(zip(LEVELS[1:], LEVELS[2:] + [0.0]))
     for module in (cold_start, rtdmd_rl):
         monkeypatch.setattr(
             module,
@@ -398,7 +412,8 @@ def test_dmd2_style_training_takes_the_last_executed_step_to_level_0(
         assert any(torch.equal(x_0, path[k]) and s == LEVELS[k - 1] for x_0, s in last)
 
 
-k_of = lambda step, seed=0: random.Random(f"{seed}/{step}").randint(1, K)  # stage 1's k
+def k_of(step, seed=0):
+    return random.Random(f"{seed}/{step}").randint(1, K)  # stage 1's k
 
 
 @pytest.fixture(scope="session")
@@ -420,7 +435,7 @@ def again(run, tmp_path_factory):
 
 
 def test_three_commands_go_from_the_teacher_to_pictures(run):
-    for status, out, err in run.results:
+    for status, _out, err in run.results:
         assert status == 0 and "Traceback" not in err, err
     for stage, length in ((run.cold, 4), (run.rl, 2)):
         assert {*ADAPTERS, "ckpt.pt", "log.jsonl"} == {
@@ -604,9 +619,10 @@ def test_wandb_gets_the_numbers_of_the_log_and_is_asked_for_in_one_line_where_it
     monkeypatch.setitem(sys.modules, "wandb", None)
     status, _, err = here(cold_start, *flags, tmp_path / "none")
     assert status == 2 and err.count("\n") == 1 and "pip install wandb" in err
-    init = lambda project, **_: SimpleNamespace(
-        log=lambda numbers, step: sent.append((project, step, numbers))
-    )
+
+    def init(project, **_):
+        return SimpleNamespace(log=lambda numbers, step: sent.append((project, step, numbers)))
+
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     good(here(cold_start, *flags, tmp_path / "there"))
     lines = [json.loads(line) for line in (tmp_path / "there/log.jsonl").read_text().splitlines()]

@@ -39,9 +39,12 @@ from gaussian import (
 # ------------------------------------------------------------------------------- the fake score (Eq. 10, Prop. D.1, App. K)
 def fitted(x_s, s, t, n, std="exact"):
     """The linear field that minimises fake_score_loss (gamma = 0) at t: one Newton step, the loss is quadratic."""
-    loss = lambda theta: fake_score_loss(
-        linear(unpack(theta)), x_s, s, full(t, n), n, None, None, None, 0, 0.9, std
-    )[0].mean()
+
+    def loss(theta):
+        return fake_score_loss(
+            linear(unpack(theta)), x_s, s, full(t, n), n, None, None, None, 0, 0.9, std
+        )[0].mean()
+
     theta = ZERO.clone().requires_grad_()
     return unpack(
         -torch.linalg.solve(
@@ -103,10 +106,13 @@ def test_the_papers_printed_std_and_full_interval_renoising_are_biased():
 def matched_step(k, eta):
     """The linear field with which step k lands exactly on the teacher's marginal at t_k; the earlier steps are the student's."""
     (mean, cov), (goal_mean, goal_cov) = student_at(k - 1, eta, 0)[1][1:], marginal(DATA, LEVELS[k])
-    step = lambda x, v: [
-        part.item()
-        for part in cps_step(f64([x]), f64([v]), LEVELS[k - 1], LEVELS[k], eta, f64([0]))
-    ]
+
+    def step(x, v):
+        return [
+            part.item()
+            for part in cps_step(f64([x]), f64([v]), LEVELS[k - 1], LEVELS[k], eta, f64([0]))
+        ]
+
     (from_x, _, std), (from_v, *_) = step(1, 0), step(0, 1)
     A = (
         torch.linalg.cholesky(goal_cov - std**2 * EYE)
@@ -143,23 +149,30 @@ def test_the_generator_gradient_is_the_normalised_difference_of_the_scores():
     y_real, y_fake = (
         cps_step(x_t, v(x_t, t), t, s, eta, back)[0] for v in (velocity(DATA), velocity(fake))
     )
-    gradient = lambda x, *inputs: torch.autograd.grad(
-        generator_loss(x.requires_grad_(), *inputs, eta).sum(), x
-    )[0]
+
+    def gradient(x, *inputs):
+        return torch.autograd.grad(generator_loss(x.requires_grad_(), *inputs, eta).sum(), x)[0]
+
     expected = (
         (y_fake - y_real) / (x_s - y_real).abs().mean((1, 2, 3), keepdim=True) / D
     )  # the loss is a mean over D elements
     close(gradient(x_s.clone(), s, t, n, back, velocity(DATA), velocity(fake)), expected)
-    score = lambda world: torch.stack(
-        [
-            (m - x) @ torch.linalg.inv(C)
-            for x, (m, C) in zip(x_t, (marginal(world, u) for u in t.tolist()))
-        ]
-    )
+
+    def score(world):
+        return torch.stack(
+            [
+                (m - x) @ torch.linalg.inv(C)
+                for x, (m, C) in zip(x_t, (marginal(world, u) for u in t.tolist()))
+            ]
+        )
+
     factor = (y_fake - y_real) / (score(fake) - score(DATA))
     close(factor, factor[..., :1].expand_as(factor))
     assert (factor > 0).all()
-    nothing = lambda x, t: 0 * x  # 0/0 counts as 0
+
+    def nothing(x, t):
+        return 0 * x  # 0/0 counts as 0
+
     assert torch.equal(gradient(0 * n, 0.0, t, 0 * n, back, nothing, nothing), 0 * n)
 
 
@@ -180,7 +193,10 @@ def test_the_papers_letter_of_the_generator_gradient_is_the_gradient_of_the_kl()
             (1 - t) / (1 - s),
             renoise(x_s.detach(), s, t, n),
         )
-        score = lambda m, C: (m - x_t) @ torch.linalg.inv(C)
+
+        def score(m, C):
+            return (m - x_t) @ torch.linalg.inv(C)
+
         close(gradient, a * (score(mean_F, cov_F) - score(mean, cov)))
         close(gradient.mean(0).flatten(), a * torch.linalg.inv(cov) @ (mean_F - mean))
 
@@ -199,10 +215,13 @@ def test_descent_with_exact_scores_ends_at_the_teachers_marginal(k):
             optimizer, lambda i: (1 + math.cos(math.pi * i / 300)) / 2
         )
         (*_, before), _, (noise,) = student_at(k - 1, eta, 1)
-        student = lambda: (s, *moments(last_step(unpack(theta.detach()), k, eta, before, noise)))
-        distance = lambda: max(
-            (p - q).abs().max().item() for p, q in zip(student()[1:], marginal(DATA, s))
-        )
+
+        def student():
+            return (s, *moments(last_step(unpack(theta.detach()), k, eta, before, noise)))
+
+        def distance():
+            return max((p - q).abs().max().item() for p, q in zip(student()[1:], marginal(DATA, s)))
+
         start = distance()
         for i in range(300):
             z, *noises, n, back, last = normals(k + 3, 128, seed=i)
@@ -264,10 +283,13 @@ def test_two_samples_estimate_the_squared_violation_and_one_adds_its_variance(wr
                 None,
             ),
         )
-        at = lambda t: tuple(
-            p + wrong * q
-            for p, q in zip(exact_field(world, t), (f64([1.0, 0.3], [-0.2, 0.5]), f64(0.7, -1)))
-        )
+
+        def at(t):
+            return tuple(
+                p + wrong * q
+                for p, q in zip(exact_field(world, t), (f64([1.0, 0.3], [-0.2, 0.5]), f64(0.7, -1)))
+            )
+
         (A, b), (A2, b2), (mean, cov) = at(t), at(t - back), marginal(world, t)
         H = EYE - (t - back) * A2  # h(x'', t'') = H x'' - t'' b2, so the violation is V x_t + w:
         V, w = H @ R - (EYE - t * A), H @ r - (t - back) * b2 + t * b
@@ -276,7 +298,10 @@ def test_two_samples_estimate_the_squared_violation_and_one_adds_its_variance(wr
             (H @ Q * H).sum().item() / D,
         )
         assert (violation < 1e-20) == (wrong == 0)
-        F = lambda x, t: linear(at(t[0].item()))(x)
+
+        def F(x, t):
+            return linear(at(t[0].item()))(x)
+
         assert consistency(world, F, t, back, 0.9) == pytest.approx(violation, rel=1e-9, abs=1e-12)
         assert consistency(world, F, t, back, 0.9, one_sample=True) == pytest.approx(
             violation + variance, rel=1e-9
@@ -329,7 +354,9 @@ def learned(gamma, t, back, eta):
     x_s = MEAN + z @ torch.linalg.cholesky(COV).T
 
     def loss(theta):
-        F = lambda x, u: linear(unpack(theta[:6] if abs(u[0].item() - t) < 1e-9 else theta[6:]))(x)
+        def F(x, u):
+            return linear(unpack(theta[:6] if abs(u[0].item() - t) < 1e-9 else theta[6:]))(x)
+
         return (
             fake_score_loss(F, x_s, 0.0, full(t, z), n, full(back, z), n1, n2, gamma, eta)[0]
             + fake_score_loss(F, x_s, 0.0, full(t - back, z), m, None, None, None, 0, eta)[0]
@@ -362,9 +389,12 @@ def test_the_consistency_gradient_goes_through_all_three_h_and_not_through_the_t
     """App. F: the transition is driven by the anchor's DETACHED velocity; the reference below drives it with a frozen copy of F."""
     (x_s, n, n1, n2), frozen = normals(4, 6), torch.linspace(-1, 1, 6).double()
     theta, h = frozen.clone().requires_grad_(), lambda x, t: x - t * linear(unpack(theta))(x)
-    term = lambda t, back: fake_score_loss(
-        linear(unpack(theta)), x_s, 0.0, full(t, n), n, full(back, n), n1, n2, 1.0, 0.9
-    )[2]
+
+    def term(t, back):
+        return fake_score_loss(
+            linear(unpack(theta)), x_s, 0.0, full(t, n), n, full(back, n), n1, n2, 1.0, 0.9
+        )[2]
+
     x_t = renoise(x_s, 0.0, 0.6, n)
     x1, x2 = (
         cps_step(x_t, linear(unpack(frozen))(x_t), 0.6, 0.5, 0.9, noise)[0] for noise in (n1, n2)
@@ -378,8 +408,13 @@ def test_the_papers_consistency_times_are_the_generators_own_levels():
     """--consistency_times steps: from x_s itself at t' = t_k to t'' = t_{k+1}. Where t_{k+1} = 0 the
     transition lands on the anchor itself and the term vanishes with its gradient: by the letter only .9 -> .75 and .75 -> .5 are constrained."""
     (x_s, n, n1, n2), theta = normals(4, 6), torch.linspace(-1, 1, 6).double().requires_grad_()
-    F = lambda x, t: linear(unpack(theta))(x) * t.view(-1, 1, 1, 1)
-    h = lambda x, t: x - t * F(x, full(t, x))
+
+    def F(x, t):
+        return linear(unpack(theta))(x) * t.view(-1, 1, 1, 1)
+
+    def h(x, t):
+        return x - t * F(x, full(t, x))
+
     for s, after in zip(LEVELS[1:], LEVELS[2:] + [0.0]):
         loss, ambient, term = fake_score_loss(
             F, x_s, s, full(0.97, n), n, full(0.1, n), n1, n2, 0.3, 0.9, "exact", after

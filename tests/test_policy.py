@@ -26,7 +26,9 @@ from rtdmd_rl import advantages, policy_loss, shared_noise
 # -------------------------------------------------------------------------- the two parts of the policy gradient (Prop. G.1)
 GOAL, FORM, SLOPE = f64(0.2, 0.4), f64([1.0, 0.3], [0.3, 0.5]), f64(1, -0.5)
 
-quadratic = lambda x: -((x.flatten(1) - GOAL) @ FORM * (x.flatten(1) - GOAL)).sum(1)
+
+def quadratic(x):
+    return -((x.flatten(1) - GOAL) @ FORM * (x.flatten(1) - GOAL)).sum(1)
 
 
 def exact_gradient(reward, eta, steps, fields=STUDENT):
@@ -164,7 +166,10 @@ def test_advantages_have_their_closed_forms():
         f64(1, 0.5, 2),
     )
     for std in ("batch", "group"):
-        of = lambda scores, weights=(1.0,), N=6, **clip: advantages(scores, weights, N, std, **clip)
+
+        def of(scores, weights=(1.0,), N=6, **clip):
+            return advantages(scores, weights, N, std, **clip)
+
         pair = (
             1 if std == "batch" else 1 / math.sqrt(7 / 4)
         )  # a pair's own standard deviation is 1/sqrt(2), and it is not standardised again

@@ -12,11 +12,10 @@ from PIL import Image
 
 import rewards
 from gaussian import close
-from helpers import TINY
+from helpers import CPU, TINY
 from small_rewards import (
     BLIP_SMALL,
     CLIP_SMALL,
-    CPU,
     imagereward_state,
     one_reward,
     rand,
@@ -24,11 +23,13 @@ from small_rewards import (
     with_tokenizer,
 )
 
-tokens_of = lambda prompts, length: torch.tensor(
-    transformers.AutoTokenizer.from_pretrained(TINY / "clip")(
-        prompts, padding="max_length", truncation=True, max_length=length
-    ).input_ids
-)
+
+def tokens_of(prompts, length):
+    return torch.tensor(
+        transformers.AutoTokenizer.from_pretrained(TINY / "clip")(
+            prompts, padding="max_length", truncation=True, max_length=length
+        ).input_ids
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,10 @@ def test_a_clip_in_open_clips_format_gives_the_same_features_after_conversion(op
     ids = ids.masked_fill(
         torch.arange(12) > ids.argmax(1)[:, None], 0
     )  # open_clip pads with 0, where pooling must not look
-    unit = lambda x: torch.nn.functional.normalize(x, dim=-1)
+
+    def unit(x):
+        return torch.nn.functional.normalize(x, dim=-1)
+
     image = unit(
         converted.visual_projection(converted.vision_model(pixel_values=pixels).pooler_output)
     )
@@ -103,10 +107,12 @@ def test_hpsv2_scores_as_open_clip_does_from_the_published_file(open_clip, tmp_p
 def blip_by_hand(state, pixels, ids, mask):
     """ImageReward's forward pass, written out from its weights under their published names."""
     F = torch.nn.functional
-    linear = lambda x, key: F.linear(x, state[key + ".weight"], state[key + ".bias"])
-    norm = lambda x, key, eps: F.layer_norm(
-        x, x.shape[-1:], state[key + ".weight"], state[key + ".bias"], eps
-    )
+
+    def linear(x, key):
+        return F.linear(x, state[key + ".weight"], state[key + ".bias"])
+
+    def norm(x, key, eps):
+        return F.layer_norm(x, x.shape[-1:], state[key + ".weight"], state[key + ".bias"], eps)
 
     def attend(q, k, v, heads, bias=0):
         q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))

@@ -31,7 +31,10 @@ from small_rewards import (
 # ----------------------------------------------------------------------------------------------- rewards and the tiny checker
 def contradictions(row):
     """Captions of the same category that no picture of `row` satisfies: other objects, numbers or colours; last the opposite relation."""
-    things = lambda r: Counter((o["class"], o["count"], o.get("color")) for o in r["include"])
+
+    def things(r):
+        return Counter((o["class"], o["count"], o.get("color")) for o in r["include"])
+
     other = [r for r in tiny.captions() if r["tag"] == row["tag"] and things(r) != things(row)]
     a, b = next(
         (
@@ -59,7 +62,10 @@ def test_the_checker_accepts_true_pictures_after_the_vae_and_rejects_captions_th
             pipe, (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
         )
     (checker,) = rewards.build("checker", torch.device("cpu"))
-    accepted = lambda captions: checker(pictures, [r["prompt"] for r in captions], captions).mean()
+
+    def accepted(captions):
+        return checker(pictures, [r["prompt"] for r in captions], captions).mean()
+
     assert accepted(rows) >= 0.98
     assert (
         accepted([rng.choice(contradictions(r)) for r in rows]) <= 0.05
@@ -73,7 +79,10 @@ def test_the_gradient_of_clipscore_is_that_of_finite_differences():
     (score,) = rewards.build(
         "clipscore:1", torch.device("cpu"), [f"clipscore={TINY}/clip"], torch.float64
     )
-    f = lambda x: score(x, ["a red circle", "two squares"], [{}, {}]).sum()
+
+    def f(x):
+        return score(x, ["a red circle", "two squares"], [{}, {}]).sum()
+
     x = (torch.rand(2, 3, 40, 48, generator=g, dtype=torch.float64) * 0.6 + 0.2).requires_grad_()
     (gradient,) = torch.autograd.grad(f(x), x)
     for direction in (gradient, *torch.randn(2, *x.shape, generator=g, dtype=torch.float64)):
@@ -261,7 +270,10 @@ def test_gradients_are_those_of_finite_differences_through_resizing_and_cropping
         ["a red circle", "two squares"],
     )
     assert reward.differentiable
-    f = lambda x: reward(x, prompts, [{}, {}])
+
+    def f(x):
+        return reward(x, prompts, [{}, {}])
+
     x = (rand(2, 3, 71, 90).double() * 0.6 + 0.2).requires_grad_()
     (gradient,) = torch.autograd.grad(f(x).sum(), x)
     crop = round(90 - 90 * 71 / 90) // 2 - 4  # columns that the centre crop throws away
@@ -287,7 +299,10 @@ def test_the_gradient_of_hpsv2s_padding_is_that_of_finite_differences():
         (rand(1, 3, 30, 50).double() * 0.6 + 0.2).requires_grad_(),
         rand(3, 28, 28, seed=1).double(),
     )
-    f = lambda x: (rewards.padded_pixels(x, 28) * weight).square().sum()
+
+    def f(x):
+        return (rewards.padded_pixels(x, 28) * weight).square().sum()
+
     (gradient,) = torch.autograd.grad(f(x), x)
     d = 1e-4 * gradient / gradient.norm()
     assert abs((f(x + d) - f(x - d)) / 2e-4 - gradient.norm()) < 1e-5 * gradient.norm()
@@ -302,9 +317,12 @@ def test_micro_batches_and_bf16_change_a_score_and_its_gradient_by_their_roundin
         rand(5, 3, 60, 60).requires_grad_(),
         ["a red circle", "two squares", "a circle", "a circle", "a square"],
     )
-    run = lambda **more: (lambda s: (s.detach(), torch.autograd.grad(s.sum(), x)[0]))(
-        one_reward(name, *small_models, **more)(x, prompts, [{}] * 5)
-    )
+
+    def run(**more):
+        return (lambda s: (s.detach(), torch.autograd.grad(s.sum(), x)[0]))(
+            one_reward(name, *small_models, **more)(x, prompts, [{}] * 5)
+        )
+
     (score, gradient), (s2, g2), (s16, _) = run(), run(batch=2), run(dtype=torch.bfloat16)
     close(s2, score, 1e-5), close(g2, gradient, 1e-4 * gradient.abs().max().item())
     assert (

@@ -10,10 +10,21 @@ import cold_start
 import model
 import sample
 from cps import sigmas
-from helpers import BASE, flat, good, here, random_adapter, same_files, tiny_args, tiny_base
+from helpers import (
+    BASE,
+    CPU,
+    flat,
+    good,
+    here,
+    load_both,
+    random_adapter,
+    same_files,
+    tiny_args,
+    tiny_base,
+)
 
 
-def generator_gradient(switch, checkpointing, compile=0, device=torch.device("cpu")):
+def generator_gradient(switch, checkpointing, compile=0, device=CPU):
     """Gradient of loss_G as the loops compute it: generator forward, then teacher and fake forward, then backward.
     switch: "ours", "peft" (its set_adapter), or "none": the truth, the other roles play before the generator does.
     checkpointing: "ours", "diffusers" or None."""
@@ -39,17 +50,21 @@ def generator_gradient(switch, checkpointing, compile=0, device=torch.device("cp
             v(x, t) if switch != "peft" or not name else (transformer.set_adapter(name), v(x, t))[1]
         )
 
-    step = lambda: cold_start.cps_step(x, role("generator")(x, 0.75), 0.75, 0.5, 0.9, noise)[0]
-    loss = lambda x_s: cold_start.generator_loss(
-        x_s,
-        0.5,
-        torch.tensor([0.6, 0.9], device=device),
-        noise,
-        back,
-        role("", negative, 2.0),
-        role("fake"),
-        0.9,
-    ).sum()
+    def step():
+        return cold_start.cps_step(x, role("generator")(x, 0.75), 0.75, 0.5, 0.9, noise)[0]
+
+    def loss(x_s):
+        return cold_start.generator_loss(
+            x_s,
+            0.5,
+            torch.tensor([0.6, 0.9], device=device),
+            noise,
+            back,
+            role("", negative, 2.0),
+            role("fake"),
+            0.9,
+        ).sum()
+
     if switch == "none":
         x_s = step().detach().requires_grad_()
         (slope,) = torch.autograd.grad(loss(x_s), x_s)
@@ -81,7 +96,7 @@ def test_our_forward_of_an_adapted_matrix_is_pefts_own(active):
             p.data = torch.randn(p.shape, generator=g) * 0.05
     (parameters,) = cold_start.train_only(transformer, "two")
     x = torch.randn(2, 4, 16, 16, generator=g)
-    for forward in ("ours", "peft's"):
+    for _forward in ("ours", "peft's"):
         v = cold_start.play(transformer, active, text)(x, 0.75)
         if "two" in active:
             v.square().sum().backward()
@@ -161,7 +176,10 @@ def test_one_compiled_graph_serves_all_blocks_of_a_kind(monkeypatch):
     for name in ("one", "two"):
         cold_start.add_adapter(transformer, name, tiny_args(lora_rank=4))
     torch._dynamo.reset()
-    backend = lambda graph, inputs: graphs.append(graph) or aot_eager(graph, inputs)
+
+    def backend(graph, inputs):
+        return graphs.append(graph) or aot_eager(graph, inputs)
+
     for block in transformer.transformer_blocks:
         block.compile(dynamic=False, backend=backend)
     text = torch.randn(2, 7, 32), torch.randn(2, 32)
@@ -219,26 +237,20 @@ def test_both_adapters_are_stacked_and_neither_replaces_the_other(tmp_path):
         )
     assert all((picture["both"] - picture[name]).abs().max() > 0.1 for name in ("one", "two"))
 
-    def latents(pipe, cold, rl):
-        args = tiny_args(cold_start=cold, rtdmd=rl)
-        v = cold_start.play(
-            pipe.transformer,
-            sample.load_generator(pipe, args),
-            cold_start.text_encoder(pipe, args)(["a red circle"]),
-        )
-        return sample.draw(v, [0], (4, 16, 16), sigmas(), 0.9, torch.device("cpu"))
+    def latents(base, cold, rl):
+        v = base.velocity(load_both(base, cold, rl), base.encode(["a red circle"]))
+        return sample.draw(v, [0], (4, 16, 16), sigmas(), 0.9, CPU)
 
-    stacked, pipe = latents(tiny_base().pipe, str(tmp_path / "one"), str(tmp_path / "two")), tiny_base().pipe
+    stacked = latents(tiny_base(), tmp_path / "one", tmp_path / "two")
+    base = tiny_base()
     for key in weights:
         if ".lora_A" in key:  # W + (alpha / rank) B A
-            pipe.transformer.get_submodule(key.split(".lora_A")[0]).weight.data += (
+            base.transformer.get_submodule(key.split(".lora_A")[0]).weight.data += (
                 64 / 8 * weights[key.replace("lora_A", "lora_B")] @ weights[key]
             )
-    assert (
-        stacked - latents(pipe, "", str(tmp_path / "two"))
-    ).abs().max() < 1e-4 * stacked.abs().max()
+    assert (stacked - latents(base, "", tmp_path / "two")).abs().max() < 1e-4 * stacked.abs().max()
     with torch.no_grad():
-        model.save_grid(model.decode(pipe, stacked), str(tmp_path / "both/00000.png"))
+        model.save_grid(base.decode(stacked), str(tmp_path / "both/00000.png"))
     assert same_files(
         tmp_path / "both", tmp_path / "both/out", ["00000.png"]
     )  # the program draws that very picture

@@ -1,0 +1,193 @@
+"""Draw prompts and score the pictures: out_dir/scores.jsonl, means with standard errors, GenEval's categories.
+
+    python -m tools.evaluate --prompts FILE --rewards clipscore,geneval              # the student
+    python -m tools.evaluate --prompts FILE --rewards clipscore,geneval --compare    # beside the teacher
+    python -m tools.evaluate --prompts FILE --rewards clipscore --teacher            # the teacher alone
+
+What is drawn, and with what, is said as for sample.py. Rewards may need metadata: either --prompts is a
+.jsonl that has it, or --metadata names one in which the prompts are looked up. `tools.export --scores
+out/evaluation/scores.jsonl` puts the means into a model card.
+"""
+
+import json
+import math
+import os
+
+import torch
+
+from common import checked, die, parse, setup, write_atomically
+from model import StableDiffusion3, note_prompts
+from rewards import build, guarded
+from sample import (
+    PRESETS,
+    as_teacher,
+    check_prompt,
+    draw_all,
+    flags,
+    generator_files,
+    load_generator,
+    rows_to_draw,
+    settled,
+)
+
+BY_CATEGORY = ("geneval", "geneval_soft")  # rewards whose means are given by category, too
+FIRST_COLUMN = 28  # "geneval_soft single_object" is the longest
+COLUMN = 22
+
+
+def arguments():
+    parser = flags("Score the pictures of the 4-step generator, of its teacher, or of both.")
+    parser.set_defaults(out_dir="out/evaluation")
+    add = parser.add_argument
+    add("--rewards", required=True, metavar="NAME,...", help="what scores the pictures")
+    add("--compare", action="store_true", help="the teacher from the same seeds, too")
+    add("--metadata", default="", help="jsonl in which the metadata of --prompts are looked up")
+    text = "local directory or file of a reward's model"
+    add("--reward_path", action="append", default=[], metavar="NAME=PATH", help=text)
+    text = "precision of the reward models; scores are float32"
+    add("--reward_dtype", choices=("float32", "bfloat16"), default="float32", help=text)
+    args = parse(parser, PRESETS)
+    if args.compare and args.teacher:
+        die("--compare draws with student and teacher: it does not go with --teacher")
+    if args.metadata and not args.prompts:  # then it is the list of prompts as well
+        args.prompts = args.metadata
+        args.metadata = ""
+    check_prompt(args)
+    return args
+
+
+def load_rewards(args, rows, device):
+    """The rewards of --rewards; dies where one is not there or does not like the prompts."""
+    dtype = getattr(torch, args.reward_dtype)
+    rewards = checked(build, args.rewards, device, args.reward_path, dtype)
+    rewards = [guarded(reward) for reward in rewards]
+    prompts = [row["prompt"] for row in rows]
+    metadata = [row["metadata"] for row in rows]
+    for reward in rewards:
+        checked(reward.check, prompts, metadata)
+    return rewards
+
+
+def scores_of(base, adapters, rows, args, rewards):
+    """Draw all rows into args.out_dir -> {reward: [score of each row]}"""
+    scores = {reward.name: [] for reward in rewards}
+
+    @torch.no_grad()
+    def score(pictures, batch):
+        prompts = [row["prompt"] for row in batch]
+        metadata = [row["metadata"] for row in batch]
+        for reward in rewards:
+            scores[reward.name] += reward(pictures, prompts, metadata).tolist()
+
+    draw_all(base, adapters, rows, args, score)
+    return scores
+
+
+# ---- what comes out ------------------------------------------------------------------------------
+def mean_and_error(scores, prompts):
+    """Mean of the scores and its standard error, nan where there is but one.
+
+    Pictures of one prompt are not independent: if there are several prompts, their means are the
+    samples.
+    """
+    of_prompt = {}
+    for score, prompt in zip(scores, prompts, strict=True):
+        of_prompt.setdefault(prompt, []).append(score)
+    samples = scores
+    if len(of_prompt) > 1:
+        samples = [sum(group) / len(group) for group in of_prompt.values()]
+    samples = torch.tensor(samples, dtype=torch.float64)
+    mean = samples.mean().item()
+    if len(samples) == 1:
+        return mean, math.nan
+    return mean, samples.std().item() / math.sqrt(len(samples))
+
+
+def with_error(mean, error):
+    """'0.5000 +- 0.1000', or the mean alone where its error is not known."""
+    return f"{mean:.4f}" if math.isnan(error) else f"{mean:.4f} +- {error:.4f}"
+
+
+def write_scores(rows, seed, results, path):
+    """A line of JSON a picture.
+
+    results: {who drew: {reward: [score of each row]}}. Those of the first stand in the line itself, of
+    a second one under its name.
+    """
+    drawn_by, *others = results
+    lines = []
+    for i, row in enumerate(rows):
+        line = {"image": f"{i:05d}.png", "prompt": row["prompt"]}
+        if row["metadata"].get("tag"):
+            line["tag"] = row["metadata"]["tag"]
+        line["seed"] = seed + i
+        line["drawn_by"] = drawn_by
+        line.update({reward: scores[i] for reward, scores in results[drawn_by].items()})
+        for who in others:
+            line[who] = {reward: scores[i] for reward, scores in results[who].items()}
+        lines.append(json.dumps(line) + "\n")
+    write_atomically({path: "".join(lines).encode()})
+
+
+def print_means(rows, results):
+    """A line a reward, a column for each who drew and, of two, one for their difference."""
+    prompts = [row["prompt"] for row in rows]
+    tags = [row["metadata"].get("tag") for row in rows]
+    titles = list(results)
+    if len(titles) == 2:
+        titles.append(" - ".join(titles))
+        print_line("", titles)
+    for name in next(iter(results.values())):
+        columns = [scores[name] for scores in results.values()]
+        if len(columns) == 2:
+            columns.append([ours - theirs for ours, theirs in zip(*columns, strict=True)])
+        print_line(name, [with_error(*mean_and_error(column, prompts)) for column in columns])
+        if name in BY_CATEGORY and None not in tags:
+            print_categories(name, columns, prompts, tags)
+
+
+def print_categories(name, columns, prompts, tags):
+    """A line a category and their mean, which is what GenEval calls its score."""
+    categories = sorted(set(tags))
+    means = [[] for _ in columns]
+    for category in categories:
+        here = [i for i, tag in enumerate(tags) if tag == category]
+        cells = []
+        for column, its_means in zip(columns, means, strict=True):
+            scores = [column[i] for i in here]
+            mean, error = mean_and_error(scores, [prompts[i] for i in here])
+            its_means.append(mean)
+            cells.append(with_error(mean, error))
+        print_line(f"{name} {category}", cells)
+    cells = [f"{sum(its_means) / len(categories):.4f}" for its_means in means]
+    print_line(f"{name}, categories", cells)
+
+
+def print_line(first, cells):
+    columns = "".join(f"{cell:{COLUMN}s}" for cell in cells)
+    print(f"{first:{FIRST_COLUMN}s}{columns}".rstrip(), flush=True)
+
+
+def main():
+    args = arguments()
+    rows = rows_to_draw(args, args.metadata)
+    device, _, _ = setup(args, training=False)
+    files = generator_files(args)
+    args = settled(args, files)
+    compiled = bool(args.compile) and device.type == "cuda"
+    base = StableDiffusion3(args.pretrained, device, args.resolution, compile=compiled)
+    rewards = load_rewards(args, rows, device)
+    adapters = [] if args.teacher else load_generator(base, files, args.lora_alpha)
+    note_prompts(base, rows[:: args.num_images])  # each once, however many pictures it gets
+    who = "teacher" if args.teacher else "student"
+    results = {who: scores_of(base, adapters, rows, args, rewards)}
+    if args.compare:
+        teacher = as_teacher(args)
+        teacher.out_dir = os.path.join(args.out_dir, "teacher")
+        results["teacher"] = scores_of(base, [], rows, teacher, rewards)
+    write_scores(rows, args.seed, results, os.path.join(args.out_dir, "scores.jsonl"))
+    print_means(rows, results)
+
+
+if __name__ == "__main__":
+    main()
