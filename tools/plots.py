@@ -18,7 +18,7 @@ import torch
 import rtdmd_rl
 import variants
 from checkpoint import read
-from common import Parser, as_bytes, checked, die, generator, setup, write_atomically
+from common import Parser, as_bytes, checked, die, generator, make_out_dir, setup, write_atomically
 from cps import renoise, rollout, sigmas
 from tiny import captions
 from tools.tiny_scores import PRETRAINED, evaluate, generator_of, load_tiny, report_captions
@@ -27,7 +27,7 @@ try:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 except ImportError:
     pyplot = None
 MISSING = "matplotlib is missing: pip install -c requirements-dev.txt matplotlib"
@@ -88,6 +88,7 @@ UNITS = {
     "skipped": "updates",
     "flat_groups": "share of prompts",
     "drift_clipped": "share of pictures",
+    "drift_max": "|ratio - 1|",
     "latent_std": "latent units",
     "ema_drift": "relative distance",
 }
@@ -127,11 +128,10 @@ def save(figure, path):
 
 def curve(axes, steps, values, color, label=None):
     """A faint raw curve and a strong smooth one; few points are marked."""
-    few = len(values) < 40
+    marker = "." if len(values) < 40 else ""
     axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-    axes.plot(
-        steps, smooth(values), color=color, linewidth=1.6, marker="." if few else "", label=label
-    )
+    axes.plot(steps, smooth(values), marker, color=color, linestyle="-", label=label)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
 
 
 def draw_curves(runs, path):
@@ -171,10 +171,10 @@ def wrapped(prompt, words_a_line=2):
     return "\n".join(" ".join(line) for line in lines)
 
 
-def picture_sheet(figure, rows, top, captions=()):
+def picture_sheet(figure, rows, top, headings=()):
     """Rows of pictures {title: [N,3,H,W]} into a figure, `top` inches below its upper edge.
 
-    captions: what stands above each column. Each picture has CELL inches, each title TEXT.
+    headings: what stands above each column. Each picture has CELL inches, each title TEXT.
     """
     width, height = figure.get_size_inches()
     for i, (title, pictures) in enumerate(rows.items()):
@@ -185,11 +185,10 @@ def picture_sheet(figure, rows, top, captions=()):
             side = 0.97 * CELL
             place = (left / width, bottom / height, side / width, side / height)
             show_picture(figure.add_axes(place), picture)
-    for j, caption in enumerate(captions):
+    y = 1 - (top - 0.08) / height
+    for j, heading in enumerate(headings):
         x = (TEXT + (j + 0.5) * CELL) / width
-        figure.text(
-            x, 1 - (top - 0.08) / height, wrapped(caption), ha="center", va="bottom", fontsize=8
-        )
+        figure.text(x, y, wrapped(heading), ha="center", va="bottom", fontsize=8)
 
 
 def draw_report(rows, prompts, logs, path):
@@ -278,14 +277,13 @@ def draw_subinterval(path):
     figure = new_figure(12, 3)
     noise_panel, *density_panels = figure.subplots(1, 4)
     times = [s + (1 - s) * i / 20 for i in range(21)]
-    near_start, middle, near_end = 2, 10, 18
     stds = []
     for i, t in enumerate(times):
         exact = renoise(x_s, s, t, noise)
         printed = renoise_as_printed(x_s, s, t, noise)
         clean = (1 - t) * x0
         stds.append(((exact - clean).std().item(), (printed - clean).std().item(), t))
-        if i in (near_start, middle, near_end):
+        if i in (2, 10, 18):  # near the beginning, in the middle, near the end of [s, 1]
             axes = density_panels.pop(0)
             true_std = ((1 - t) ** 2 * (1 + TAU**2) + t**2) ** 0.5
             found = (exact.std().item(), printed.std().item(), true_std)
@@ -318,11 +316,11 @@ def draw_density(axes, exact, printed, t, labels):
         heights = torch.histc(values, 30, -3, 3) / len(values) / width
         axes.stairs(heights.numpy(), edges.numpy(), color=color, label=label)
     axes.plot(x.numpy(), density(x, t).numpy(), color=COLORS[2], label=labels[2])
-    axes.set_title(f"t = {t:g}")
+    axes.set_title(f"t = {t:g}, standard deviation:")
     axes.set_xlabel("x_t")
     axes.set_ylabel("density")
-    axes.set_ylim(0, 1.5 * density(x, t).max().item())
-    axes.legend(title="standard deviation", frameon=False, loc="upper center", ncols=3, fontsize=6)
+    axes.set_ylim(0, 1.8 * density(x, t).max().item())
+    axes.legend(frameon=False, loc="upper center")
 
 
 # ---- figures of the README: pictures of a run ----------------------------------------------------
@@ -354,10 +352,11 @@ def draw_subsets(run, pretrained, path, device):
         noise.append(torch.zeros_like(noise[0]))
         x0 = rollout(v, normal("start"), levels, 4, 0.9, noise)[-1]
         spread = x0.unflatten(0, (-1, group)).std(1).mean()
-        title = f"S = {{{', '.join(str(k + 1) for k in S)}}}" + (" (GRPO)" if len(S) == 3 else "")
-        print(
-            f"{title}: std within a group {spread:.3f}, mean over {len(prompts) // group} captions"
-        )
+        title = f"S = {{{', '.join(str(k + 1) for k in S)}}}"
+        if len(S) == 3:
+            title += " (GRPO)"
+        count = len(prompts) // group
+        print(f"{title}: std within a group {spread:.3f}, mean over {count} captions")
         rows[f"{title}\nstd {spread:.2f}"] = base.decode(x0[:group])
     figure = new_figure(TEXT + group * CELL + 0.05, len(rows) * CELL + 0.05)
     picture_sheet(figure, rows, 0.02)
@@ -366,10 +365,10 @@ def draw_subsets(run, pretrained, path, device):
 
 @torch.no_grad()
 def draw_hacking(run, stages_2, pretrained, n, path, device):
-    """What stages 2 made of one cold start: the scoreboard's pictures of captions that leave the
-    colour open, and the numbers of each over all captions, n pictures a category -> path.
+    """What stages 2 made of one cold start -> path, and the numbers of each on screen.
 
-    Dies where the stages 2 were not trained on one and the same stage 1; that it was this run's is
+    Pictures are the scoreboard's of three captions that leave the colour open; the numbers are over
+    all its captions, n pictures a category. Dies where the stages 2 were not trained on one and the same stage 1; that it was this run's is
     not checked.
     """
     starts = set()
@@ -426,6 +425,7 @@ def arguments():
 def main():
     args = arguments()
     if args.what == "curves":
+        make_out_dir(args.out_dir, "", 0)
         draw_curves(args.runs, f"{args.out_dir}/curves.png")
         return
     run, *stages_2 = args.runs
