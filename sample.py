@@ -23,21 +23,14 @@ from cps import rollout, sigmas
 from model import StableDiffusion3, graphed, note_prompts, save_grid
 from prompts import load_prompts
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+SD35M = "stabilityai/stable-diffusion-3.5-medium"
+SD3M = "stabilityai/stable-diffusion-3-medium-diffusers"
+TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets/tiny")
 # What is drawn with where neither a flag nor the settings of a run say otherwise.
 PRESETS = {
-    "sd35m": dict(pretrained="stabilityai/stable-diffusion-3.5-medium", teacher_cfg=4.5),
-    "sd3m": dict(
-        pretrained="stabilityai/stable-diffusion-3-medium-diffusers",
-        resolution=1024,
-        teacher_cfg=7.0,
-    ),
-    "tiny": dict(
-        pretrained=os.path.join(HERE, "assets/tiny"),
-        resolution=32,
-        teacher_cfg=2.0,
-        device="auto",
-    ),
+    "sd35m": dict(pretrained=SD35M, teacher_cfg=4.5),
+    "sd3m": dict(pretrained=SD3M, resolution=1024, teacher_cfg=7.0),
+    "tiny": dict(pretrained=TINY, resolution=32, teacher_cfg=2.0, device="auto"),
 }
 # The adapters under which the stages' weights are loaded: both at once, one beside the other.
 ADAPTERS = {"cold_generator": "cold_start", "generator": "rtdmd"}
@@ -244,19 +237,14 @@ def draw_all(base, adapters, rows, args, look=None):
     print(f"{len(rows)} pictures in {time.time() - start:.1f} s -> {args.out_dir}/grid.png")
 
 
-def load_base(args, device):
-    """The base model that args ask for, frozen."""
-    compiled = bool(args.compile) and device.type == "cuda"
-    return StableDiffusion3(args.pretrained, device, args.resolution, compile=compiled)
-
-
 def main():
     args = arguments()
     rows = rows_to_draw(args)
     device, _, _ = setup(args, training=False)
     files = generator_files(args)
     args = settled(args, files)
-    base = load_base(args, device)
+    compiled = bool(args.compile) and device.type == "cuda"
+    base = StableDiffusion3(args.pretrained, device, args.resolution, compile=compiled)
     adapters = [] if args.teacher else load_generator(base, files, args.lora_alpha)
     note_prompts(base, rows[:: args.num_images])  # each once, however many pictures it gets
     draw_all(base, adapters, rows, args)

@@ -21,6 +21,7 @@ import torch
 import cold_start
 import cps
 import rtdmd_rl
+import sample
 from model import StableDiffusion3
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
@@ -171,6 +172,12 @@ def tiny_args(**more):
 def tiny_base(pretrained=TINY, resolution=32, **more):
     """The tiny base model on the CPU."""
     return StableDiffusion3(str(pretrained), CPU, resolution, **more)
+
+
+def load_both(base, cold, rl, lora_alpha=None):
+    """Stack what --cold_start and --rtdmd name on the base ('' leaves one out) -> names of the adapters."""
+    args = SimpleNamespace(cold_start=str(cold), rtdmd=str(rl), teacher=False)
+    return sample.load_generator(base, sample.generator_files(args), lora_alpha)
 
 
 def random_adapter(path, seed, rank=32):

@@ -1,10 +1,13 @@
 """The weights elsewhere: exports for diffusers, model cards, the scheduler in pipelines, Stable Diffusion 3 Medium."""
 
+import contextlib
 import errno
+import io
 import json
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -21,7 +24,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
 
 import cold_start
-import export
 import model
 import rtdmd_rl
 import sample
@@ -38,10 +40,11 @@ from helpers import (
     here,
     listing,
     load,
+    load_both,
     random_adapter,
-    tiny_args,
     tiny_base,
 )
+from tools import evaluate, export
 
 
 @pytest.mark.parametrize(
@@ -49,24 +52,16 @@ from helpers import (
     [model.TARGETS, [name.removeprefix("attn.") for name in model.TARGETS]],
     ids=["ours", "model card's"],
 )
-def test_plain_diffusers_and_peft_load_our_file_and_compute_what_play_computes(run, targets):
-    args, pipe, bare = (
-        tiny_args(cold_start=str(run.cold), rtdmd=""),
-        tiny_base().pipe,
-        SD3Transformer2DModel.from_pretrained(TINY / "transformer"),
-    )
-    bare.add_adapter(
-        LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=targets),
-        "default",
-    )
+def test_plain_diffusers_and_peft_load_our_file_and_compute_what_we_compute(run, targets):
+    base = tiny_base()
+    bare = SD3Transformer2DModel.from_pretrained(TINY / "transformer")
+    config = LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=targets)
+    bare.add_adapter(config, "default")
     result = bare.load_state_dict(load(run.cold / "generator_ema.pt"), strict=False)
-    assert result.unexpected_keys == [] and not [
-        k for k in result.missing_keys if ".attn." in k and ".lora_" in k
-    ]
-    x, text = (
-        torch.randn(2, 4, 16, 16),
-        cold_start.text_encoder(pipe, args)(["a red circle", "two squares"]),
-    )
+    assert result.unexpected_keys == []
+    assert [k for k in result.missing_keys if ".attn." in k and ".lora_" in k] == []
+    x = torch.randn(2, 4, 16, 16)
+    text = base.encode(["a red circle", "two squares"])
     with torch.no_grad():
         theirs = bare(
             x,
@@ -75,13 +70,15 @@ def test_plain_diffusers_and_peft_load_our_file_and_compute_what_play_computes(r
             timestep=torch.full((2,), 750.0),
             return_dict=False,
         )[0]
-        ours = cold_start.play(pipe.transformer, sample.load_generator(pipe, args), text)(x, 0.75)
-        base = cold_start.play(pipe.transformer, [], text)(x, 0.75)
-    assert (ours - theirs).abs().max() < 1e-5 < 1e-3 < (ours - base).abs().max()
+        ours = base.velocity(load_both(base, run.cold, ""), text)(x, 0.75)
+        without = base.velocity([], text)(x, 0.75)
+    assert (ours - theirs).abs().max() < 1e-5
+    assert (ours - without).abs().max() > 1e-3
 
 
-# ------------------------------------------------------------------------------------- for diffusers: --export, --export_merged, CPSScheduler
-TEXTS, SEEDS = ["a red circle", "two red squares"], (3, 4)
+# ---- for diffusers: tools.export, CPSScheduler
+TEXTS = ["a red circle", "two red squares"]
+SEEDS = (3, 4)
 
 
 def drawn_by_diffusers(pipe, **more):
@@ -101,10 +98,17 @@ def drawn_by_diffusers(pipe, **more):
     ).images
 
 
-def snippets(card, folder):
-    """The python code of a model card or of the README, made to run here."""
+def drawn_by_us(base, names):
+    v = base.velocity(names, base.encode(TEXTS))
+    with torch.no_grad():
+        return base.decode(sample.draw(v, SEEDS, base.latent_shape, LEVELS, 0.9, CPU))
+
+
+def snippets(card, folder, base=TINY):
+    """The python code of a model card or of a page, made to run here."""
     for old, new in (
-        ("stabilityai/stable-diffusion-3.5-medium", str(TINY)),
+        ("stabilityai/stable-diffusion-3.5-medium", str(base)),
+        ('"BASE"', repr(str(base))),
         ("height=512", "height=32"),
         ("width=512", "width=32"),
         ("max_sequence_length=128", "max_sequence_length=8"),
@@ -118,205 +122,220 @@ def snippets(card, folder):
     return re.findall(r"```python\n(.*?)```", card, re.S)
 
 
+def run_snippet(code, names=None):
+    """Run it -> the names that it has defined, `pipe` and `image` among them."""
+    names = {"torch": torch} if names is None else names
+    exec(code, names)
+    return names
+
+
+EXPORT = BASE[:4]
+PAGES = README + "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
+
+
 @pytest.mark.parametrize("stages", [("cold", "rl"), ("cold",), ("rl",)], ids="+".join)
+@pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated")
 def test_diffusers_draws_from_every_export_what_our_own_loop_draws(tmp_path, stages):
     """Two files of different ranks and an alpha that is neither: LoRA in one file, as two adapters, merged; the card's code as printed."""
-    for seed, (stage, rank) in enumerate({"cold": 32, "rl": 16}.items()):
-        random_adapter(tmp_path / stage / "generator_ema.pt", seed, rank)
-    where = {
-        name: str(tmp_path / stage) if stage in stages else ""
-        for name, stage in (("cold_start", "cold"), ("rtdmd", "rl"))
-    }
-    lora, merged = tmp_path / "lora", tmp_path / "merged"
-    good(
-        here(
-            sample,
-            *BASE[:4],
-            "--lora_alpha",
-            24,
-            *(x for k, v in where.items() for x in (f"--{k}", v)),
-            "--export",
-            lora,
-            "--export_merged",
-            merged,
-        )
-    )
-    args, pipe = tiny_args(lora_alpha=24, **where), tiny_base().pipe
-    v = cold_start.play(
-        pipe.transformer,
-        sample.load_generator(pipe, args),
-        cold_start.text_encoder(pipe, args)(TEXTS),
-    )
-    ours = model.decode(pipe, sample.draw(v, SEEDS, pipe.latent_shape, LEVELS, 0.9, CPU))
-    plain, names = {"torch": torch}, [name for name in where if where[name]]
+    random_adapter(tmp_path / "cold/generator_ema.pt", 0, 32)
+    random_adapter(tmp_path / "rl/generator_ema.pt", 1, 16)
+    where = {}
+    for flag, stage in (("cold_start", "cold"), ("rtdmd", "rl")):
+        where[flag] = str(tmp_path / stage) if stage in stages else ""
+    weights = ["--cold_start", where["cold_start"], "--rtdmd", where["rtdmd"], "--lora_alpha", 24]
+    lora = tmp_path / "lora"
+    merged = tmp_path / "merged"
+    good(here(export, *EXPORT, *weights, lora))
+    good(here(export, *EXPORT, *weights, "--merged", merged))
+    assert not list(tmp_path.glob("*.tmp"))
+    assert (lora / "cps.py").read_bytes() == (ROOT / "cps.py").read_bytes()
+    names = [name for name in where if where[name]]
+    for name in names:  # the published layout once more
+        ours = (lora / name / "generator_ema.pt").read_bytes()
+        assert ours == (Path(where[name]) / "generator_ema.pt").read_bytes()
+    base = tiny_base()
+    ours = drawn_by_us(base, load_both(base, *where.values(), lora_alpha=24))
+
     whole, *stacked = snippets((lora / "README.md").read_text(), lora)
-    exec(whole, plain)
-    assert (lora / "cps.py").read_bytes() == (ROOT / "cps.py").read_bytes() and plain[
-        "pipe"
-    ].scheduler.config.eta == 0.9
+    plain = run_snippet(whole)
+    assert plain["pipe"].scheduler.config.eta == 0.9
     close(drawn_by_diffusers(plain["pipe"]), ours, 1e-3)
     assert len(stacked) == (len(stages) == 2)
     if stacked:
-        for code in snippets(
-            README, lora
-        ):  # the README's; the second, after the first, leaves its one LoRA inactive
-            exec(code, plain)
+        # the pages' code; the second, after the first, leaves its one LoRA inactive
+        for code in snippets(PAGES, lora):
+            if "load_lora_weights" in code:
+                run_snippet(code, plain)
         assert plain["pipe"].get_active_adapters() == names
         close(drawn_by_diffusers(plain["pipe"]), ours, 1e-3)
-        exec(
-            "\n".join(line for line in whole.splitlines() if "load_lora" not in line)
-            + "\n"
-            + stacked[0],
-            plain,
-        )
-        close(drawn_by_diffusers(plain["pipe"]), ours, 1e-3)
-        plain["pipe"].set_adapters(
-            "rtdmd"
-        )  # what the published card's own code ends with: stage 1 is lost
-        assert (drawn_by_diffusers(plain["pipe"]) - ours).abs().max() > 0.05
-    exec(*snippets((merged / "README.md").read_text(), merged), plain)
-    assert (
-        not hasattr(plain["pipe"].transformer, "peft_config")
-        and plain["pipe"].transformer.dtype == torch.float32
-    )
-    close(drawn_by_diffusers(plain["pipe"]), ours, 1e-3)
-    for name in names:  # the published layout once more
-        assert (lora / name / "generator_ema.pt").read_bytes() == (
-            Path(where[name]) / "generator_ema.pt"
-        ).read_bytes()
-    assert not list(tmp_path.glob("*.tmp"))
+        without_lora = [line for line in whole.splitlines() if "load_lora" not in line]
+        pipe = run_snippet("\n".join(without_lora) + "\n" + stacked[0])["pipe"]
+        assert pipe.get_active_adapters() == names
+        close(drawn_by_diffusers(pipe), ours, 1e-3)
+        pipe.set_adapters("rtdmd")  # what the published card's own code ends with: stage 1 is lost
+        assert (drawn_by_diffusers(pipe) - ours).abs().max() > 0.05
+
+    (code,) = snippets((merged / "README.md").read_text(), merged)
+    pipe = run_snippet(code)["pipe"]
+    assert not hasattr(pipe.transformer, "peft_config")
+    assert pipe.transformer.dtype == torch.float32
+    close(drawn_by_diffusers(pipe), ours, 1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated")
+@pytest.mark.parametrize("merged", [False, True], ids=["LoRA", "merged"])
+def test_the_cards_code_runs_as_printed_for_a_base_without_t5_and_draws_the_same_twice(
+    tmp_path, merged
+):
+    shutil.copytree(TINY, tmp_path / "tiny")
+    index = json.loads((TINY / "model_index.json").read_text())
+    index.update(text_encoder_3=[None, None], tokenizer_3=[None, None])
+    (tmp_path / "tiny/model_index.json").write_text(json.dumps(index))
+    random_adapter(tmp_path / "cold/generator_ema.pt", 0)
+    flags = ["--pretrained", tmp_path / "tiny", "--cold_start", tmp_path / "cold", "--rtdmd", ""]
+    how = ["--merged"] if merged else []
+    good(here(export, *EXPORT, *flags, *how, tmp_path / "out"))
+    card = (tmp_path / "out/README.md").read_text()
+    (code,) = snippets(card, tmp_path / "out", tmp_path / "tiny")
+    first, second = (run_snippet(code)["image"] for _ in range(2))
+    assert first.tobytes() == second.tobytes()
 
 
 def test_merging_into_a_bf16_base_is_done_in_float32(tmp_path):
     """As on a GPU: a bf16 base, float32 adapters, and updates that bf16 would round away."""
     random_adapter(tmp_path / "cold/generator_ema.pt", 0)
-    args, pipe = (
-        tiny_args(
-            cold_start=str(tmp_path / "cold"),
-            rtdmd="",
-            export=None,
-            export_merged=str(tmp_path / "merged"),
-            steps=4,
-            shift=3.0,
-            eta=0.9,
-        ),
-        tiny_base().pipe,
-    )
-    pipe.transformer.bfloat16()
-    names = sample.load_generator(pipe, args)
-    lora = {
-        k: p.mul_(1e-2) for k, p in export.concatenated(pipe.transformer, names).items()
-    }  # B A shrinks by 1e-4
-    for p in cold_start.adapter(pipe.transformer, names[0]).values():
-        p.data.mul_(1e-2)
-    base = {
-        k: p.detach().float().clone()
-        for k, p in pipe.transformer.named_parameters()
-        if "base_layer.weight" in k
-    }
-    export.export(pipe, names, args, [], {})
+    base = tiny_base()
+    transformer = base.transformer.bfloat16()
+    (name,) = load_both(base, tmp_path / "cold", "")
+    for p in base.adapter(name).values():
+        p.data.mul_(1e-2)  # B A shrinks by 1e-4
+    lora = export.concatenated(transformer, [name])
+    before = {}
+    for key, p in transformer.named_parameters():
+        if "base_layer.weight" in key:
+            before[key.removesuffix("base_layer.weight")] = p.detach().float().clone()
+    export.write_merged(base, {name: ""}, str(tmp_path / "merged"))
     merged = SD3Transformer2DModel.from_pretrained(tmp_path / "merged/transformer").state_dict()
-    for k, weight in base.items():
-        name = k.removesuffix("base_layer.weight")
-        update = lora[name + "lora_B.weight"] @ lora[name + "lora_A.weight"]
-        close(merged[name + "weight"] - weight, update, 1e-6)
-        assert (
-            0 < update.abs().max() < 1e-2
-            and ((weight.bfloat16() + update.bfloat16()) == weight).float().mean() > 0.2
-        )
+    for module, weight in before.items():
+        update = lora[module + "lora_B.weight"] @ lora[module + "lora_A.weight"]
+        close(merged[module + "weight"] - weight, update, 1e-6)
+        assert 0 < update.abs().max() < 1e-2
+        lost = (weight.bfloat16() + update.bfloat16()) == weight
+        assert lost.float().mean() > 0.2
 
 
 def test_a_model_card_says_how_it_was_made_and_what_it_scored(run, tmp_path):
-    good(
-        here(
-            sample,
-            "a red circle",
-            *BASE[:4],
-            "--cold_start",
-            run.cold,
-            "--rtdmd",
-            run.rl,
-            "--rewards",
-            "checker",
-            "--num_images",
-            2,
-            "--out_dir",
-            tmp_path / "pictures",
-            "--export",
-            tmp_path / "lora",
-        )
-    )
-    card, scores = (
-        (tmp_path / "lora/README.md").read_text(),
-        [json.loads(line)["checker"] for line in (tmp_path / "pictures/scores.jsonl").open()],
-    )
-    assert (
-        f"| student | checker | {sum(scores) / 2:.4f} |" in card
-        and "prompts_train.jsonl" in card
-        and "base_model: " in card
-        and "licence" in card
-    )
-    for _program, flags in (
-        (cold_start, "--steps 4"),
-        (rtdmd_rl, "--epochs 2"),
-        (rtdmd_rl, "--rewards clipscore:1,checker:1"),
-    ):
+    weights = ["--cold_start", run.cold, "--rtdmd", run.rl]
+    pictures = ["--num_images", 2, "--rewards", "checker", "--out_dir", tmp_path / "pictures"]
+    good(here(evaluate, "a red circle", *BASE[:4], *weights, *pictures))
+    scores = tmp_path / "pictures/scores.jsonl"
+    good(here(export, *EXPORT, *weights, "--scores", scores, tmp_path / "lora"))
+    card = (tmp_path / "lora/README.md").read_text()
+    mean = sum(json.loads(line)["checker"] for line in scores.open()) / 2
+    assert f"| student | checker | {mean:.4f} +- " in card
+    assert "prompts_train.jsonl" in card
+    assert "licence" in card
+    for flags in ("--steps 4", "--epochs 2", "--rewards clipscore:1,checker:1"):
         assert flags in card
     for line in re.findall(r"- (?:cold_start|rtdmd): .*`(.*)`", card):  # its flags are flags
-        flags_of(rtdmd_rl if "--epochs" in line else cold_start, *shlex.split(line))
+        if "--epochs" in line:
+            flags_of(rtdmd_rl, *shlex.split(line), "--cold_start", str(run.cold))
+        else:
+            flags_of(cold_start, *shlex.split(line))
+
+
+def test_no_path_of_this_machine_is_exported(run, tmp_path):
+    """The base is a directory here: it is left out, or has the name that is given."""
+    weights = ["--cold_start", run.cold, "--rtdmd", run.rl]
+    named = ["--base_model", "owner/name"]
+    good(here(export, *EXPORT, *weights, tmp_path / "lora"))
+    good(here(export, *EXPORT, *weights, *named, tmp_path / "named"))
+    good(here(export, *EXPORT, *weights, "--merged", tmp_path / "merged"))
+    for folder in ("lora", "named", "merged"):
+        for path in (tmp_path / folder).rglob("*"):
+            if path.suffix in (".md", ".json"):
+                text = path.read_text()
+                assert str(ROOT) not in text
+                assert str(tmp_path) not in text
+    assert "base_model: " not in (tmp_path / "lora/README.md").read_text()
+    card = (tmp_path / "named/README.md").read_text()
+    assert "base_model: owner/name" in card
+    assert '"owner/name"' in card
+    assert json.loads((tmp_path / "named/settings.json").read_text())["pretrained"] == "owner/name"
+
+
+def test_settings_travel_with_the_weights(run, tmp_path):
+    """From the run to the picture, to the export, and to a picture from the export; a flag is obeyed and said."""
+    run_dir = tmp_path / "cold"
+    shutil.copytree(run.cold, run_dir)
+    settings = json.loads((run_dir / "settings.json").read_text())
+    settings.update(num_steps=3, eta=0.5, cfg=1.5)
+    (run_dir / "settings.json").write_text(json.dumps(settings))
+
+    def settled(*flags):
+        """-> what would be drawn with, and what is said of it"""
+        err = io.StringIO()
+        command = ["sample.py", "cat", "--preset", "tiny", "--rtdmd", "", *map(str, flags)]
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(err):
+            patch.setattr(sys, "argv", command)
+            args = sample.arguments()
+            args = sample.settled(args, sample.generator_files(args))
+        return (args.steps, args.eta, args.cfg), err.getvalue()
+
+    good(here(export, *EXPORT, "--cold_start", run_dir, "--rtdmd", "", tmp_path / "lora"))
+    for place in (run_dir, tmp_path / "lora", tmp_path / "lora/cold_start"):
+        assert settled("--cold_start", place) == ((3, 0.5, 1.0), "")
+        values, said = settled("--cold_start", place, "--steps", 2)
+        assert values == (2, 0.5, 1.0)
+        assert said.count("\n") == 1
+        assert "--steps 2 is used" in said
+        assert settled("--cold_start", place, "--teacher") == ((50, 0.0, 1.5), "")
+        assert settled("--cold_start", place, "--teacher", "--cfg", 1.5)[0] == (50, 0.0, 1.5)
+    assert settled("--cold_start", "") == ((4, 0.9, 1.0), "")
+    assert settled("--cold_start", "", "--teacher") == ((50, 0.0, 2.0), "")
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--export {there}", "there already"),
-        ("--export_merged {there}/file", "there already"),
-        ("--export {new} --export_merged {new}/", "two directories"),
-        ("--export ''", "no name"),
-        ("--export {new} --teacher", "--teacher"),
-        ("--export {new} --cold_start '' --rtdmd ''", "one must be there"),
-        ("--export {there}/file/new", "cannot write"),
-        ("--export {new} --cold_start {new}", "no such file"),
+        ("{there}", "there already"),
+        ("--merged {there}/file", "there already"),
+        ("''", "--out_dir must not be empty"),
+        ("", "DIR"),
+        ("{new} --teacher", "--teacher"),
+        ("{new} --cold_start '' --rtdmd ''", "nothing to export"),
+        ("{there}/file/new", "cannot write"),
+        ("{new} --cold_start {new}", "no such file"),
+        ("{new} --base_model /a/path", "hub id"),
+        ("{new} --scores {there}/file", "cannot be read"),
+        ("{new} --scores {new}", "No such file"),
     ],
 )
 def test_an_export_that_cannot_be_is_refused_in_one_line_and_writes_nothing(
     run, tmp_path, flags, message
 ):
-    (tmp_path / "there").mkdir(), (tmp_path / "there/file").write_text("mine")
-    before, flags = (
-        listing(tmp_path),
-        shlex.split(flags.format(there=tmp_path / "there", new=tmp_path / "new")),
-    )
-    status, _, err = here(sample, *BASE[:4], "--cold_start", run.cold, "--rtdmd", run.rl, *flags)
-    assert (
-        status == 2
-        and err.count("\n") == 1
-        and message in err
-        and listing(tmp_path) == before
-        and not (tmp_path / "new").exists()
-    ), err
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/file").write_text("mine")
+    before = listing(tmp_path)
+    flags = shlex.split(flags.format(there=tmp_path / "there", new=tmp_path / "new"))
+    status, _, err = here(export, *EXPORT, "--cold_start", run.cold, "--rtdmd", run.rl, *flags)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert message in err
+    assert listing(tmp_path) == before
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "new.tmp").exists()
 
 
 def test_an_export_that_fails_half_way_leaves_nothing(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        shutil, "copy", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    )
-    status, _, err = here(
-        sample,
-        *BASE[:4],
-        "--cold_start",
-        run.cold,
-        "--rtdmd",
-        run.rl,
-        "--export",
-        tmp_path / "lora",
-    )
-    assert (
-        status == 1
-        and err.count("\n") == 1
-        and "No space left" in err
-        and not list(tmp_path.iterdir())
-    )
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(shutil, "copy", mock.Mock(side_effect=full))
+    weights = ["--cold_start", run.cold, "--rtdmd", run.rl]
+    status, _, err = here(export, *EXPORT, *weights, tmp_path / "lora")
+    assert status == 1
+    assert err.count("\n") == 1
+    assert "No space left" in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_scheduler_is_loaded_with_a_pipeline_saved_with_it_and_drives_img2img(tmp_path):
@@ -352,16 +371,13 @@ def test_the_scheduler_is_loaded_with_a_pipeline_saved_with_it_and_drives_img2im
         .sub(pipe.vae.config.shift_factor)
         * pipe.vae.config.scaling_factor
     )
-    own, start = tiny_base().pipe, 0.1 * x0 + 0.9 * normal()
-    v = cold_start.play(own.transformer, [], cold_start.text_encoder(own, tiny_args())(TEXTS))
+    own = tiny_base()
+    start = 0.1 * x0 + 0.9 * normal()
     close(steps[0][1], start, 1e-4)
-    close(
-        result,
-        model.decode(
-            own, sample.integrate(v, torch.stack([start, normal(), normal()]), LEVELS[1:], 0.8)
-        ).detach(),
-        1e-3,
-    )
+    noise = torch.stack([start, normal(), normal()])
+    with torch.no_grad():
+        v = own.velocity([], own.encode(TEXTS))
+        close(result, own.decode(sample.integrate(v, noise, LEVELS[1:], 0.8)), 1e-3)
 
 
 def test_the_scheduler_shifts_once_where_the_shift_depends_on_the_pictures_size():
@@ -411,8 +427,8 @@ def test_the_adapters_fit_sd3_medium():
     with torch.device("meta"):
         transformer = SD3Transformer2DModel(**SD3M)
         assert round(sum(p.numel() for p in transformer.parameters()) / 1e6) == 2028
-        cold_start.add_adapter(transformer, "generator", tiny_args())
-    found = cold_start.adapter(transformer, "generator")
+        model.add_adapter(transformer, "generator", 32, 64, seed=0)
+    found = model.adapter(transformer, "generator")
     last = {"transformer_blocks.23.attn.to_add_out"}  # the last block drops its text stream
     modules = {
         f"transformer_blocks.{i}.{target}" for i in range(24) for target in model.TARGETS
@@ -489,13 +505,6 @@ def test_both_stages_run_on_sd3_mediums_kind_of_transformer(tmp_path):
             tmp_path / "pictures",
         )
     )
-    assert cold_start.load_pipeline(
-        tiny_args(pretrained=tmp_path / "sd3m", resolution=4 * 192), CPU
-    ).latent_shape == (4, 384, 384)
+    assert tiny_base(tmp_path / "sd3m", resolution=4 * 192).latent_shape == (4, 384, 384)
     status, _, err = here(cold_start, *base, "--resolution", 4 * 193, "--out_dir", tmp_path / "no")
     assert status == 2 and "at most 768" in err
-    assert all(
-        flags_of(program, "--preset", "sd3m")["pretrained"]
-        == "stabilityai/stable-diffusion-3-medium-diffusers"
-        for program in (cold_start, rtdmd_rl)
-    )

@@ -11,11 +11,11 @@ import cold_start
 import common
 import rewards
 import rtdmd_rl
-import sample
 from cold_start import generator_loss
 from cps import cps_step, rollout
 from gaussian import full, normals
 from helpers import BASE, COLD, ONE_BATCH, RL, flat, good, here, listing, load, log_of, stage_of
+from tools import evaluate
 
 
 def nan_at(loss, calls):
@@ -231,14 +231,11 @@ def test_a_reward_that_raises_is_named_with_the_prompts(run, tmp_path, capsys):
     for status, _, err in (
         here(rtdmd_rl, *RL, "--cold_start", run.cold, *end, build=build),
         here(
-            sample,
+            evaluate,
             "a circle",
             *BASE[:4],
-            "--teacher",
-            "--steps",
-            1,
-            "--rewards",
-            "clipscore",
+            *["--cold_start", "", "--rtdmd", "", "--teacher", "--steps", 1],
+            *["--rewards", "clipscore"],
             *end,
             build=build,
         ),

@@ -22,8 +22,12 @@ ALLOWED = {
     "prompts": {"common"},
     "checkpoint": {"common"},
     "model": {"checkpoint", "common", "cps"},
+    "sample": {"checkpoint", "common", "cps", "model", "prompts"},
 }
-READABLE = ["cps", "common", "checkpoint", "model", "prompts", "cold_start", "rtdmd_rl"]
+READABLE = [
+    "cps", "common", "checkpoint", "model", "prompts", "cold_start", "rtdmd_rl", "sample",
+    "tools/evaluate", "tools/export",
+]  # fmt: skip
 
 
 def tree_of(name):

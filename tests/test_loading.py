@@ -29,11 +29,10 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-import cold_start
-import export
 import model
 import rtdmd_rl
 import sample
+from tools import export
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings(
@@ -117,7 +116,7 @@ def write(path, content, metadata=None):
 
 def velocity(transformer, *names):
     with torch.no_grad():
-        return cold_start.play(transformer, list(names), TEXT)(X, 0.75)
+        return model.play(transformer, list(names), TEXT)(X, 0.75)
 
 
 def merged(*loras):
@@ -131,11 +130,24 @@ def merged(*loras):
     return velocity(transformer)
 
 
+def small_base():
+    """What of a base model its adapters need, around a fresh small transformer."""
+    transformer = fresh()
+    load_adapter = functools.partial(model.load_adapter, transformer)
+    return SimpleNamespace(transformer=transformer, load_adapter=load_adapter)
+
+
+def files_of(cold_start, rtdmd):
+    """The files that --cold_start and --rtdmd name."""
+    names = SimpleNamespace(cold_start=str(cold_start), rtdmd=str(rtdmd), teacher=False)
+    return sample.generator_files(names)
+
+
 def loaded(cold_start="", rtdmd="", lora_alpha=None):
     """The velocity as sample.py draws with what --cold_start and --rtdmd name."""
-    pipe = SimpleNamespace(transformer=fresh())
-    args = SimpleNamespace(cold_start=str(cold_start), rtdmd=str(rtdmd), lora_alpha=lora_alpha)
-    return velocity(pipe.transformer, *sample.load_generator(pipe, args))
+    base = small_base()
+    names = sample.load_generator(base, files_of(cold_start, rtdmd), lora_alpha)
+    return velocity(base.transformer, *names)
 
 
 def same(one, two):
@@ -583,29 +595,18 @@ WRONG = wrong_files()
 
 def refused(folder, out, capsys, words):
     """sample.py, given that folder: status 2, one line with these words, no file written."""
-    pipe = SimpleNamespace(transformer=fresh())
+    base = small_base()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "load_pipeline", lambda *_: pipe)
-        flags = [
-            "a circle",
-            "--preset",
-            "tiny",
-            "--device",
-            "cpu",
-            "--lora_alpha",
-            8,
-            "--rtdmd",
-            "",
-            "--cold_start",
-            folder,
-        ]
-        status = program(sample.main, *flags, "--out_dir", out)
+        patch.setattr(sample, "StableDiffusion3", lambda *_, **__: base)
+        flags = ["a circle", "--preset", "tiny", "--device", "cpu", "--lora_alpha", 8]
+        weights = ["--rtdmd", "", "--cold_start", folder]
+        status = program(sample.main, *flags, *weights, "--out_dir", out)
     line = one_line(capsys)
     assert status == 2 and all(word in line for word in words), line
     assert not [path for path in out.rglob("*") if path.is_file()]
-    assert not pipe.transformer.lora_layers and not hasattr(
-        pipe.transformer, "peft_config"
-    )  # nothing in part
+    # nothing in part
+    assert not base.transformer.lora_layers
+    assert not hasattr(base.transformer, "peft_config")
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -662,7 +663,12 @@ def test_a_configuration_that_contradicts_the_file_is_one_line(tmp_path, capsys,
 def test_files_of_two_steps_are_refused(tmp_path, capsys):
     write(tmp_path / "in/generator_ema.pt", tensors_of(random_lora()))
     (tmp_path / "in/fake.pt.tmp").touch()
-    refused(tmp_path / "in", tmp_path / "out", capsys, ["different steps", "--resume"])
+    refused(
+        tmp_path / "in",
+        tmp_path / "out",
+        capsys,
+        ["different steps", "goes on from its checkpoint"],
+    )
     refused(tmp_path / "in/generator_ema.pt", tmp_path / "out", capsys, ["different steps"])
 
 
@@ -680,14 +686,11 @@ def test_adapters_of_different_modules_are_stacked_and_each_matrix_has_those_it_
     same(both, merged((one, 6), (two, 6)))
     differ(both, merged((two, 6)))
     # one role alone, and none, on matrices that carry both
-    pipe = SimpleNamespace(transformer=fresh())
-    args = SimpleNamespace(
-        cold_start=str(tmp_path / "one"), rtdmd=str(tmp_path / "two"), lora_alpha=6
-    )
-    first, second = sample.load_generator(pipe, args)
-    same(velocity(pipe.transformer, first), merged((one, 6)))
-    same(velocity(pipe.transformer, second), merged((two, 6)))
-    assert torch.equal(velocity(pipe.transformer), velocity(fresh()))
+    base = small_base()
+    first, second = sample.load_generator(base, files_of(tmp_path / "one", tmp_path / "two"), 6)
+    same(velocity(base.transformer, first), merged((one, 6)))
+    same(velocity(base.transformer, second), merged((two, 6)))
+    assert torch.equal(velocity(base.transformer), velocity(fresh()))
 
 
 def test_adapters_of_different_modules_and_ranks_are_exported_as_one(tmp_path):
@@ -734,23 +737,28 @@ def velocity_of_plain(transformer):
 
 # ---- exported, then loaded
 def write_export(cold_start, rtdmd, folder):
-    """What sample.py --export writes of these two."""
+    """What tools.export writes of these two."""
+    base = small_base()
     save = StableDiffusion3Pipeline.save_lora_weights
-    pipe = SimpleNamespace(transformer=fresh(), save_lora_weights=save)
+    base.pipe = SimpleNamespace(
+        transformer=base.transformer, save_lora_weights=save, text_encoder_3=None
+    )
+    base.encode = SimpleNamespace(max_sequence_length=8)
+    base.shift = 3.0
     args = argparse.Namespace(
-        cold_start=str(cold_start),
-        rtdmd=str(rtdmd),
-        export=str(folder),
-        export_merged=None,
-        lora_alpha=None,
-        pretrained="base",
+        merged=False,
+        pretrained="owner/base",
+        base_model="",
+        scores="",
         steps=4,
-        shift=3.0,
         eta=0.9,
         resolution=32,
-        max_sequence_length=8,
+        teacher_cfg=2.0,
     )
-    export.export(pipe, sample.load_generator(pipe, args), args, [], {})
+    files = files_of(cold_start, rtdmd)
+    sample.load_generator(base, files)
+    folder.mkdir()
+    export.export(base, files, args, str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -856,21 +864,20 @@ def test_stage_2_freezes_stage_1_as_its_files_are_and_trains_what_its_flags_say(
             loras[file][module] = (A, torch.randn(linear.out_features, 2, generator=g) * 0.1)
         write(tmp_path / "checkpoint-7" / file, tensors_of(loras[file], "module."))
     (tmp_path / "checkpoint-7/adapter_config.json").write_text('{"r": 2, "lora_alpha": 8}')
-    pipes = []
-    real = cold_start.load_pipeline
+    bases = []
 
-    def load_pipeline(*inputs):
-        pipes.append(real(*inputs))
-        return pipes[-1]
+    def load_base(*inputs):
+        bases.append(model.load_base(*inputs))
+        return bases[-1]
 
-    monkeypatch.setattr(rtdmd_rl, "load_pipeline", load_pipeline)
+    monkeypatch.setattr(rtdmd_rl, "load_base", load_base)
     flags = ["--preset", "tiny", "--device", "cpu", "--sample_every", 0, "--rewards", "checker"]
     flags += ["--epochs", 1, "--prompts_per_epoch", 1, "--group_size", 2]
     assert (
         program(rtdmd_rl.main, *flags, "--cold_start", tmp_path, "--out_dir", tmp_path / "out") == 0
     )
     assert "has no fake" not in capsys.readouterr().out
-    transformer = pipes[0].transformer
+    transformer = bases[0].transformer
     embeds = (
         torch.ones(2, 8, plain.config.joint_attention_dim),
         torch.ones(2, plain.config.pooled_projection_dim),
@@ -881,12 +888,12 @@ def test_stage_2_freezes_stage_1_as_its_files_are_and_trains_what_its_flags_say(
             merged_one.get_submodule(module).weight.data += 8 / 2 * B @ A
         merged_one.lora_layers = []
         with torch.no_grad():
-            ours = cold_start.play(transformer, [name], embeds)(X, 0.75)
-            truth = cold_start.play(merged_one, [], embeds)(X, 0.75)
-            untouched = cold_start.play(transformer, [], embeds)(X, 0.75)
+            ours = model.play(transformer, [name], embeds)(X, 0.75)
+            truth = model.play(merged_one, [], embeds)(X, 0.75)
+            untouched = model.play(transformer, [], embeds)(X, 0.75)
         torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
         differ(ours, untouched)
-        assert all(not p.requires_grad for p in cold_start.adapter(transformer, name).values())
+        assert all(not p.requires_grad for p in model.adapter(transformer, name).values())
     new = torch.load(tmp_path / "out/generator_ema.pt", weights_only=True)
     usual = [
         n

@@ -1,8 +1,6 @@
 """Prompts of every kind are read, and the built-in ones have GenEval's form."""
 
-import io
 import json
-import sys
 from collections import Counter
 
 import rewards
@@ -10,6 +8,7 @@ import sample
 import tiny
 from helpers import BASE, TINY, good, here
 from prompts import geneval_prompts, load_prompts
+from tools import evaluate
 
 
 def test_the_built_in_prompts_come_in_genevals_six_categories_with_genevals_metadata():
@@ -72,26 +71,13 @@ def test_prompts_of_every_kind_are_read_and_what_is_cut_off_is_counted(tmp_path,
         ("\ufeff" + "\r\n".join(json.dumps({"prompt": p}) for p in prompts)).encode()
     )
     assert [row["prompt"] for row in load_prompts(str(tmp_path / "p.txt"))] == prompts
-    status, _, err = here(
-        sample,
-        "--prompts",
-        tmp_path / "p.jsonl",
-        *BASE[:4],
-        "--teacher",
-        "--steps",
-        1,
-        "--out_dir",
-        tmp_path / "out",
-        "--rewards",
-        "clipscore",
-        "--reward_path",
-        f"clipscore={TINY}/clip",
-    )
-    assert (
-        status == 0
-        and len(list((tmp_path / "out").glob("0*.png"))) == len(prompts)
-        and capfd.readouterr().err == ""
-    )
+    teacher = [*BASE[:4], "--cold_start", "", "--rtdmd", "", "--teacher", "--steps", 1]
+    scored = ["--rewards", "clipscore", "--reward_path", f"clipscore={TINY}/clip"]
+    drawn = ["--prompts", tmp_path / "p.jsonl", "--out_dir", tmp_path / "out"]
+    status, _, err = here(evaluate, *teacher, *drawn, *scored)
+    assert status == 0
+    assert len(list((tmp_path / "out").glob("0*.png"))) == len(prompts)
+    assert capfd.readouterr().err == ""
     assert err.splitlines() == [
         "note: 4 of 8 prompts are longer than CLIP's 10 or T5's 8 tokens: the rest is not read",
         "note: 1 of 8 prompts are repeated: each counts",
@@ -100,37 +86,4 @@ def test_prompts_of_every_kind_are_read_and_what_is_cut_off_is_counted(tmp_path,
         json.loads(line)["prompt"]
         for line in (tmp_path / "out/scores.jsonl").read_text().splitlines()
     ] == prompts
-    good(
-        here(
-            sample,
-            *BASE[:4],
-            "--teacher",
-            "--steps",
-            1,
-            "--out_dir",
-            tmp_path / "flag",
-            "--",
-            "--a red circle",
-        )
-    )
-
-
-def test_prompts_are_drawn_as_they_come_in_on_stdin(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a red circle\n\ntwo squares\n"))
-    status, out, err = here(
-        sample,
-        *BASE[:4],
-        "--cold_start",
-        run.cold,
-        "--rtdmd",
-        run.rl,
-        "--prompts",
-        "-",
-        "--out_dir",
-        tmp_path,
-    )
-    assert (
-        status == 0
-        and "two squares" in out
-        and {"00000.png", "00001.png", "grid.png"} <= {p.name for p in tmp_path.iterdir()}
-    ), err
+    good(here(sample, *teacher, "--out_dir", tmp_path / "flag", "--", "--a red circle"))

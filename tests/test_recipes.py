@@ -21,8 +21,8 @@ def flags_of(program, *flags):
     """What a command line means, as a dict."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{program}.py", *flags])
-        patch.setattr(sample, "USUAL", {who: dict(what) for who, what in sample.USUAL.items()})
-        return vars(PROGRAMS[program].arguments())
+        args = PROGRAMS[program].arguments()
+        return vars(sample.settled(args, {}) if program == "sample" else args)
 
 
 # ---------------------------------------------------------------------------------------------------------------- presets
@@ -206,5 +206,5 @@ def test_the_recipe_has_one_command_a_stage_with_the_public_places_of_its_prompt
             assert recipe.count(command) == 1, command
     assert "--eval_rewards imagereward,geneval,geneval_soft" in recipe
     assert re.search(
-        r"sample\.py .*--rewards clipscore,pickscore,hpsv2,geneval,geneval_soft", README
+        r"tools\.evaluate .*--rewards clipscore,pickscore,hpsv2,geneval,geneval_soft", README
     )

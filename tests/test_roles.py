@@ -10,7 +10,18 @@ import cold_start
 import model
 import sample
 from cps import sigmas
-from helpers import BASE, CPU, flat, good, here, random_adapter, same_files, tiny_args, tiny_base
+from helpers import (
+    BASE,
+    CPU,
+    flat,
+    good,
+    here,
+    load_both,
+    random_adapter,
+    same_files,
+    tiny_args,
+    tiny_base,
+)
 
 
 def generator_gradient(switch, checkpointing, compile=0, device=CPU):
@@ -226,29 +237,20 @@ def test_both_adapters_are_stacked_and_neither_replaces_the_other(tmp_path):
         )
     assert all((picture["both"] - picture[name]).abs().max() > 0.1 for name in ("one", "two"))
 
-    def latents(pipe, cold, rl):
-        args = tiny_args(cold_start=cold, rtdmd=rl)
-        v = cold_start.play(
-            pipe.transformer,
-            sample.load_generator(pipe, args),
-            cold_start.text_encoder(pipe, args)(["a red circle"]),
-        )
-        return sample.draw(v, [0], (4, 16, 16), sigmas(), 0.9, torch.device("cpu"))
+    def latents(base, cold, rl):
+        v = base.velocity(load_both(base, cold, rl), base.encode(["a red circle"]))
+        return sample.draw(v, [0], (4, 16, 16), sigmas(), 0.9, CPU)
 
-    stacked, pipe = (
-        latents(tiny_base().pipe, str(tmp_path / "one"), str(tmp_path / "two")),
-        tiny_base().pipe,
-    )
+    stacked = latents(tiny_base(), tmp_path / "one", tmp_path / "two")
+    base = tiny_base()
     for key in weights:
         if ".lora_A" in key:  # W + (alpha / rank) B A
-            pipe.transformer.get_submodule(key.split(".lora_A")[0]).weight.data += (
+            base.transformer.get_submodule(key.split(".lora_A")[0]).weight.data += (
                 64 / 8 * weights[key.replace("lora_A", "lora_B")] @ weights[key]
             )
-    assert (
-        stacked - latents(pipe, "", str(tmp_path / "two"))
-    ).abs().max() < 1e-4 * stacked.abs().max()
+    assert (stacked - latents(base, "", tmp_path / "two")).abs().max() < 1e-4 * stacked.abs().max()
     with torch.no_grad():
-        model.save_grid(model.decode(pipe, stacked), str(tmp_path / "both/00000.png"))
+        model.save_grid(base.decode(stacked), str(tmp_path / "both/00000.png"))
     assert same_files(
         tmp_path / "both", tmp_path / "both/out", ["00000.png"]
     )  # the program draws that very picture

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-import cold_start
 import sample
 from cold_start import renoise_time
 from cps import CPSScheduler, ambient_target, cps_step, log_prob, renoise, rollout, sigmas
@@ -23,6 +22,7 @@ from gaussian import (
     moments,
     normals,
 )
+from helpers import CPU, tiny_base
 
 
 def test_the_time_shift_is_applied_exactly_once():
@@ -149,16 +149,17 @@ def test_both_log_probabilities_are_what_they_say():
         )
 
 
-def test_the_scheduler_draws_in_diffusers_what_our_own_loop_draws(tiny_parts, tmp_path):
-    (args, pipe), prompts, seeds = tiny_parts, ["a circle", "two red squares"], (3, 4)
-    text = cold_start.text_encoder(pipe, args)(prompts)
-    v, encoded = (
-        cold_start.play(pipe.transformer, [], text),
-        dict(zip(("prompt_embeds", "pooled_prompt_embeds"), text)),
-    )
+def test_the_scheduler_draws_in_diffusers_what_our_own_loop_draws(tmp_path):
+    base = tiny_base()
+    pipe = base.pipe
+    prompts = ["a circle", "two red squares"]
+    seeds = (3, 4)
+    text = base.encode(prompts)
+    v = base.velocity([], text)
+    encoded = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), text))
 
     def own(eta):
-        return sample.draw(v, seeds, pipe.latent_shape, LEVELS, eta, torch.device("cpu"))
+        return sample.draw(v, seeds, base.latent_shape, LEVELS, eta, CPU)
 
     def diffusers(scheduler, **inputs):
         scheduler.generator = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -166,9 +167,9 @@ def test_the_scheduler_draws_in_diffusers_what_our_own_loop_draws(tiny_parts, tm
         return pipe(
             guidance_scale=1.0,
             generator=scheduler.generator,
-            height=args.resolution,
-            width=args.resolution,
-            max_sequence_length=args.max_sequence_length,
+            height=32,
+            width=32,
+            max_sequence_length=8,
             output_type="latent",
             **inputs,
         ).images

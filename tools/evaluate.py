@@ -174,9 +174,9 @@ def main():
     device, _, _ = setup(args, training=False)
     files = generator_files(args)
     args = settled(args, files)
-    rewards = load_rewards(args, rows, device)
     compiled = bool(args.compile) and device.type == "cuda"
     base = StableDiffusion3(args.pretrained, device, args.resolution, compile=compiled)
+    rewards = load_rewards(args, rows, device)
     adapters = [] if args.teacher else load_generator(base, files, args.lora_alpha)
     note_prompts(base, rows[:: args.num_images])  # each once, however many pictures it gets
     who = "teacher" if args.teacher else "student"
