@@ -18,16 +18,21 @@ MODULES = {path.stem for path in ROOT.glob("*.py")} | {"tools"}
 # What each file may import of ours, inside functions too.
 ALLOWED = {
     "cps": set(),
+    "tiny": set(),
     "common": set(),
     "prompts": {"common"},
     "checkpoint": {"common"},
+    "variants": {"common", "cps"},
     "model": {"checkpoint", "common", "cps"},
+    "rewards": {"common", "prompts", "tiny"},
+    "cold_start": {"checkpoint", "common", "cps", "model", "prompts", "variants"},
+    "rtdmd_rl": {
+        "checkpoint", "cold_start", "common", "cps", "model", "prompts", "rewards", "variants",
+    },
     "sample": {"checkpoint", "common", "cps", "model", "prompts"},
-}
-READABLE = [
-    "cps", "common", "checkpoint", "model", "prompts", "cold_start", "rtdmd_rl", "sample",
-    "tools/evaluate", "tools/export",
-]  # fmt: skip
+}  # fmt: skip
+TOOLS = [f"tools/{path.stem}" for path in ROOT.glob("tools/*.py")]
+READABLE = sorted([*ALLOWED, *TOOLS])
 
 
 def tree_of(name):

@@ -106,7 +106,7 @@ class Started(Exception):
 def start(monkeypatch, tmp_path, capsys):
     """Start stage 1, up to where it would load its model -> what it said until then, on stderr."""
 
-    def load_pipeline(*_):
+    def load_base(*_):
         raise Started
 
     def run(*flags):
@@ -124,7 +124,7 @@ def start(monkeypatch, tmp_path, capsys):
         assert out == ""
         return err.splitlines()
 
-    monkeypatch.setattr(cold_start, "load_pipeline", load_pipeline)
+    monkeypatch.setattr(cold_start, "load_base", load_base)
     return run
 
 

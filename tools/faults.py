@@ -24,6 +24,9 @@ class Fault(NamedTuple):
 
 ONE = "cold_start.py"
 TWO = "rtdmd_rl.py"
+SAMPLE = "sample.py"
+EVALUATE = "tools/evaluate.py"
+EXPORT = "tools/export.py"
 
 # The faults that passed all tests before there was an oracle, each by itself.
 KNOWN = [
@@ -155,15 +158,10 @@ KNOWN = [
         'self.rows[prompt] = [*prompts, ""].index(prompt)',
     ),
     Fault(
-        "sample: --shift is ignored when the student draws",
-        "        levels = sigmas(args.steps, args.shift)\n",
-        "        levels = sigmas(args.steps)\n",
-        "sample.py",
-    ),
-    Fault(
-        "sample: --shift is ignored when the teacher draws",
-        "teacher_levels, pipe, args.steps, args.shift)",
-        "teacher_levels, pipe, args.steps)",
+        "sample: the base's shift is ignored when the student draws",
+        "levels = sigmas(args.steps, base.shift)",
+        "levels = sigmas(args.steps)",
+        SAMPLE,
     ),
     Fault(
         "rewards: PickScore / 100",
@@ -1247,73 +1245,104 @@ DRAWING = [
         "sample: the first step's noise is the starting noise",
         "eta, [*noise[1:], *",
         "eta, [*noise, *",
+        SAMPLE,
     ),
-    Fault("sample: the picture is the last noisy state", "    )[-1]\n", "    )[-2]\n", "sample.py"),
+    Fault("sample: the picture is the last noisy state", "* steps])[-1]", "* steps])[-2]", SAMPLE),
     Fault(
         "sample: stage 2 replaces stage 1",
-        "            names.append(name)",
-        "            names = [name]",
-    ),
-    Fault(
-        "sample: the second file is loaded into the first adapter",
-        "load_adapter(pipe.transformer, name, path, given",
-        'load_adapter(pipe.transformer, "cold_generator", path, given',
+        "    return list(files)\n",
+        "    return list(files)[-1:]\n",
+        SAMPLE,
     ),
     Fault(
         "sample: the fake score draws",
-        "find_weights(getattr(args, stage), stage)\n            load",
-        'find_weights(getattr(args, stage), stage, "fake")\n            load',
+        "find_weights(where, stage, must",
+        'find_weights(where, stage, "fake", must',
+        SAMPLE,
+    ),
+    Fault(
+        "sample: the user's alpha is ignored",
+        "base.load_adapter(adapter, path, lora_alpha)",
+        "base.load_adapter(adapter, path)",
+        SAMPLE,
     ),
     Fault(
         "sample: the rank is not read from the file", "rank_pattern=other_ranks", "rank_pattern={}"
     ),
     Fault(
         "sample: guidance is left out",
-        'negative = encode([""]) if args.cfg != 1 else None',
-        "negative = None",
+        "text, args.cfg)\n        return",
+        "text)\n        return",
+        SAMPLE,
     ),
     Fault(
         "sample: every batch has the first one's seeds",
-        "range(args.seed + i, args.seed + i + len(prompts))",
+        "range(args.seed + first, args.seed + first + len(prompts))",
         "range(args.seed, args.seed + len(prompts))",
+        SAMPLE,
     ),
     Fault(
-        "sample: pictures are scored with other prompts",
-        'images, prompts, [row["metadata"] for row in batch]',
-        'images, prompts[::-1], [row["metadata"] for row in batch]',
+        "evaluate: pictures are scored with other prompts",
+        "reward(pictures, prompts, metadata)",
+        "reward(pictures, prompts[::-1], metadata)",
+        EVALUATE,
     ),
     Fault(
-        "sample: pictures are scored with other metadata",
+        "evaluate: pictures are scored with other metadata",
         '[row["metadata"] for row in batch]',
         '[row["metadata"] for row in rows[: len(batch)]]',
+        EVALUATE,
     ),
     Fault(
-        "sample: files are numbered anew in every batch", 'f"{i + j:05d}.png"))', 'f"{j:05d}.png"))'
+        "evaluate: pictures of one prompt count as independent",
+        "    if len(of_prompt) > 1:",
+        "    if False:",
+        EVALUATE,
     ),
     Fault(
-        "sample: --compare's teacher has the student's adapters",
-        '[] if who == "teacher" else adapters',
-        "adapters",
+        "sample: files are numbered anew in every batch",
+        "enumerate(pictures, first)",
+        "enumerate(pictures)",
+        SAMPLE,
+    ),
+    Fault(
+        "evaluate: --compare's teacher has the student's adapters",
+        "scores_of(base, [], rows, teacher, rewards)",
+        "scores_of(base, adapters, rows, teacher, rewards)",
+        EVALUATE,
     ),
     Fault(
         "sample: --teacher has the student's adapters",
-        "[] if args.teacher else load_generator(pipe, args)",
-        "load_generator(pipe, args)",
+        "[] if args.teacher else load_generator(base, files, args.lora_alpha)",
+        "load_generator(base, files, args.lora_alpha)",
+        SAMPLE,
     ),
-    Fault(
-        "sample: the teacher takes 28 steps", '"teacher": dict(steps=50', '"teacher": dict(steps=28'
-    ),
-    Fault(
-        "sample: the teacher's steps are stochastic",
-        '"teacher": dict(steps=50, eta=0.0',
-        '"teacher": dict(steps=50, eta=.9',
-    ),
+    Fault("sample: the teacher takes 28 steps", '"steps": 50', '"steps": 28', SAMPLE),
+    Fault("sample: the teacher's steps are stochastic", '"eta": 0.0', '"eta": 0.9', SAMPLE),
     Fault(
         "sample: the student's steps are Euler's",
-        '"student": dict(steps=4, eta=0.9',
-        '"student": dict(steps=4, eta=0.0',
+        'add("--eta", type=float, default=0.9',
+        'add("--eta", type=float, default=0.0',
+        SAMPLE,
     ),
-    Fault("sample: the preset's guidance is ignored", 'preset.get("cfg", 4.5)', "4.5"),
+    Fault(
+        "sample: the preset's guidance is ignored",
+        '"cfg": args.teacher_cfg',
+        '"cfg": 4.5',
+        SAMPLE,
+    ),
+    Fault(
+        "sample: the student is drawn with the guidance that its teacher had",
+        '"cfg": "teacher_cfg"}',
+        "}",
+        SAMPLE,
+    ),
+    Fault(
+        "sample: a run's number of steps is ignored",
+        '{"num_steps": "steps", ',
+        "{",
+        SAMPLE,
+    ),
     Fault(
         "sample: only the first adapter is put together",
         "layer.pair(adapters)]",
@@ -1328,11 +1357,13 @@ DRAWING = [
         "sample: the teacher has the student's levels",
         "    if args.teacher:\n        levels",
         "    if False:\n        levels",
+        SAMPLE,
     ),
     Fault(
-        "sample: the teacher's scheduler keeps its shift",
-        "from_config(pipe.scheduler.config, **changes)",
-        "from_config(pipe.scheduler.config)",
+        "sample: the teacher's scheduler has another shift",
+        "from_config(base.pipe.scheduler.config)",
+        "from_config(base.pipe.scheduler.config, shift=3.0)",
+        SAMPLE,
     ),
     Fault(
         "report: the judge sees other captions",
@@ -1346,13 +1377,39 @@ DRAWING = [
     ),
     Fault(
         "export: alpha / rank is left out",
-        "[layer.scaling[name] * layer.lora_B[name].weight.detach() for",
-        "[layer.lora_B[name].weight.detach() for",
+        "[matrix.detach().cpu() for matrix in layer.pair(names)]",
+        "[torch.cat([x[n].weight.data for n in layer.present(names)], d) for d, x in enumerate((layer.lora_A, layer.lora_B))]",
+        EXPORT,
     ),
     Fault(
         "export: only the second stage is in the joint file",
-        "pipe, folder, adapters\n",
-        "pipe, folder, adapters[-1:]\n",
+        "save_for_diffusers(base.pipe, folder, list(files))",
+        "save_for_diffusers(base.pipe, folder, list(files)[-1:])",
+        EXPORT,
+    ),
+    Fault(
+        "export: merging is done in the base's precision",
+        ".float().fuse_lora",
+        ".fuse_lora",
+        EXPORT,
+    ),
+    Fault(
+        "export: the base's directory is published",
+        "    return args.pretrained if is_public else None",
+        "    return args.pretrained",
+        EXPORT,
+    ),
+    Fault(
+        "export: the settings are those of the flags' defaults",
+        "        args = settled(args, files)\n",
+        "",
+        EXPORT,
+    ),
+    Fault(
+        "export: a failed one stays",
+        "        shutil.rmtree(folder, ignore_errors=True)",
+        "        pass",
+        EXPORT,
     ),
 ]
 
@@ -1575,7 +1632,7 @@ FAULTS = [
         *of_names(
             "test_teacher_grid",
             "test_wiring",
-            "sample_evaluates",
+            "test_evaluate",
             "export",
             "scheduler",
             "three_commands",

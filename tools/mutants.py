@@ -43,6 +43,8 @@ LEFT_OUT = (
 )
 
 
+# Of the tools, those that faults are planted in.
+TOOLS = ("evaluate.py", "export.py")
 # What notices most faults in the least time.
 CORE = ("tests/test_oracle.py", "tests/test_wiring.py")
 
@@ -79,9 +81,10 @@ def stages_of(tests):
 
 # ------------------------------------------------------------------------------- the programs' text
 def programs():
-    """{name: text} of the files that faults are planted in: all of the root's but the tests."""
+    """{path: text} of the files that faults are planted in: the root's but the tests, some tools."""
     paths = [path for path in ROOT.glob("*.py") if not path.name.startswith("test_")]
-    return {path.name: path.read_text() for path in paths}
+    paths += [ROOT / "tools" / name for name in TOOLS]
+    return {str(path.relative_to(ROOT)): path.read_text() for path in paths}
 
 
 def misfits(faults, texts):
