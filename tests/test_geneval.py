@@ -336,7 +336,7 @@ def test_both_share_one_detector_one_clip_and_one_look_at_the_same_pictures(dete
     assert (strict.name, soft.name, soft.weight) == ("geneval", "geneval_soft", 2)
     assert len(detector.loads) == 1
     assert [id(m) for m in strict.models] == [id(m) for m in soft.models]
-    assert soft.models[1] is rewards.clip(CLIP.partition("=")[2], "cpu", torch.float32)[0]
+    assert soft.models[1] is rewards.clip(CLIP.partition("=")[2], "cpu", torch.float32).model
     (held_out,) = rewards.build("geneval", "cpu", [detector.path, CLIP])  # as --eval_rewards does
     assert held_out.models[0] is soft.models[0] and len(detector.loads) == 1
 

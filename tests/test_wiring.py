@@ -277,8 +277,12 @@ def test_scores_of_a_clip_are_its_logits_over_the_releases_divisor(name, divisor
     model = SimpleNamespace(logit_scale=torch.tensor(100.0).log())
     image = torch.tensor([[0.6, 0.8]])
     text = torch.tensor([[1.0, 0.0]])
-    parts = (model, lambda images, pixels: image, lambda prompts: text)
-    monkeypatch.setattr(rewards, "clip", lambda *_: parts)
+    vit = SimpleNamespace(
+        model=model,
+        image_features=lambda images, pixels: image,
+        text_features=lambda prompts: text,
+    )
+    monkeypatch.setattr(rewards, "clip", lambda *_: vit)
     loader, differentiable, _ = rewards.REWARDS[name]
     score = loader("path", "cpu", torch.float32, "clip_l")
     assert differentiable
@@ -287,7 +291,7 @@ def test_scores_of_a_clip_are_its_logits_over_the_releases_divisor(name, divisor
 
 def test_clip_looks_again_at_pictures_that_changed_and_at_other_pixels_of_the_same():
     """It keeps the features of the last pictures, which several rewards ask for."""
-    _, image_features, _ = rewards.clip(str(TINY / "clip"), "cpu", torch.float32)
+    image_features = rewards.clip(str(TINY / "clip"), "cpu", torch.float32).image_features
     images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         first = image_features(images)
@@ -324,6 +328,7 @@ def test_ocrs_edit_distance_by_hand(read, share, monkeypatch):
     score = rewards.ocr("", "cpu", torch.float32, "")
     found = score(torch.zeros(1, 3, 8, 8), ['a sign that says "Hello"'], [{}])
     assert found.item() == pytest.approx(share)
+    assert found.dtype == torch.float32
 
 
 def test_the_rewards_with_a_gradient_are_those_of_the_release_and_its_like():
