@@ -178,7 +178,9 @@ def test_diversity_is_the_distance_and_the_bits_of_what_a_caption_leaves_open():
     """One caption: four pictures in the four colours in four cells, and the same picture four times."""
     rows = [{"prompt": "a circle", "include": [{"class": "circle", "count": 1}]}] * 4
     places = ((5, 5), (16, 5), (5, 16), (28, 28))
-    differ = [[("circle", color, x, y, 1.0)] for color, (x, y) in zip(tiny.COLORS, places)]
+    differ = [
+        [tiny.Found("circle", color, x, y, 1.0)] for color, (x, y) in zip(tiny.COLORS, places)
+    ]
     numbers = tiny_scores.diversity(rows, torch.eye(4), differ)
     assert numbers["distance"] == pytest.approx(2**0.5)
     assert numbers["color_bits"] > 10  # no two agree: -log2 of the 1e-6 that guards it
