@@ -475,7 +475,8 @@ def settled_alpha(file, given, assumed):
 SETTINGS_NAME = "settings.json"
 # What has to be known of a run to draw from its weights, to train on, or to share them.
 SETTINGS = (
-    "pretrained", "resolution", "num_steps", "eta", "cfg", "lora_rank", "lora_alpha", "variant", "seed",
+    "pretrained", "resolution", "num_steps", "eta", "cfg", "gamma", "lora_rank", "lora_alpha", "variant",
+    "seed",
 )  # fmt: skip
 # Those that are the defaults of whatever uses the weights.
 SAMPLING = ("pretrained", "resolution", "num_steps", "eta", "cfg")

@@ -16,7 +16,6 @@ import cold_start
 import cps
 import model
 import prompts
-import report
 import rewards
 import rtdmd_rl
 import sample
@@ -215,31 +214,6 @@ def test_previews_show_the_adapters_that_they_are_asked_for(tmp_path):
     )
     assert base == again
     assert base != generator
-
-
-def test_the_scoreboards_pictures_have_seeds_of_their_own_and_their_own_captions(monkeypatch):
-    """More pictures than a batch holds: the second batch does not repeat the first."""
-    drawn, judged = [], []
-
-    def draw(v, seeds, shape, levels, eta, device):
-        drawn.extend(seeds)
-        return torch.zeros(len(seeds), *shape)
-
-    def judge(images, texts, metadata):
-        judged.extend(texts)
-        return torch.zeros(len(images))
-
-    judge.name = "judge"
-    monkeypatch.setattr(report, "draw", draw)
-    monkeypatch.setattr(report, "BATCH", 4)
-    pipe = cold_start.load_pipeline(tiny_args(), CPU)
-    encode = cold_start.text_encoder(pipe, tiny_args())
-    rows = report.report_captions(1)
-    numbers, pictures = report.evaluate(pipe, encode, [judge], rows, [], cps.sigmas(), 0.9)
-    assert drawn == list(range(report.FIRST_SEED, report.FIRST_SEED + 6))
-    assert judged == [row["prompt"] for row in rows]
-    assert len(pictures) == 6
-    assert numbers["judge"] == 0
 
 
 # ---- sample.py

@@ -10,7 +10,6 @@ numbers.json holds the relative rms difference of the two velocities, in %, for 
 
 import json
 import math
-import os
 import random
 
 import torch
@@ -54,11 +53,8 @@ class Samples:
         self.shape = (n, *base.latent_shape)
         self.device = base.device
         self.rng = generator(base.device, *key)
-        prompts = []
-        for i in range(n):
-            place = random.Random(f"{key}/{i}").randrange(len(rows))
-            prompts.append(rows[place]["prompt"])
-        self.text = base.encode(prompts)
+        places = [random.Random(f"{key}/{i}").randrange(len(rows)) for i in range(n)]
+        self.text = base.encode([rows[place]["prompt"] for place in places])
         start = self.normal()
         noise = [self.normal() for _ in range(K)]
         v = base.velocity(frozen, self.text)
@@ -99,11 +95,13 @@ def train(base, frozen, rows, args):
         key = ("train", args.stream, args.seed, step)
         k = random.Random(repr(key)).randint(1, K)
         drawn = Samples(base, frozen, rows, args.batch_size, k, *key)
-        s = torch.full_like(drawn.u, levels[k])
+        level = levels[k]
+        s = torch.full_like(drawn.u, level)
         s_next = torch.full_like(drawn.u, levels[min(k + 1, K)])
-        t = renoise_time(levels[k], drawn.u)
+        t = renoise_time(level, drawn.u)
+        x_s = drawn.path[k]
         noise = drawn.normal()
-        inputs = (drawn.path[k], s, s_next, t, noise, drawn.back, drawn.normal(), drawn.normal())
+        inputs = (x_s, s, s_next, t, noise, drawn.back, drawn.normal(), drawn.normal())
         fake_pass(*inputs, *drawn.text)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -119,14 +117,20 @@ def difference(base, frozen, rows, batch_size):
     size = torch.zeros(K + 1)
     for i in range(TEST_BATCHES):
         drawn = Samples(base, frozen, rows, batch_size, K, "test", i)
+        fake = base.velocity(["fake"], drawn.text)
+        reference = base.velocity(["reference"], drawn.text)
         for k in range(1, K + 1):
-            t = renoise_time(levels[k], drawn.u)
-            x_t = renoise(drawn.path[k], levels[k], t, drawn.normal())
-            v = base.velocity(["fake"], drawn.text)(x_t, t)
-            exact = base.velocity(["reference"], drawn.text)(x_t, t)
-            error[k] += (v - exact).square().mean().item()
+            s = levels[k]
+            t = renoise_time(s, drawn.u)
+            x_t = renoise(drawn.path[k], s, t, drawn.normal())
+            exact = reference(x_t, t)
+            off = fake(x_t, t) - exact
+            error[k] += off.square().mean().item()
             size[k] += exact.square().mean().item()
-    return {f"s = {levels[k]:g}": 100 * math.sqrt(error[k] / size[k]) for k in range(1, K + 1)}
+    relative = {}
+    for k in range(1, K + 1):
+        relative[f"s = {levels[k]:g}"] = 100 * math.sqrt(error[k] / size[k])
+    return relative
 
 
 def main():
@@ -139,13 +143,14 @@ def main():
     base.add_adapter("fake", RANK, ALPHA, args.seed)
     train(base, frozen, rows, args)
     if args.reference:
-        base.load_adapter("reference", os.path.join(args.reference, "fake.pt"), ALPHA)
+        base.load_adapter("reference", f"{args.reference}/fake.pt", ALPHA)
         numbers = difference(base, frozen, rows, args.batch_size)
         content = json.dumps(numbers, indent=1).encode()
-        write_atomically({os.path.join(args.out_dir, "numbers.json"): content})
+        write_atomically({f"{args.out_dir}/numbers.json": content})
     else:
-        weights = {key: p.detach().cpu() for key, p in base.adapter("fake").items()}
-        write_atomically({os.path.join(args.out_dir, "fake.pt"): as_bytes(torch.save, weights)})
+        weights = base.adapter("fake")
+        on_cpu = {key: p.detach().cpu() for key, p in weights.items()}
+        write_atomically({f"{args.out_dir}/fake.pt": as_bytes(torch.save, on_cpu)})
 
 
 if __name__ == "__main__":

@@ -234,7 +234,8 @@ def density(x, t):
     """Of the data's marginal at level t. x [N] -> [N]."""
     variance = (1 - t) ** 2 * TAU**2 + t**2
     off = x[:, None] - (1 - t) * MODES
-    return (-(off**2) / (2 * variance)).exp().mean(1) / (2 * math.pi * variance) ** 0.5
+    bell = (-(off**2) / (2 * variance)).exp().mean(1)
+    return bell / math.sqrt(2 * math.pi * variance)
 
 
 def draw_sampler(path):
@@ -256,7 +257,8 @@ def draw_sampler(path):
             f"{title}; std {end.std():.3f} (data {(1 + TAU**2) ** 0.5:.3f}); "
             f"correlation of start and end {correlation:.2f}"
         )
-        axes.plot(levels, states[:48].T.numpy(), color=COLORS[0], alpha=0.5, linewidth=0.8)
+        some = states[:48].T.numpy()
+        axes.plot(levels, some, color=COLORS[0], alpha=0.5, linewidth=0.8)
         axes.invert_xaxis()
         axes.set_title(title)
         axes.set_xlabel("noise level t")
@@ -271,7 +273,8 @@ def draw_subinterval(path):
     s = sigmas()[3]
     names = ("exact", "printed", "true")
     rng = torch.Generator().manual_seed(0)
-    x0 = MODES[torch.randint(2, (n,), generator=rng)] + TAU * torch.randn(n, generator=rng)
+    mode = MODES[torch.randint(2, (n,), generator=rng)]
+    x0 = mode + TAU * torch.randn(n, generator=rng)
     x_s = (1 - s) * x0 + s * torch.randn(n, generator=rng)
     noise = torch.randn(n, generator=rng)
     figure = new_figure(12, 3)
@@ -282,15 +285,16 @@ def draw_subinterval(path):
         exact = renoise(x_s, s, t, noise)
         printed = renoise_as_printed(x_s, s, t, noise)
         clean = (1 - t) * x0
-        stds.append(((exact - clean).std().item(), (printed - clean).std().item(), t))
+        of_noise = [(x_t - clean).std().item() for x_t in (exact, printed)]
+        stds.append((*of_noise, t))
         if i in (2, 10, 18):  # near the beginning, in the middle, near the end of [s, 1]
             axes = density_panels.pop(0)
             true_std = ((1 - t) ** 2 * (1 + TAU**2) + t**2) ** 0.5
             found = (exact.std().item(), printed.std().item(), true_std)
             labels = [f"{name} {std:.3f}" for name, std in zip(names, found)]
             draw_density(axes, exact, printed, t, labels)
-            of_noise = ", ".join(f"{std:.3f}" for std in stds[-1])
-            print(f"t = {t:g}: std {', '.join(labels)}; of the noise in it {of_noise}")
+            noises = ", ".join(f"{std:.3f}" for std in stds[-1])
+            print(f"t = {t:g}: std {', '.join(labels)}; of the noise in it {noises}")
     for name, color, values in zip(names, COLORS, zip(*stds)):
         noise_panel.plot(times, values, color=color, label=name)
     noise_panel.set_title("noise in x_t")
@@ -315,15 +319,19 @@ def draw_density(axes, exact, printed, t, labels):
     for values, color, label in zip((exact, printed), COLORS, labels):
         heights = torch.histc(values, 30, -3, 3) / len(values) / width
         axes.stairs(heights.numpy(), edges.numpy(), color=color, label=label)
-    axes.plot(x.numpy(), density(x, t).numpy(), color=COLORS[2], label=labels[2])
+    heights = density(x, t)
+    axes.plot(x.numpy(), heights.numpy(), color=COLORS[2], label=labels[2])
     axes.set_title(f"t = {t:g}, standard deviation:")
     axes.set_xlabel("x_t")
     axes.set_ylabel("density")
-    axes.set_ylim(0, 1.8 * density(x, t).max().item())
+    axes.set_ylim(0, 1.8 * heights.max().item())
     axes.legend(frameon=False, loc="upper center")
 
 
 # ---- figures of the README: pictures of a run ----------------------------------------------------
+SUBSETS = [(0, 1), (0, 2), (1, 2), (0, 1, 2)]  # the last one is plain GRPO
+
+
 @torch.no_grad()
 def draw_subsets(run, pretrained, path, device):
     """Eight pictures of one caption by the run's generator, a row for each subset S -> path.
@@ -347,7 +355,7 @@ def draw_subsets(run, pretrained, path, device):
         return rtdmd_rl.shared_noise(draw, prompts, 0, 0, key)
 
     rows = {}
-    for S in ((0, 1), (0, 2), (1, 2), (0, 1, 2)):
+    for S in SUBSETS:
         noise = [normal(k) if k in S else shared(k) for k in range(3)]
         noise.append(torch.zeros_like(noise[0]))
         x0 = rollout(v, normal("start"), levels, 4, 0.9, noise)[-1]

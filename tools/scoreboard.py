@@ -51,17 +51,15 @@ class Line(NamedTuple):
 def arguments():
     parser = Parser("The scoreboard of a run of the tiny preset.")
     add = parser.add_argument
-    add("run", nargs="?", help="directory of a tiny run with cold_start/ and rtdmd/")
+    add("run", nargs="?", default="out/tiny", help="a tiny run: cold_start/ and rtdmd/ in it")
     add("--grids", action="store_true", help="the teacher on two grids of noise levels; no run")
     add("--pretrained", default=PRETRAINED, help="the pipeline that the run was made with")
     add("--pictures", type=int, default=72, help="pictures of each of the six categories")
     add("--device", default="auto", help="cuda, cpu, mps, or auto: the best there is")
     args = parser.parse_args()
-    if (args.run is None) != args.grids:
-        die("give one of: the directory of a tiny run, --grids")
     if args.pictures < 1:
         die(f"--pictures must be positive, got {args.pictures}")
-    args.out_dir = args.run or "."
+    args.out_dir = "." if args.grids else args.run
     return args
 
 
@@ -157,14 +155,14 @@ def machine_name(device):
 
 def main():
     args = arguments()
-    if args.run:
-        for stage in ("cold_start", "rtdmd"):
-            finished_log(f"{args.run}/{stage}")
-    device, _, _ = setup(args, training=False)
     if args.grids:
+        device, _, _ = setup(args, training=False)
         checked(teacher_grids, args.pretrained, args.pictures, device)
-    else:
-        checked(scoreboard, args.run, args.pretrained, args.pictures, device)
+        return
+    for stage in ("cold_start", "rtdmd"):  # before anything is made or loaded
+        finished_log(f"{args.run}/{stage}")
+    device, _, _ = setup(args, training=False)
+    checked(scoreboard, args.run, args.pretrained, args.pictures, device)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def diversity(rows, latents, found):
         if len(seen) > 1:
             same_place.append(agreement([cell_of(thing) for thing in seen]))
             if "color" not in asked:
-                same_color.append(agreement([color for _, color, *_ in seen]))
+                same_color.append(agreement([thing.color for thing in seen]))
     return {
         "distance": mean(distances),
         "color_bits": bits(mean(same_color)),
@@ -133,15 +133,14 @@ def diversity(rows, latents, found):
 def first_of(found, shape):
     """The first thing of this shape, None if there is none."""
     for thing in found:
-        if thing[0] == shape:
+        if thing.shape == shape:
             return thing
     return None
 
 
 def cell_of(thing):
     """Which of the layout's 3 x 3 cells its centre lies in."""
-    _, _, x, y, *_ = thing
-    return x * 3 // SIZE, y * 3 // SIZE
+    return thing.x * 3 // SIZE, thing.y * 3 // SIZE
 
 
 def agreement(values):
