@@ -14,7 +14,6 @@ import cold_start
 import report
 import rtdmd_rl
 import sample
-import tiny
 from helpers import (
     BASE,
     TINY,
@@ -27,6 +26,7 @@ from helpers import (
     shell,
     tiny_base,
 )
+from tools import make_tiny
 
 
 def test_a_finetune_that_comes_without_t5_is_taken(run, tmp_path, capsys):
@@ -171,7 +171,7 @@ def bad(run, tmp_path_factory):
     }
 
 
-C, R, S, T, P = cold_start, rtdmd_rl, sample, tiny, report
+C, R, S, T, P = cold_start, rtdmd_rl, sample, make_tiny, report
 
 SAME = "--resume --batch_size 5 --generator_every 2"  # as the run in {cold}
 
@@ -357,7 +357,7 @@ SHORT = {
 def refused(run_it, program, flags, message, bad, tmp_path):
     """One line on stderr that says what is wrong, exit status 2, no file written, no code in a file run."""
     flags = [
-        *BASE[2 * (program in (tiny, report)) : 4],
+        *BASE[2 * (program in (make_tiny, report)) : 4],
         "--out_dir",
         tmp_path / "out",
         *shlex.split(f"{SHORT[program]} {flags}".format(**bad)),
@@ -368,7 +368,7 @@ def refused(run_it, program, flags, message, bad, tmp_path):
     assert (
         status == 2
         and err.count("\n") == 1
-        and err.startswith(f"{program.__name__}.py: error: ")
+        and err.startswith(f"{program.__name__.removeprefix('tools.')}.py: error: ")
         and message in err
     ), err
     assert listing(out) == before and not (bad["t"] / "proof").exists()
