@@ -266,7 +266,17 @@ def consistency(world, F, t, back, eta, one_sample=False):
     x_s = world[1] + z @ torch.linalg.cholesky(world[2]).T
     return (
         fake_score_loss(
-            F, x_s, world[0], full(t, z), n, full(back, z), n1, n1 if one_sample else n2, 1.0, eta
+            F,
+            x_s,
+            world[0],
+            None,
+            full(t, z),
+            n,
+            full(back, z),
+            n1,
+            n1 if one_sample else n2,
+            1.0,
+            eta,
         )[2]
         .mean()
         .item()
