@@ -475,7 +475,8 @@ def settled_alpha(file, given, assumed):
 SETTINGS_NAME = "settings.json"
 # What has to be known of a run to draw from its weights, to train on, or to share them.
 SETTINGS = (
-    "pretrained", "resolution", "num_steps", "eta", "cfg", "lora_rank", "lora_alpha", "variant", "seed",
+    "pretrained", "resolution", "num_steps", "eta", "cfg", "gamma", "lora_rank", "lora_alpha", "variant",
+    "seed",
 )  # fmt: skip
 # Those that are the defaults of whatever uses the weights.
 SAMPLING = ("pretrained", "resolution", "num_steps", "eta", "cfg")
@@ -555,7 +556,8 @@ class Run:
         self.made_with = made_with(transformer.device)
         agree_on_a_checkpoint(args.out_dir, bool(paths), transformer.device)
         self.start = self.load(paths) if paths else 0
-        write_settings(args)
+        if self.start == 0:
+            write_settings(args)
 
     def flags(self):
         """What must be the same when the run goes on: flags, and hashes of what they name."""

@@ -15,9 +15,9 @@ import pytest
 import torch
 import transformers
 
-import report
 import rewards
 import rtdmd_rl
+from tools import evaluate
 
 CLIP = f"clipscore={Path(__file__).resolve().parent.parent}/assets/tiny/clip"
 
@@ -336,7 +336,7 @@ def test_both_share_one_detector_one_clip_and_one_look_at_the_same_pictures(dete
     assert (strict.name, soft.name, soft.weight) == ("geneval", "geneval_soft", 2)
     assert len(detector.loads) == 1
     assert [id(m) for m in strict.models] == [id(m) for m in soft.models]
-    assert soft.models[1] is rewards.clip(CLIP.partition("=")[2], "cpu", torch.float32)[0]
+    assert soft.models[1] is rewards.clip(CLIP.partition("=")[2], "cpu", torch.float32).model
     (held_out,) = rewards.build("geneval", "cpu", [detector.path, CLIP])  # as --eval_rewards does
     assert held_out.models[0] is soft.models[0] and len(detector.loads) == 1
 
@@ -388,7 +388,7 @@ def test_stage_2_trains_on_the_soft_form_by_default(monkeypatch):
     assert weights == {"clipscore": 1, "pickscore": 1, "hpsv2": 1, "geneval_soft": 1}
 
 
-def test_scores_of_both_are_printed_by_category(tmp_path, capsys):
+def test_scores_of_both_are_printed_by_category(capsys):
     tags = ["single_object", "counting", "counting", "single_object"]
     rows = [{"prompt": f"a photo {i}", "metadata": {"tag": tag}} for i, tag in enumerate(tags)]
     student = {
@@ -397,9 +397,7 @@ def test_scores_of_both_are_printed_by_category(tmp_path, capsys):
         "clipscore": [0.25] * 4,
     }
     teacher = {name: [0.0] * 4 for name in student}
-    report.write_scores(
-        rows, 0, {"student": student, "teacher": teacher}, str(tmp_path / "scores.jsonl")
-    )
+    evaluate.print_means(rows, {"student": student, "teacher": teacher})
     lines = capsys.readouterr().out.splitlines()
     numbers = {}
     for line in lines[1:]:

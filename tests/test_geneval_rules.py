@@ -256,7 +256,8 @@ def test_colours_are_the_zero_shot_answer_on_the_cut_out_object(detector, monkey
     mask[10:30, 5:25] = True
     mask[10:20, 5:15] = False
     reward = one_reward("geneval", f"geneval={detector}", f"clipscore={TINY}/clip")
-    model, image_features, text_features = rewards.clip(f"{TINY}/clip", "cpu", torch.float32)
+    vit = rewards.clip(f"{TINY}/clip", "cpu", torch.float32)
+    model = vit.model
     seen, real = [], model.vision_model.forward
     monkeypatch.setattr(
         model.vision_model,
@@ -273,7 +274,7 @@ def test_colours_are_the_zero_shot_answer_on_the_cut_out_object(detector, monkey
         ]
         by_hand = [
             torch.nn.functional.normalize(
-                text_features(
+                vit.text_features(
                     [
                         f"a photo of a {c} {name}",
                         f"a photo of a {c}-colored {name}",
@@ -286,7 +287,7 @@ def test_colours_are_the_zero_shot_answer_on_the_cut_out_object(detector, monkey
         ]
         crop = torch.where(mask, image, torch.tensor(153 / 255))[None, :, 10:30, 5:25]
         assert colours == [
-            rewards.COLORS[(torch.stack(by_hand) @ image_features(crop)[0]).argmax()]
+            rewards.COLORS[(torch.stack(by_hand) @ vit.image_features(crop)[0]).argmax()]
         ]
         close(seen[0], rewards.clip_pixels(crop, 32), 1e-6)
 

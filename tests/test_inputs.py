@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import cold_start
-import report
 import rtdmd_rl
 import sample
 import tiny
@@ -109,11 +108,6 @@ def bad(run, tmp_path_factory):
     shutil.copy(run.cold / "ckpt.pt", t / "flipped/ckpt.prev.pt")
     flip(t / "flipped/ckpt.pt", os.path.getsize(run.cold / "ckpt.pt") // 2)
     flip(t / "flipped/generator_ema.pt", os.path.getsize(run.cold / "generator_ema.pt") // 2)
-    for name, content in {"report_log": b"not json\n", "report_code": b'{"seconds": 1}\n'}.items():
-        for stage in ("cold_start", "rtdmd"):
-            (t / name / stage).mkdir(parents=True)
-            (t / name / stage / "log.jsonl").write_bytes(content)
-            torch.save(code, t / name / stage / "generator_ema.pt")
     shutil.copytree(t / "good", t / "mixed")
     (t / "mixed/fake.pt.tmp").touch()
     shutil.copytree(t / "good", t / "fakecode")
@@ -171,7 +165,7 @@ def bad(run, tmp_path_factory):
     }
 
 
-C, R, S, T, P = cold_start, rtdmd_rl, sample, tiny, report
+C, R, S, T = cold_start, rtdmd_rl, sample, tiny
 
 SAME = "--resume --batch_size 5 --generator_every 2"  # as the run in {cold}
 
@@ -330,19 +324,6 @@ INPUTS = [  # program, flags, what the one line says
     (T, "--out_dir {file}/out", "--out_dir"),
     (T, "--random_sd35m {file}/out", "file/out"),
     (T, "--random_sd35m ''", "--out_dir"),
-    (P, "", "give one of"),
-    (P, "--ablations table5", "table5"),
-    (P, "--curves {t}/none", "log.jsonl"),
-    (P, "--ablations --seeds 0", "positive"),
-    (P, "{t} --curves {t}", "give one of"),
-    (P, "{t} --runs {t}", "--figures DIR"),
-    (P, "{t}/none", "cold_start/ holds no finished run"),
-    (P, "{good}", "no finished run"),
-    (P, "{report_log}", "no readable log.jsonl"),
-    (P, "{report_code}", "not a file of tensors"),
-    (P, "{report_code} --pretrained {t}/none/dir", "none/dir"),
-    (P, "{report_code} --pretrained {code_dit}", "code_dit"),
-    (P, "--ablations --out_dir {file}/out", "file/out"),
 ]
 
 SHORT = {
@@ -350,14 +331,13 @@ SHORT = {
     R: "--sample_every 0 --epochs 1 --prompts_per_epoch 1 --group_size 2 --cold_start {good}",
     S: "--cold_start {good} --rtdmd ''",
     T: "",
-    P: "",
 }  # should an input be taken after all, then at least not for long
 
 
 def refused(run_it, program, flags, message, bad, tmp_path):
     """One line on stderr that says what is wrong, exit status 2, no file written, no code in a file run."""
     flags = [
-        *BASE[2 * (program in (tiny, report)) : 4],
+        *BASE[2 * (program is tiny) : 4],
         "--out_dir",
         tmp_path / "out",
         *shlex.split(f"{SHORT[program]} {flags}".format(**bad)),

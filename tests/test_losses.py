@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import cold_start
+import cps
+import variants
 from cold_start import fake_score_loss, generator_loss, renoise_time
 from cps import ambient_target, cps_step, renoise, rollout
 from gaussian import (
@@ -37,13 +39,12 @@ from gaussian import (
 
 
 # ------------------------------------------------------------------------------- the fake score (Eq. 10, Prop. D.1, App. K)
-def fitted(x_s, s, t, n, std="exact"):
+def fitted(x_s, s, t, n):
     """The linear field that minimises fake_score_loss (gamma = 0) at t: one Newton step, the loss is quadratic."""
 
     def loss(theta):
-        return fake_score_loss(
-            linear(unpack(theta)), x_s, s, full(t, n), n, None, None, None, 0, 0.9, std
-        )[0].mean()
+        v = linear(unpack(theta))
+        return fake_score_loss(v, x_s, s, None, full(t, n), n, None, None, None, 0, 0.9)[0].mean()
 
     theta = ZERO.clone().requires_grad_()
     return unpack(
@@ -63,7 +64,7 @@ def test_the_fake_score_learns_the_students_exact_velocity():
             assert rms_error(fitted(x_s, s, t, n), world, t) < 1e-9
             theta = pack(exact_field(world, t)).requires_grad_()
             loss, ambient, _ = fake_score_loss(
-                linear(unpack(theta)), x_s, s, full(t, n), n, None, None, None, 0, eta
+                linear(unpack(theta)), x_s, s, None, full(t, n), n, None, None, None, 0, eta
             )
             assert torch.autograd.grad(loss.mean(), theta)[0].abs().max() < 1e-9
             error = (
@@ -77,7 +78,7 @@ def test_the_fake_score_learns_the_students_exact_velocity():
             )  # weight: min(1, 10 sig^2)
 
 
-def test_the_papers_printed_std_and_full_interval_renoising_are_biased():
+def test_the_papers_printed_std_and_full_interval_renoising_are_biased(monkeypatch):
     """Relative rms error of the learned velocity in the middle of the sub-interval, at s = .9, .75, .5, 0 (ours: below 1e-9).
     printed: App. B's std (t-s)/(1-s) for the kernel, and for the score -n/std of that kernel in the target. DMD2: the generator's x-prediction re-noised over [0,1], for eta = 0,
     .5, .9, 1; it learns the student's velocity at eta = 1 and only there (App. K)."""
@@ -92,9 +93,12 @@ def test_the_papers_printed_std_and_full_interval_renoising_are_biased():
         path, world, (n,) = student_at(k, eta, 1)
         s, before, t = LEVELS[k], LEVELS[k - 1], (LEVELS[k] + 0.98) / 2
         x_0 = path[k - 1] - before * generator_with(ZERO)(path[k - 1], before)
-        field = (
-            fitted(path[k], s, t, n, "printed") if which == "printed" else fitted(x_0, 0.0, t, n)
-        )
+        if which == "printed":
+            with monkeypatch.context() as patch:
+                patch.setattr(cps, "sub_interval", variants.sub_interval)
+                field = fitted(path[k], s, t, n)
+        else:
+            field = fitted(x_0, 0.0, t, n)
         assert rms_error(field, world, t) == pytest.approx(errors[k - 1], rel=0.02, abs=6e-4), (
             which,
             eta,
@@ -177,14 +181,14 @@ def test_the_generator_gradient_is_the_normalised_difference_of_the_scores():
 
 
 def test_the_papers_letter_of_the_generator_gradient_is_the_gradient_of_the_kl():
-    """--dm_gradient score. Per sample a (score_fake - score_real)(x_t), a = dx_t/dx_s, and on exact points its mean over a shift of x_s is
+    """--variant score_gradient. Per sample a (score_fake - score_real)(x_t), a = dx_t/dx_s, and on exact points its mean over a shift of x_s is
     the gradient of KL(student at t || teacher at t) with respect to that shift, P_real (mean_fake - mean_real) a for Gaussians."""
     for s in LEVELS[1:]:
         z, n = exact_normals(2)
         fake = (s, *marginal((0.0, MEAN + 0.5, 1.7 * COV), s))
         x_s, t = (fake[1] + z @ torch.linalg.cholesky(fake[2]).mT).requires_grad_(), (s + 0.98) / 2
-        loss = generator_loss(
-            x_s, s, full(t, z), n, None, velocity(DATA), velocity(fake), 0.9, "exact", "score"
+        loss = variants.generator_loss(
+            x_s, s, full(t, z), n, None, velocity(DATA), velocity(fake), 0.9
         )
         (gradient,) = torch.autograd.grad(loss.sum(), x_s)
         (mean, cov), (mean_F, cov_F), a, x_t = (
@@ -262,7 +266,17 @@ def consistency(world, F, t, back, eta, one_sample=False):
     x_s = world[1] + z @ torch.linalg.cholesky(world[2]).T
     return (
         fake_score_loss(
-            F, x_s, world[0], full(t, z), n, full(back, z), n1, n1 if one_sample else n2, 1.0, eta
+            F,
+            x_s,
+            world[0],
+            None,
+            full(t, z),
+            n,
+            full(back, z),
+            n1,
+            n1 if one_sample else n2,
+            1.0,
+            eta,
         )[2]
         .mean()
         .item()
@@ -358,8 +372,8 @@ def learned(gamma, t, back, eta):
             return linear(unpack(theta[:6] if abs(u[0].item() - t) < 1e-9 else theta[6:]))(x)
 
         return (
-            fake_score_loss(F, x_s, 0.0, full(t, z), n, full(back, z), n1, n2, gamma, eta)[0]
-            + fake_score_loss(F, x_s, 0.0, full(t - back, z), m, None, None, None, 0, eta)[0]
+            fake_score_loss(F, x_s, 0.0, None, full(t, z), n, full(back, z), n1, n2, gamma, eta)[0]
+            + fake_score_loss(F, x_s, 0.0, None, full(t - back, z), m, None, None, None, 0, eta)[0]
         ).mean()
 
     theta = torch.cat([pack(exact_field(DATA, u)) for u in (t, t - back)])
@@ -392,7 +406,7 @@ def test_the_consistency_gradient_goes_through_all_three_h_and_not_through_the_t
 
     def term(t, back):
         return fake_score_loss(
-            linear(unpack(theta)), x_s, 0.0, full(t, n), n, full(back, n), n1, n2, 1.0, 0.9
+            linear(unpack(theta)), x_s, 0.0, None, full(t, n), n, full(back, n), n1, n2, 1.0, 0.9
         )[2]
 
     x_t = renoise(x_s, 0.0, 0.6, n)
@@ -404,8 +418,8 @@ def test_the_consistency_gradient_goes_through_all_three_h_and_not_through_the_t
     close(term(0.02, 0.2), term(0.02, 0.02))  # t'' stops at 0
 
 
-def test_the_papers_consistency_times_are_the_generators_own_levels():
-    """--consistency_times steps: from x_s itself at t' = t_k to t'' = t_{k+1}. Where t_{k+1} = 0 the
+def test_the_papers_consistency_times_are_the_generators_own_levels(monkeypatch):
+    """--variant step_consistency: from x_s itself at t' = t_k to t'' = t_{k+1}. Where t_{k+1} = 0 the
     transition lands on the anchor itself and the term vanishes with its gradient: by the letter only .9 -> .75 and .75 -> .5 are constrained."""
     (x_s, n, n1, n2), theta = normals(4, 6), torch.linspace(-1, 1, 6).double().requires_grad_()
 
@@ -415,9 +429,10 @@ def test_the_papers_consistency_times_are_the_generators_own_levels():
     def h(x, t):
         return x - t * F(x, full(t, x))
 
+    monkeypatch.setattr(cold_start, "consistency_path", variants.consistency_path)
     for s, after in zip(LEVELS[1:], LEVELS[2:] + [0.0]):
         loss, ambient, term = fake_score_loss(
-            F, x_s, s, full(0.97, n), n, full(0.1, n), n1, n2, 0.3, 0.9, "exact", after
+            F, x_s, full(s, n), full(after, n), full(0.97, n), n, full(0.1, n), n1, n2, 0.3, 0.9
         )
         x1, x2 = (
             cps_step(x_s, F(x_s, full(s, n)).detach(), s, after, 0.9, noise)[0]

@@ -2,12 +2,15 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import rtdmd_rl
+import variants
 from common import shard
-from cps import cps_step, log_prob, rollout
+from cps import cps_step, rollout
 from gaussian import (
     EYE,
     LEVELS,
@@ -21,7 +24,7 @@ from gaussian import (
     generator_with,
     normals,
 )
-from rtdmd_rl import advantages, policy_loss, shared_noise
+from rtdmd_rl import policy_loss, shared_noise
 
 # -------------------------------------------------------------------------- the two parts of the policy gradient (Prop. G.1)
 GOAL, FORM, SLOPE = f64(0.2, 0.4), f64([1.0, 0.3], [0.3, 0.5]), f64(1, -0.5)
@@ -41,7 +44,7 @@ def exact_gradient(reward, eta, steps, fields=STUDENT):
 
 
 def score_term(path, steps, advantage, eta, fields=STUDENT):
-    """Per-sample gradient [B,6] of sum_k advantage * log pi(x_{k+1} | x_k), through stage 2's own log_prob and policy_loss."""
+    """Per-sample gradient [B,6] of sum_k advantage * log pi(x_{k+1} | x_k), through the Gaussian's log_prob (Eq. 13) and policy_loss."""
     theta = ZERO.repeat(len(advantage), 1).requires_grad_()
     for k in steps:
         _, mean, std = cps_step(
@@ -52,8 +55,8 @@ def score_term(path, steps, advantage, eta, fields=STUDENT):
             eta,
             0 * path[k],
         )
-        log_p = log_prob(path[k + 1], mean, std)
-        (-policy_loss(log_p, log_p.detach(), advantage, 1e-5)).sum().backward()
+        log_p = variants.log_prob(path[k + 1], mean, std)
+        (-policy_loss(log_p, log_p.detach(), advantage)).sum().backward()
     return theta.grad
 
 
@@ -154,7 +157,10 @@ def test_subgrpo_is_unbiased_and_when_its_variance_is_smaller():
 
 
 # --------------------------------------------------------------------------------------- advantages, policy loss, shared noise
-def test_advantages_have_their_closed_forms():
+ADVANTAGES = {"batch": rtdmd_rl.advantages, "group": variants.advantages}
+
+
+def test_advantages_have_their_closed_forms(monkeypatch):
     """Eq. 14 with the release's and the paper's standard deviation. 1e-3: the 1e-4 that guards the divisions."""
     pairs, outlier, uneven = (
         f64([0.0, 1.0] * 4),
@@ -167,8 +173,10 @@ def test_advantages_have_their_closed_forms():
     )
     for std in ("batch", "group"):
 
-        def of(scores, weights=(1.0,), N=6, **clip):
-            return advantages(scores, weights, N, std, **clip)
+        def of(scores, weights=(1.0,), N=6, clip=5.0):
+            for module in (rtdmd_rl, variants):
+                monkeypatch.setattr(module, "ADVANTAGE_CLIP", clip)
+            return ADVANTAGES[std](scores, weights, N)
 
         pair = (
             1 if std == "batch" else 1 / math.sqrt(7 / 4)
@@ -210,24 +218,23 @@ def test_advantages_have_their_closed_forms():
             and of(outlier, N=100)[7] == 5
             and of(-outlier, N=100)[7] == -5
         )
-    by_group, by_batch = (advantages(uneven, [1.0], 2, std).abs() for std in ("group", "batch"))
-    (
-        close(by_group[2] / by_group[0], f64(1)[0], 1e-3),
-        close(by_batch[2] / by_batch[0], f64(10)[0], 1e-2),
-    )
+    by_group, by_batch = (ADVANTAGES[std](uneven, [1.0], 2).abs() for std in ("group", "batch"))
+    close(by_group[2] / by_group[0], f64(1)[0], 1e-3)
+    close(by_batch[2] / by_batch[0], f64(10)[0], 1e-2)
 
 
 def test_a_group_whose_pictures_all_score_the_same_has_advantage_exactly_0():
     """Such pictures are not counted, so rounding must not let them in (the checker's groups are often all right or all wrong)."""
     scores = torch.tensor([[1.0] * 8 + [0.0] * 8 + [0.27] * 8 + [1, 0, 0, 1, 0, 0, 0, 0]])
-    for std in ("batch", "group"):
-        assert (advantages(scores, [1.0], 8, std) != 0).tolist() == [False] * 24 + [True] * 8
+    for advantages in ADVANTAGES.values():
+        assert (advantages(scores, [1.0], 8) != 0).tolist() == [False] * 24 + [True] * 8
 
 
-def test_the_policy_gradient_is_minus_advantage_at_ratio_1_and_is_clipped_on_one_side():
+def test_the_policy_gradient_is_minus_advantage_at_ratio_1_and_is_clipped_on_one_side(monkeypatch):
     def gradient(log_ratio, advantage, clip=0.2):
+        monkeypatch.setattr(rtdmd_rl, "RATIO_CLIP", clip)
         log_p = f64(*log_ratio).requires_grad_()
-        loss = policy_loss(log_p, torch.zeros_like(log_p), f64(*advantage), clip)
+        loss = policy_loss(log_p, torch.zeros_like(log_p), f64(*advantage))
         return torch.autograd.grad(loss.sum(), log_p)[0].tolist(), loss.tolist()
 
     assert gradient((0, 0, 0), (2, -3, 0), 1e-5)[0] == pytest.approx([-2, 3, 0])
@@ -241,10 +248,11 @@ def test_the_policy_gradient_is_minus_advantage_at_ratio_1_and_is_clipped_on_one
 
 
 def test_shared_noise_depends_on_prompt_step_and_epoch_and_on_nothing_else():
-    prompts, draw = (
-        ["a", "a", "b", "a", "c", "b"],
-        lambda prompts, *key: shared_noise((4, 8, 8), prompts, "cpu", *key),
-    )
+    prompts = ["a", "a", "b", "a", "c", "b"]
+
+    def draw(prompts, *key):
+        return shared_noise(SimpleNamespace(shape=(4, 8, 8), device="cpu"), prompts, *key)
+
     noise = draw(prompts, 0, 5, 1)
     assert all(
         torch.equal(noise[i], noise[j]) == (prompts[i] == prompts[j])

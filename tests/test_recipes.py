@@ -1,4 +1,4 @@
-"""The presets, the prompts that they train on, and what the README says about both."""
+"""The presets, the prompts that they train on, and what the pages say about both."""
 
 import re
 import signal
@@ -13,7 +13,10 @@ import rtdmd_rl
 import sample
 from prompts import geneval_prompts, load_prompts
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+RECIPE = (ROOT / "docs/recipe.md").read_text()
+REWARDS = (ROOT / "docs/rewards.md").read_text()
 PROGRAMS = {"cold_start": cold_start, "rtdmd_rl": rtdmd_rl, "sample": sample}
 
 
@@ -21,6 +24,8 @@ def flags_of(program, *flags):
     """What a command line means, as a dict."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{program}.py", *flags])
+        # no run of stage 1 has to be there
+        patch.setattr(rtdmd_rl, "find_weights", lambda *_, **__: "")
         args = PROGRAMS[program].arguments()
         return vars(sample.settled(args, {}) if program == "sample" else args)
 
@@ -66,8 +71,8 @@ def test_what_sd3_mediums_recipe_does_not_name_is_as_for_sd35_medium():
 
 
 def preset_table():
-    """The README's table of presets -> [(program, flags of the row, the cell of each preset)]."""
-    section = README.split("### The presets")[1].split("\n### ")[0].split("\n## ")[0]
+    """The table of presets in docs/recipe.md -> [(program, flags of the row, the cell of each preset)]."""
+    section = RECIPE.split("## The presets")[1].split("\n\nThe rewards of")[0]
     lines = [
         [cell.strip() for cell in line.strip("|\n").split("|")]
         for line in section.splitlines()
@@ -194,17 +199,16 @@ def test_the_public_formats_are_read_as_they_are(tmp_path):
 
 
 def test_the_recipe_has_one_command_a_stage_with_the_public_places_of_its_prompts():
-    recipe = README.split("## The real recipe")[1].split("\n## ")[0]
     for place in ("dataset/pickscore/train.txt", "dataset/geneval/train_metadata.jsonl"):
-        assert f"https://raw.githubusercontent.com/yifan123/flow_grpo/main/{place}" in recipe
+        assert f"https://raw.githubusercontent.com/yifan123/flow_grpo/main/{place}" in README
     for preset in ("", "--preset sd3m "):
         for program, prompts in (
             ("cold_start.py", "prompts/pickscore.txt"),
             ("rtdmd_rl.py", "prompts/geneval.jsonl"),
         ):
             command = f"    torchrun --nproc_per_node=8 {program} {preset}--prompts {prompts} "
-            assert recipe.count(command) == 1, command
-    assert "--eval_rewards imagereward,geneval,geneval_soft" in recipe
+            assert (README + RECIPE).count(command) == 1, command
+    assert "--eval_rewards imagereward,geneval,geneval_soft" in README
     assert re.search(
-        r"tools\.evaluate .*--rewards clipscore,pickscore,hpsv2,geneval,geneval_soft", README
+        r"tools\.evaluate .*--rewards clipscore,pickscore,hpsv2,geneval,geneval_soft", REWARDS
     )

@@ -214,7 +214,8 @@ def test_the_rounding_of_the_processor_moves_the_score_of_a_random_vit_l_by_less
         one_reward("clipscore", f"clipscore={tmp_path}"),
         transformers.CLIPImageProcessor(),
     )
-    model, _, text_features = rewards.clip(str(tmp_path), "cpu", torch.float32)
+    vit = rewards.clip(str(tmp_path), "cpu", torch.float32)
+    model = vit.model
     for picture in photographs[:2]:
         picture = picture.resize((512, 512))
         with torch.no_grad():
@@ -226,7 +227,7 @@ def test_the_rounding_of_the_processor_moves_the_score_of_a_random_vit_l_by_less
                 model.logit_scale.exp()
                 / 100
                 * (
-                    torch.nn.functional.normalize(theirs, dim=-1) * text_features(["a circle"])
+                    torch.nn.functional.normalize(theirs, dim=-1) * vit.text_features(["a circle"])
                 ).sum()
             )
         assert abs(ours - theirs) < 1e-3

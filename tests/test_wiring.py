@@ -16,7 +16,6 @@ import cold_start
 import cps
 import model
 import prompts
-import report
 import rewards
 import rtdmd_rl
 import sample
@@ -217,31 +216,6 @@ def test_previews_show_the_adapters_that_they_are_asked_for(tmp_path):
     assert base != generator
 
 
-def test_the_scoreboards_pictures_have_seeds_of_their_own_and_their_own_captions(monkeypatch):
-    """More pictures than a batch holds: the second batch does not repeat the first."""
-    drawn, judged = [], []
-
-    def draw(v, seeds, shape, levels, eta, device):
-        drawn.extend(seeds)
-        return torch.zeros(len(seeds), *shape)
-
-    def judge(images, texts, metadata):
-        judged.extend(texts)
-        return torch.zeros(len(images))
-
-    judge.name = "judge"
-    monkeypatch.setattr(report, "draw", draw)
-    monkeypatch.setattr(report, "BATCH", 4)
-    pipe = cold_start.load_pipeline(tiny_args(), CPU)
-    encode = cold_start.text_encoder(pipe, tiny_args())
-    rows = report.report_captions(1)
-    numbers, pictures = report.evaluate(pipe, encode, [judge], rows, [], cps.sigmas(), 0.9)
-    assert drawn == list(range(report.FIRST_SEED, report.FIRST_SEED + 6))
-    assert judged == [row["prompt"] for row in rows]
-    assert len(pictures) == 6
-    assert numbers["judge"] == 0
-
-
 # ---- sample.py
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_every_picture_of_a_prompt_has_a_seed_of_its_own(batch_size, tmp_path, monkeypatch):
@@ -303,8 +277,12 @@ def test_scores_of_a_clip_are_its_logits_over_the_releases_divisor(name, divisor
     model = SimpleNamespace(logit_scale=torch.tensor(100.0).log())
     image = torch.tensor([[0.6, 0.8]])
     text = torch.tensor([[1.0, 0.0]])
-    parts = (model, lambda images, pixels: image, lambda prompts: text)
-    monkeypatch.setattr(rewards, "clip", lambda *_: parts)
+    vit = SimpleNamespace(
+        model=model,
+        image_features=lambda images, pixels: image,
+        text_features=lambda prompts: text,
+    )
+    monkeypatch.setattr(rewards, "clip", lambda *_: vit)
     loader, differentiable, _ = rewards.REWARDS[name]
     score = loader("path", "cpu", torch.float32, "clip_l")
     assert differentiable
@@ -313,7 +291,7 @@ def test_scores_of_a_clip_are_its_logits_over_the_releases_divisor(name, divisor
 
 def test_clip_looks_again_at_pictures_that_changed_and_at_other_pixels_of_the_same():
     """It keeps the features of the last pictures, which several rewards ask for."""
-    _, image_features, _ = rewards.clip(str(TINY / "clip"), "cpu", torch.float32)
+    image_features = rewards.clip(str(TINY / "clip"), "cpu", torch.float32).image_features
     images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         first = image_features(images)
@@ -350,6 +328,7 @@ def test_ocrs_edit_distance_by_hand(read, share, monkeypatch):
     score = rewards.ocr("", "cpu", torch.float32, "")
     found = score(torch.zeros(1, 3, 8, 8), ['a sign that says "Hello"'], [{}])
     assert found.item() == pytest.approx(share)
+    assert found.dtype == torch.float32
 
 
 def test_the_rewards_with_a_gradient_are_those_of_the_release_and_its_like():

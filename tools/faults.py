@@ -27,6 +27,7 @@ TWO = "rtdmd_rl.py"
 SAMPLE = "sample.py"
 EVALUATE = "tools/evaluate.py"
 EXPORT = "tools/export.py"
+SCORES = "tools/tiny_scores.py"
 
 # The faults that passed all tests before there was an oracle, each by itself.
 KNOWN = [
@@ -1366,14 +1367,16 @@ DRAWING = [
         SAMPLE,
     ),
     Fault(
-        "report: the judge sees other captions",
-        "score += clip(images, texts, None)",
-        "score += clip(images, texts[::-1], None)",
+        "tiny_scores: the judge sees other captions",
+        "scores += clip(batch, prompts, None)",
+        "scores += clip(batch, prompts[::-1], None)",
+        SCORES,
     ),
     Fault(
-        "report: every batch has the first one's seeds",
-        "range(FIRST_SEED + i, FIRST_SEED + min(i + BATCH, len(rows)))",
-        "range(FIRST_SEED, FIRST_SEED + min(BATCH, len(rows) - i))",
+        "tiny_scores: every batch has the first one's seeds",
+        "range(FIRST_SEED + first, FIRST_SEED + first + len(prompts))",
+        "range(FIRST_SEED, FIRST_SEED + len(prompts))",
+        SCORES,
     ),
     Fault(
         "export: alpha / rank is left out",

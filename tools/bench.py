@@ -1,0 +1,252 @@
+"""Speed: of a run, from its log.jsonl, and of drawing one picture.
+
+    python -m tools.bench out/cold_start                     # seconds and parts of a step, pictures a second
+    python -m tools.bench picture "a photo of two cats"      # flags as for sample.py
+
+Nothing has to be switched on for it: every run logs the seconds of each part of its steps (s_text,
+s_rollout, ...). The first steps, which compile and record, are left out. With the run's settings.json
+the work of a step is known, too: forward passes of the transformer, times the operations of one. On a
+GPU it is compared with the rate of a plain bf16 matrix product, measured here and now.
+
+What counts as work is the transformer alone: one forward for each picture it is given, one more where
+a gradient goes back through it (the base is frozen), nothing for what --low_memory computes again, for
+the decoder and for the rewards.
+"""
+
+import json
+import sys
+import time
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer
+
+import sample
+from checkpoint import settings_of
+from common import Parser, die, parse, setup
+from cps import sigmas
+from model import MOST_TEXT_TOKENS, StableDiffusion3, graphed
+from tools.plots import read_log
+
+WITH_GRADIENT = 2  # forwards that one with a backward pass counts for
+
+
+# ---- a run ---------------------------------------------------------------------------------------
+def quantile(values, share):
+    """The value below which this share of the values lies."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def steps_of(log, skip):
+    """The lines that count; dies where none is left."""
+    if skip is None:
+        skip = max(3, len(log) // 5)
+    if len(log) <= skip:
+        die(f"{len(log)} steps are logged, of which the first {skip} are left out: --skip fewer")
+    return log[skip:]
+
+
+def speed_of(steps):
+    """{what: number} over the lines of a log.
+
+    Means are over all, so that steps with and without an update of the generator count as often as
+    they come.
+    """
+    seconds = [line["seconds"] for line in steps]
+    pictures = sum(line["images_per_s"] * line["seconds"] for line in steps)
+    result = {
+        "steps": len(steps),
+        "pictures a step": round(pictures / len(steps)),
+        "s, mean": sum(seconds) / len(steps),
+        "s, median": quantile(seconds, 0.5),
+        "s, 90 %": quantile(seconds, 0.9),
+        "pictures / s": pictures / sum(seconds),
+    }
+    peaks = [line["peak_gib"] for line in steps if "peak_gib" in line]
+    if peaks:
+        result["peak GiB"] = max(peaks)
+    for name in parts_of(steps):
+        result[name] = sum(line.get(name, 0) for line in steps) / len(steps)
+    return result
+
+
+def parts_of(steps):
+    """Names of the parts of a step, in the order in which they come."""
+    names = {}
+    for line in steps:
+        for name in line:
+            if name.startswith("s_"):
+                names[name] = None
+    return list(names)
+
+
+# ---- how much work that is -----------------------------------------------------------------------
+def forwards_of(settings, steps):
+    """Forward passes of the transformer that one picture of a step takes, on average.
+
+    What the settings do not say is seen in the log: how often the generator is updated, the size of
+    S, which terms have a weight.
+    """
+    K = settings["num_steps"]
+    teacher = 1 if settings["cfg"] == 1 else 2
+    fake = WITH_GRADIENT * (1 if settings.get("gamma") == 0 else 3)
+    anchor = teacher + 1  # teacher and fake
+    if "S" in steps[0]:
+        M = len(steps[0]["S"])
+        has_anchor = any(line["loss_dm"] for line in steps)
+        has_last_step = has_anchor or any(line["loss_det"] for line in steps)
+        policy = M * any(line["loss_policy"] for line in steps)
+        return K + fake + anchor * has_anchor + WITH_GRADIENT * (has_last_step + policy)
+    updates = sum("loss_generator" in line for line in steps) / len(steps)
+    rollout = (K + 1) / 2  # k is uniform in 1..K
+    return rollout + fake + updates * (WITH_GRADIENT + anchor)
+
+
+def forward_flops(pretrained, resolution):
+    """Operations of one forward for one picture; only shapes are computed, no weights are loaded."""
+    with torch.device("meta"):
+        config = SD3Transformer2DModel.load_config(pretrained, subfolder="transformer")
+        transformer = SD3Transformer2DModel.from_config(config)
+        vae = AutoencoderKL.load_config(pretrained, subfolder="vae")
+        side = resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+        tokens = text_tokens(pretrained)
+        inputs = {
+            "hidden_states": torch.zeros(1, config["in_channels"], side, side),
+            "encoder_hidden_states": torch.zeros(1, tokens, config["joint_attention_dim"]),
+            "pooled_projections": torch.zeros(1, config["pooled_projection_dim"]),
+            "timestep": torch.zeros(1),
+        }
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            transformer(**inputs)
+    return counter.get_total_flops()
+
+
+def text_tokens(pretrained):
+    """How many tokens a prompt has for the transformer: those of CLIP and then those of T5."""
+    clip = AutoTokenizer.from_pretrained(pretrained, subfolder="tokenizer")
+    try:
+        t5 = AutoTokenizer.from_pretrained(pretrained, subfolder="tokenizer_3")
+    except (OSError, ValueError):  # a base without T5 is given zeros
+        return clip.model_max_length + MOST_TEXT_TOKENS
+    return clip.model_max_length + min(MOST_TEXT_TOKENS, t5.model_max_length)
+
+
+def matmul_tflops(n=8192):
+    """TFLOP/s of a bf16 matrix product on this GPU."""
+    a = torch.randn(n, n, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(n, n, device="cuda", dtype=torch.bfloat16)
+    warm_up, measured = 10, 10
+    for _ in range(warm_up):
+        a @ b
+    begin = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(measured):
+        a @ b
+    end.record()
+    torch.cuda.synchronize()
+    return measured * 2e-9 * n**3 / begin.elapsed_time(end)
+
+
+def work_of(run, speed, steps, gpus):
+    """{what: number}: forwards, TFLOP/s, share of the matrix rate; {} where no settings lie there."""
+    settings = settings_of(f"{run}/log.jsonl")
+    if not settings:
+        return {}
+    forwards = forwards_of(settings, steps)
+    tflop = forward_flops(settings["pretrained"], settings["resolution"]) / 1e12
+    achieved = forwards * tflop * speed["pictures / s"] / gpus
+    work = {"forwards a picture": forwards, "TFLOP a forward": tflop, "TFLOP/s a GPU": achieved}
+    if torch.cuda.is_available():
+        work["matrix product TFLOP/s"] = matmul_tflops()
+        work["share of it"] = achieved / work["matrix product TFLOP/s"]
+    return work
+
+
+def show(numbers):
+    for name, value in numbers.items():
+        print(f"{name:24s}{value:.4g}", flush=True)
+
+
+def bench_run():
+    parser = Parser("The speed of a run, from its log.jsonl.")
+    add = parser.add_argument
+    add("run", help="out_dir of cold_start.py or rtdmd_rl.py")
+    add("--skip", type=int, help="first steps to leave out; default: a fifth, 3 at least")
+    add("--gpus", type=int, default=1, help="how many GPUs the run had")
+    add("--json", action="store_true", help="print one line of JSON")
+    args = parser.parse_args()
+    steps = steps_of(read_log(args.run), args.skip)
+    speed = speed_of(steps)
+    numbers = {**speed, **work_of(args.run, speed, steps, args.gpus)}
+    if args.json:
+        print(json.dumps(numbers))
+    else:
+        show(numbers)
+
+
+# ---- one picture ---------------------------------------------------------------------------------
+def bench_picture():
+    """Time one picture with everything warm; each time the prompt is new, and so its encoding."""
+    parser = sample.flags("Time one picture, drawn as sample.py draws it.")
+    parser.add_argument("--repeat", type=int, default=10, help="pictures that are timed")
+    parser.set_defaults(batch_size=1, out_dir=".")
+    args = parse(parser, sample.PRESETS)
+    sample.check_prompt(args)
+    device, _, _ = setup(args, training=False)
+    files = sample.generator_files(args)
+    args = sample.settled(args, files)
+    compiled = bool(args.compile) and device.type == "cuda"
+    base = StableDiffusion3(args.pretrained, device, args.resolution, compile=compiled)
+    adapters = [] if args.teacher else sample.load_generator(base, files, args.lora_alpha)
+    sample.fix_adapters(base.transformer, adapters)
+    levels = sigmas(args.steps, base.shift)
+    if args.teacher:
+        levels = sample.teacher_levels(base, args.steps)
+
+    @torch.no_grad()
+    def render(noise, *text):
+        v = base.velocity(adapters, text, args.cfg)
+        return base.decode(sample.integrate(v, noise, levels, args.eta))
+
+    (render,) = graphed(bool(args.compile), device, render)
+
+    def clock():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    warm_up = 2
+    times = {"s, text": [], "s, noise": [], "s, draw and decode": []}
+    for i in range(warm_up + args.repeat):
+        marks = [clock()]
+        text = base.encode([f"{args.prompt} {i}"] * args.batch_size)
+        marks.append(clock())
+        seeds = range(args.seed, args.seed + args.batch_size)
+        noise = sample.noise_of(seeds, base.latent_shape, levels, args.eta, device)
+        marks.append(clock())
+        render(noise, *text)
+        marks.append(clock())
+        if i >= warm_up:
+            for taken, before, after in zip(times.values(), marks, marks[1:]):
+                taken.append(after - before)
+    medians = {name: quantile(taken, 0.5) for name, taken in times.items()}
+    numbers = {"batch": args.batch_size, "steps": args.steps, **medians}
+    numbers["pictures / s"] = args.batch_size / sum(medians.values())
+    if device.type == "cuda":
+        numbers["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    show(numbers)
+
+
+def main():
+    if sys.argv[1:2] == ["picture"]:
+        del sys.argv[1]
+        bench_picture()
+    else:
+        bench_run()
+
+
+if __name__ == "__main__":
+    main()
