@@ -102,7 +102,7 @@ def bad(run, tmp_path_factory):
     (t / "code_prev/ckpt.pt").unlink()
     (t / "old").mkdir()
     ckpt = load(run.cold / "ckpt.pt")
-    del ckpt["flags"]["shift"]
+    del ckpt["flags"]["eta"]
     torch.save(ckpt, t / "old/ckpt.pt")
     shutil.copytree(run.cold, t / "flipped")
     shutil.copy(run.cold / "ckpt.pt", t / "flipped/ckpt.prev.pt")
@@ -167,7 +167,7 @@ def bad(run, tmp_path_factory):
 
 C, R, S, T = cold_start, rtdmd_rl, sample, make_tiny
 
-SAME = "--resume --batch_size 5 --generator_every 2"  # as the run in {cold}
+SAME = "--batch_size 5 --generator_every 2"  # as the run in {cold}
 
 INPUTS = [  # program, flags, what the one line says
     (C, "--stepz 4", "--stepz"),
@@ -213,21 +213,21 @@ INPUTS = [  # program, flags, what the one line says
     (C, "--device toaster", "toaster"),
     (C, "--out_dir {file}/out", "--out_dir"),
     (R, "--out_dir {file}/out", "--out_dir"),
-    (C, "--out_dir {cold}", "--resume"),
-    (R, "--out_dir {rl}", "--resume"),
+    (C, "--out_dir {cold}", "--batch_size 5 -> 2"),
+    (R, "--out_dir {rl}", "--prompts_per_epoch 5 -> 1"),
     (
         C,
-        "--out_dir {cold} --resume --batch_size 5 --generator_every 2 --lr 5e-4",
+        "--out_dir {cold} --batch_size 5 --generator_every 2 --lr 5e-4",
         "(--lr 0.001 -> 0.0005)",
     ),
     (
         R,
-        "--out_dir {rl} --cold_start {cold} --resume --prompts_per_epoch 5 --eta .8",
-        "(--eta 0.9 -> 0.8)",
+        "--out_dir {rl} --cold_start {cold} --prompts_per_epoch 5 --lr 5e-4",
+        "(--lr 1.6e-05 -> 0.0005)",
     ),
-    (C, "--out_dir {truncated} --resume", "damaged"),
-    (C, "--out_dir {code} --resume", "not a file of tensors"),
-    (R, "--out_dir {code} --resume", "not a file of tensors"),
+    (C, "--out_dir {truncated}", "damaged"),
+    (C, "--out_dir {code}", "not a file of tensors"),
+    (R, "--out_dir {code}", "not a file of tensors"),
     (R, "--cold_start {t}/none/dir", "stage 1"),
     (R, "--cold_start nobody/nothing", "nobody/nothing"),
     (R, "--cold_start {shape}", "x 3 there"),
@@ -269,18 +269,19 @@ INPUTS = [  # program, flags, what the one line says
     (S, "cat --rtdmd {code}", "not a file of tensors"),
     (S, "cat --pretrained {halfmodel}", "halfmodel"),
     (C, "--preset", "--preset"),
-    (C, "--shift 0", "--shift"),
+    (C, "--variant nonsense", "stage 1 knows"),
+    (C, "--variant gaussian_log_prob", "stage 1 knows"),
+    (R, "--variant dmd2", "stage 2 knows"),
     (C, "--lr nan", "--lr"),
     (C, "--gamma nan", "--gamma"),
     (C, "--ema 2", "--ema"),
     (C, "--device mps", "mps"),
     (C, "--resolution 2048", "--resolution"),
-    (C, "--max_sequence_length -1", "--max_sequence_length"),
-    (C, "--max_skipped 0", "--max_skipped"),
+    (C, "--resume", "--resume"),
     (C, "--prompts {surrogate}", "line 1"),
     (C, "--pretrained {code_text}", "code_text"),
-    (C, "--out_dir {nokeys} --resume", "ckpt.pt"),
-    (C, "--out_dir {list} --resume", "ckpt.pt"),
+    (C, "--out_dir {nokeys}", "ckpt.pt"),
+    (C, "--out_dir {list}", "ckpt.pt"),
     (R, "--cold_start {notensor}", "generator_ema.pt"),
     (R, "--cold_start {nan}", "generator_ema.pt"),
     (R, "--reward_path clipscore={code_clip}/clip", "clipscore"),
@@ -298,13 +299,15 @@ INPUTS = [  # program, flags, what the one line says
     (C, "--num_steps 18", "--num_steps"),
     (R, "--eta 0", "--eta"),
     (R, "--rewards clipscore,clipscore:2", "twice"),
-    (C, "--save_minutes -1", "--save_minutes"),
-    (C, "--out_dir {cold} --resume --lora_rank 16", "--lora_rank 32 -> 16"),
-    (C, "--out_dir {rl} --resume", "another version"),
-    (R, "--out_dir {cold} --resume", "another version"),
+    (
+        C,
+        "--out_dir {cold} --batch_size 5 --generator_every 2 --lora_rank 16",
+        "--lora_rank 32 -> 16",
+    ),
+    (C, "--out_dir {rl}", "another version"),
+    (R, "--out_dir {cold}", "another version"),
     (C, f"--out_dir {{old}} {SAME}", "another version"),
-    (C, "--out_dir {code_prev}", "--resume"),
-    (C, "--out_dir {code_prev} --resume", "ckpt.prev.pt: damaged"),
+    (C, "--out_dir {code_prev}", "ckpt.prev.pt: damaged"),
     (C, f"--out_dir {{code_log}} {SAME}", "log.jsonl is damaged"),
     (C, f"--out_dir {{flipped}} {SAME}", "flipped/ckpt.pt to go on from the one before it"),
     (R, "--cold_start {flipped}", "a checksum is wrong"),
