@@ -26,6 +26,11 @@ from checkpoint import read_adapter, settled_alpha
 from common import all_reduce, as_bytes, die, generator, is_rank_0, note, write_atomically
 from cps import at_least_float32, rollout, sigmas
 
+# Before anything is loaded, the models of rewards too: else there are progress bars, and what the
+# tokenizers cut off is printed, prompt by prompt.
+for logging in (transformers_logging, diffusers_logging):
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 # Several adapters on one base is what we want.
 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
 
@@ -142,9 +147,6 @@ def load_pipeline(pretrained, device, transformer_waits=False):
     transformer_waits: it stays on the CPU. Dies with one line where the directory or the repository
     is none.
     """
-    for logging in (transformers_logging, diffusers_logging):
-        logging.set_verbosity_error()  # else what the tokenizers cut off is printed, prompt by prompt
-        logging.disable_progress_bar()
     from diffusers import StableDiffusion3Pipeline
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

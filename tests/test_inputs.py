@@ -237,7 +237,7 @@ INPUTS = [  # program, flags, what the one line says
         "--out_dir {rl} --cold_start {cold} --prompts_per_epoch 5 --gamma .5",
         "(--gamma 0.01 -> 0.5)",
     ),
-    (C, f"--out_dir {{cold}} {SAME} --variant dmd2", "(--variant  -> dmd2)"),
+    (C, f"--out_dir {{cold}} {SAME} --variant dmd2", "(--variant -> dmd2)"),
     (C, "--variant nonsense", "--variant nonsense: stage 1 knows printed_std"),
     (C, "--variant printed_std,group_std", "--variant group_std: stage 1 knows"),
     (R, "--variant dmd2", "--variant dmd2: stage 2 knows"),
@@ -385,7 +385,7 @@ def refused(run_it, program, flags, message, bad, tmp_path):
     assert (
         status == 2
         and err.count("\n") == 1
-        and err.startswith(f"{program.__name__}.py: error: ")
+        and err.startswith(f"{program.__name__.rpartition('.')[2]}.py: error: ")
         and message in err
     ), err
     assert listing(out) == before and not (bad["t"] / "proof").exists()
