@@ -421,7 +421,9 @@ class Log:
         parts["s_rest"] = round(max(0.0, line["seconds"] - sum(parts.values())), 4)
         line.update(parts)
         try:
-            self.file.write((json.dumps(line) + "\n").encode())
+            rest = (json.dumps(line) + "\n").encode()
+            while rest:  # a disk that has room for half of it takes that half without an error
+                rest = rest[self.file.write(rest) :]
         except OSError as e:
             die(
                 f"cannot write {self.path} ({e.strerror}); make room: the same command goes on from "

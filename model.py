@@ -26,6 +26,11 @@ from checkpoint import read_adapter, settled_alpha
 from common import all_reduce, as_bytes, die, generator, is_rank_0, note, write_atomically
 from cps import at_least_float32, rollout, sigmas
 
+# Before anything is loaded, the models of rewards too: else there are progress bars, and what the
+# tokenizers cut off is printed, prompt by prompt.
+for logging in (transformers_logging, diffusers_logging):
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 # Several adapters on one base is what we want.
 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
 for logging in (transformers_logging, diffusers_logging):

@@ -399,7 +399,13 @@ def test_a_checkpoint_is_saved_after_so_many_minutes_too(tmp_path, monkeypatch):
 
 # ---- full disks
 @pytest.mark.parametrize(
-    "limit, name", [(50, "log.jsonl"), (300_000, "generator_ema.pt"), (1_000_000, "ckpt.pt")]
+    "limit, name",
+    [
+        (50, "settings.json"),
+        (500, "log.jsonl"),
+        (300_000, "generator_ema.pt"),
+        (1_000_000, "ckpt.pt"),
+    ],
 )
 def test_a_full_disk_while_writing_loses_nothing_that_was_saved(run, tmp_path, limit, name):
     """The kernel refuses to let a file grow beyond the limit, in the middle of a write. One line, status 1; the old files are untouched and of
@@ -521,6 +527,7 @@ def test_stage_2_takes_the_settings_of_its_stage_1(other_cold, monkeypatch, caps
     assert capsys.readouterr().err == ""
     # they reach the run, and what it leaves to the next program
     flags = [*RL, "--epochs", 1, "--cold_start", other_cold, "--out_dir", tmp_path / "rl"]
+    flags += ["--rewards", "clipscore"]  # the checker reads 32 pixels alone
     good(here(rtdmd_rl, *flags))
     left = checkpoint.settings_of(str(tmp_path / "rl/generator_ema.pt"))
     assert (left["program"], left["num_steps"], left["eta"]) == ("rtdmd_rl.py", 3, 0.7)
