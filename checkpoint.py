@@ -556,7 +556,8 @@ class Run:
         self.made_with = made_with(transformer.device)
         agree_on_a_checkpoint(args.out_dir, bool(paths), transformer.device)
         self.start = self.load(paths) if paths else 0
-        write_settings(args)
+        if self.start == 0:
+            write_settings(args)
 
     def flags(self):
         """What must be the same when the run goes on: flags, and hashes of what they name."""

@@ -94,7 +94,7 @@ def crash_test(kills, run, folder, seed=0):
             pid, begun = (
                 in_a_fork(
                     program,
-                    [*flags, "--save_every", 1, "--out_dir", out, "--resume"],
+                    [*flags, "--save_every", 1, "--out_dir", out],
                     folder / "output.txt",
                     moment,
                 ),

@@ -69,7 +69,7 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
         two / "log.jsonl", "a"
     ) as f:  # as after a kill: a step that the checkpoint does not know, and half a line
         f.write(json.dumps({"step": half, "loss_fake": 9}) + '\n{"step": 3, "lo')
-    good(here(program, *flags, "--resume"))
+    good(here(program, *flags))
     assert same_files(one, two) and log_of(one) == log_of(two)
     a, b = load(one / "ckpt.pt"), load(two / "ckpt.pt")
     for name in ("G_opt", "F_opt"):
@@ -84,7 +84,7 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 # Kill it anywhere: signals, crashes, full disks, damaged files. The crash test is a program of its own, too: crash.py.
 @pytest.fixture
 def small_state(tmp_path):
-    """-> state(step), args: as the programs give them to save_checkpoint; every number of it is `step`."""
+    """-> save(step): a run's save of a state in which every number is `step`."""
 
     def state(step):
         parameter = torch.nn.Parameter(torch.full((3, 2), float(step)))
@@ -98,7 +98,13 @@ def small_state(tmp_path):
             "keys": ["key"],
         }
 
-    return state, SimpleNamespace(out_dir=str(tmp_path))
+    def save(step, **flags):
+        run = object.__new__(checkpoint.Run)
+        run.args = SimpleNamespace(out_dir=str(tmp_path), **flags)
+        run.state, run.content, run.made_with = state(step), {}, {}
+        run.save(step)
+
+    return save
 
 
 class Killed(BaseException):
@@ -108,12 +114,13 @@ class Killed(BaseException):
 def test_killed_at_any_call_while_saving_a_whole_checkpoint_is_left_and_no_mixture(
     small_state, tmp_path, monkeypatch, capsys
 ):
-    """Save step 1, 2, then 3 and die at the n-th write, flush or rename, for every n. What --resume reads is step 2 or 3, whole; the two
+    """Save step 1, 2, then 3 and die at the n-th write, flush or rename, for every n. What the same command reads is step 2 or 3, whole; the two
     adapters are of one step, or stage 2 refuses them. When nobody dies: step 3, and step 2 behind it."""
-    state, args = small_state
+    save = small_state
     for n in itertools.count():
         [p.unlink() for p in tmp_path.iterdir()]
-        [checkpoint.save_checkpoint(args, state(step), step) for step in (1, 2)]
+        save(1)
+        save(2)
         calls = []
 
         def mortal(call, half=False):
@@ -130,7 +137,7 @@ def test_killed_at_any_call_while_saving_a_whole_checkpoint_is_left_and_no_mixtu
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
             patch.setattr(common, "sync", mortal(common.sync, half=True))
             patch.setattr(os, "replace", mortal(os.replace))
-            checkpoint.save_checkpoint(args, state(3), 3)
+            save(3)
         path = next(tmp_path / f for f in ("ckpt.pt", "ckpt.prev.pt") if (tmp_path / f).exists())
         saved = checkpoint.read(str(path), "checkpoint")
         assert saved["step"] in (2, 3) and all(
@@ -143,7 +150,8 @@ def test_killed_at_any_call_while_saving_a_whole_checkpoint_is_left_and_no_mixtu
             checkpoint.find_weights(str(tmp_path), "cold_start")
             assert generator == fake and generator in (2, 3)
         except SystemExit:
-            assert (generator, fake) == (3, 2) and "--resume" in capsys.readouterr().err
+            assert (generator, fake) == (3, 2)
+            assert "the command of that run goes on" in capsys.readouterr().err
         if len(calls) == n:  # nobody died
             break
     assert (
@@ -156,8 +164,7 @@ def test_one_flipped_bit_anywhere_in_a_checkpoint_is_noticed_or_changes_nothing(
     small_state, tmp_path, capsys
 ):
     """Every byte of a small one. torch.load alone takes wrong weights, steps and flags for right: it does not look at the checksums."""
-    state, args = small_state
-    checkpoint.save_checkpoint(SimpleNamespace(out_dir=str(tmp_path), lr=1e-3), state(7), 7)
+    small_state(7, lr=1e-3)
     path, (whole, content), noticed, missed_by_torch = (
         tmp_path / "ckpt.pt",
         (load(tmp_path / "ckpt.pt"), (tmp_path / "ckpt.pt").read_bytes()),
@@ -205,14 +212,14 @@ def test_a_damaged_byte_in_each_part_of_a_real_checkpoint_is_refused_and_the_one
     flags = [*COLD, "--out_dir", tmp_path / "run", "--save_every", 1]
     good(here(cold_start, *flags, "--steps", 3))
     flip(tmp_path / "run/ckpt.pt", os.path.getsize(tmp_path / "run/ckpt.pt") // 2)
-    status, _, err = here(cold_start, *flags, "--resume")
+    status, _, err = here(cold_start, *flags)
     assert (
         status == 2
         and err.count("\n") == 1
         and f"delete {tmp_path}/run/ckpt.pt to go on from the one before it" in err
     )
     (tmp_path / "run/ckpt.pt").unlink()
-    status, out, _ = here(cold_start, *flags, "--resume")
+    status, out, _ = here(cold_start, *flags)
     assert (
         status == 0
         and "ckpt.prev.pt, step 2" in out
@@ -227,7 +234,7 @@ def test_resume_without_a_checkpoint_starts_and_other_content_under_the_same_nam
     """Prompts, and for stage 2 stage 1's weights: the flags are the same, the files behind them are not."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a circle\na square\n")
-    flags = [*COLD, "--steps", 1, "--prompts", prompts, "--out_dir", tmp_path / "cold", "--resume"]
+    flags = [*COLD, "--steps", 1, "--prompts", prompts, "--out_dir", tmp_path / "cold"]
     good(here(cold_start, *flags))
     good(
         here(
@@ -246,7 +253,7 @@ def test_resume_without_a_checkpoint_starts_and_other_content_under_the_same_nam
     assert status == 2 and err.count("\n") == 1 and "--prompts content" in err
     shutil.copy(run.cold / "generator_ema.pt", tmp_path / "cold/generator_ema.pt")
     status, _, err = here(
-        rtdmd_rl, *RL, "--cold_start", tmp_path / "cold", "--out_dir", tmp_path / "rl", "--resume"
+        rtdmd_rl, *RL, "--cold_start", tmp_path / "cold", "--out_dir", tmp_path / "rl"
     )
     assert status == 2 and err.count("\n") == 1 and "cold_start content" in err
 
@@ -263,9 +270,9 @@ def test_other_packages_or_another_number_of_processes_are_told_on_resume(
         ),
     )
     ckpt = load(run.cold / "ckpt.pt")
-    ckpt["flags"]["made_with"]["processes"] = 8
+    ckpt["made_with"]["processes"] = 8
     torch.save(ckpt, tmp_path / "out/ckpt.pt")
-    status, out, _ = here(cold_start, *COLD, "--out_dir", tmp_path / "out", "--resume")
+    status, out, _ = here(cold_start, *COLD, "--out_dir", tmp_path / "out")
     assert (
         status == 0
         and "-> 9.9, processes 8 -> 1): the same results up to rounding" in out
@@ -282,7 +289,7 @@ def at_call(function, n, action):
 
 @pytest.mark.parametrize("stage, name", [("cold", "SIGTERM"), ("rl", "SIGINT")])
 def test_a_signal_finishes_the_step_saves_and_exits_with_status_0(run, tmp_path, stage, name):
-    """In the middle of the first step, twice, as torchrun passes them on; --resume then ends in the bytes of an uninterrupted run."""
+    """In the middle of the first step, twice, as torchrun passes them on; the same command then ends in the bytes of an uninterrupted run."""
     program, flags, *_ = stage_of(run, stage)
 
     def ask():
@@ -298,11 +305,11 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_status_0(run, tmp_path,
     assert (
         status == 0
         and "saved after 1 of" in out
-        and "--resume" in out
+        and "the same command goes on" in out
         and "done" not in out
         and load(tmp_path / "ckpt.pt")["step"] == 1
     )
-    good(here(program, *flags, "--out_dir", tmp_path, "--resume"))
+    good(here(program, *flags, "--out_dir", tmp_path))
     assert same_files(tmp_path, getattr(run, stage)) and log_of(tmp_path) == log_of(
         getattr(run, stage)
     )
@@ -348,7 +355,7 @@ def test_a_signal_to_one_rank_of_two_ends_both_at_the_same_step_with_status_0(tm
         and f"saved after {step} of" in out
         and len(log_of(tmp_path)) == step
     )
-    flags = [*COLD[:-6], "--steps", step + 1, "--out_dir", tmp_path, "--resume"]
+    flags = [*COLD[:-6], "--steps", step + 1, "--out_dir", tmp_path]
     status, out, _ = here(cold_start, *flags)  # alone from here on
     assert status == 0 and "processes 2 -> 1" in out
 
@@ -374,19 +381,17 @@ def test_a_killed_rank_ends_the_job_within_a_minute_and_its_checkpoint_is_whole(
 def test_a_checkpoint_is_saved_after_so_many_minutes_too(tmp_path, monkeypatch):
     saved = []
 
-    def save(args, state, step):
-        return saved.append(step)
-
-    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
-    good(here(cold_start, *COLD, "--steps", 3, "--save_minutes", 1e-9, "--out_dir", tmp_path))
+    monkeypatch.setattr(checkpoint.Run, "save", lambda run, step: saved.append(step))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "SAVE_MINUTES", 1e-9)
+        good(here(cold_start, *COLD, "--steps", 3, "--out_dir", tmp_path))
     assert saved == [1, 2, 3]
-    for minutes, steps in (
-        (1, [1, 8, 9]),
-        (0, [8, 9]),
-    ):  # two minutes since the last one; every 8 steps; the last step
-        args = SimpleNamespace(save_every=8, save_minutes=minutes, saved_at=time.time() - 120)
+    run = object.__new__(checkpoint.Run)
+    for minutes_ago, steps in ((21, [1, 8, 9]), (2, [8, 9])):  # every 8 steps; the last step
+        run.args, run.saved_at = SimpleNamespace(save_every=8), time.time() - 60 * minutes_ago
         saved.clear()
-        [cold_start.save_or_stop(args, {}, step, 9) for step in range(1, 10)]
+        for step in range(1, 10):
+            run.save_or_stop(step, 9)
         assert saved == steps
 
 
@@ -396,7 +401,7 @@ def test_a_checkpoint_is_saved_after_so_many_minutes_too(tmp_path, monkeypatch):
 )
 def test_a_full_disk_while_writing_loses_nothing_that_was_saved(run, tmp_path, limit, name):
     """The kernel refuses to let a file grow beyond the limit, in the middle of a write. One line, status 1; the old files are untouched and of
-    one step, nothing half-written is left, and --resume ends in the same bytes as a run without the accident."""
+    one step, nothing half-written is left, and the same command ends in the same bytes as a run without the accident."""
     flags = [*COLD, "--out_dir", tmp_path / "out"]
     good(here(cold_start, *flags, "--steps", 2))
     (tmp_path / "out/log.jsonl").write_text("")  # or the limit would be met at once
@@ -404,19 +409,19 @@ def test_a_full_disk_while_writing_loses_nothing_that_was_saved(run, tmp_path, l
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
-        status, _, err = here(cold_start, *flags, "--resume")
+        status, _, err = here(cold_start, *flags)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (
         status == 1
         and err.count("\n") == 1
         and f"cannot write {tmp_path}/out/{name}" in err
-        and "--resume" in err
+        and "same command goes on" in err
     )
     assert {k: v for k, v in listing(tmp_path / "out").items() if "log" not in k} == {
         k: v for k, v in before.items() if "log" not in k
     }
-    good(here(cold_start, *flags, "--resume"))
+    good(here(cold_start, *flags))
     assert same_files(tmp_path / "out", run.cold)
 
 

@@ -60,7 +60,9 @@ def declares_flags(name):
 
 def known_flags():
     """The flags that the programs and the tools name."""
-    code = "\n".join(text for name, text in SOURCES.items() if not name.startswith("tests/"))
+    code = "\n".join(
+        text for name, text in SOURCES.items() if not name.startswith(("tests/", "tools/faults"))
+    )
     return set(re.findall(r"""["']--([a-z]\w*)["']""", code)) | FOREIGN_FLAGS
 
 

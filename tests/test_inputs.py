@@ -13,7 +13,6 @@ import torch
 import cold_start
 import rtdmd_rl
 import sample
-import tiny
 from helpers import (
     BASE,
     TINY,
@@ -26,6 +25,7 @@ from helpers import (
     shell,
     tiny_base,
 )
+from tools import make_tiny
 
 
 def test_a_finetune_that_comes_without_t5_is_taken(run, tmp_path, capsys):
@@ -165,7 +165,7 @@ def bad(run, tmp_path_factory):
     }
 
 
-C, R, S, T = cold_start, rtdmd_rl, sample, tiny
+C, R, S, T = cold_start, rtdmd_rl, sample, make_tiny
 
 SAME = "--resume --batch_size 5 --generator_every 2"  # as the run in {cold}
 
@@ -337,7 +337,7 @@ SHORT = {
 def refused(run_it, program, flags, message, bad, tmp_path):
     """One line on stderr that says what is wrong, exit status 2, no file written, no code in a file run."""
     flags = [
-        *BASE[2 * (program is tiny) : 4],
+        *BASE[2 * (program is make_tiny) : 4],
         "--out_dir",
         tmp_path / "out",
         *shlex.split(f"{SHORT[program]} {flags}".format(**bad)),
@@ -348,7 +348,7 @@ def refused(run_it, program, flags, message, bad, tmp_path):
     assert (
         status == 2
         and err.count("\n") == 1
-        and err.startswith(f"{program.__name__}.py: error: ")
+        and err.startswith(f"{program.__name__.removeprefix('tools.')}.py: error: ")
         and message in err
     ), err
     assert listing(out) == before and not (bad["t"] / "proof").exists()

@@ -13,13 +13,13 @@ from cps import sigmas
 from helpers import (
     BASE,
     CPU,
+    TINY,
     flat,
     good,
     here,
     load_both,
     random_adapter,
     same_files,
-    tiny_args,
     tiny_base,
 )
 
@@ -28,24 +28,23 @@ def generator_gradient(switch, checkpointing, compile=0, device=CPU):
     """Gradient of loss_G as the loops compute it: generator forward, then teacher and fake forward, then backward.
     switch: "ours", "peft" (its set_adapter), or "none": the truth, the other roles play before the generator does.
     checkpointing: "ours", "diffusers" or None."""
-    args, g = (
-        tiny_args(gradient_checkpointing=checkpointing == "ours", compile=compile),
-        torch.Generator().manual_seed(0),
+    g = torch.Generator().manual_seed(0)
+    base = model.StableDiffusion3(
+        str(TINY), device, 32, compile=bool(compile), low_memory=checkpointing == "ours"
     )
-    pipe = cold_start.load_pipeline(args, device)
-    transformer, encode = pipe.transformer, cold_start.text_encoder(pipe, args)
+    transformer = base.transformer
     if checkpointing == "diffusers":
         transformer.enable_gradient_checkpointing()
     for name in ("generator", "fake"):
-        cold_start.add_adapter(transformer, name, args)
-        for p in cold_start.adapter(transformer, name).values():
+        base.add_adapter(name, 32, 64, 0)
+        for p in base.adapter(name).values():
             p.data = (torch.randn(p.shape, generator=g) * 0.05).to(device)
-    parameters, _ = cold_start.train_only(transformer, "generator", "fake")
+    parameters, _ = base.train_only("generator", "fake")
     x, noise, back = (torch.randn(2, 4, 16, 16, generator=g).to(device) for _ in range(3))
-    text, negative = encode(["a red circle", "two squares"]), encode([""])
+    text = base.encode(["a red circle", "two squares"])
 
-    def role(name, *guidance):
-        v = cold_start.play(transformer, [name] if name else [], text, *guidance)
+    def role(name, cfg=1.0):
+        v = base.velocity([name] if name else [], text, cfg)
         return lambda x, t: (
             v(x, t) if switch != "peft" or not name else (transformer.set_adapter(name), v(x, t))[1]
         )
@@ -60,7 +59,7 @@ def generator_gradient(switch, checkpointing, compile=0, device=CPU):
             torch.tensor([0.6, 0.9], device=device),
             noise,
             back,
-            role("", negative, 2.0),
+            role("", 2.0),
             role("fake"),
             0.9,
         ).sum()
@@ -85,19 +84,16 @@ def test_role_switching_and_checkpointing_leave_the_generators_gradient_as_it_is
 @pytest.mark.parametrize("active", [[], ["one"], ["one", "two"]])
 def test_our_forward_of_an_adapted_matrix_is_pefts_own(active):
     """`lora_linear` adds up all active adapters in one pair of products; values and gradients are those of peft's forward, to rounding."""
-    pipe, g, found = tiny_base().pipe, torch.Generator().manual_seed(0), []
-    transformer, text = (
-        pipe.transformer,
-        cold_start.text_encoder(pipe, tiny_args())(["a red circle", "two squares"]),
-    )
+    base, g, found = tiny_base(), torch.Generator().manual_seed(0), []
+    transformer, text = base.transformer, base.encode(["a red circle", "two squares"])
     for name, rank in (("one", 8), ("two", 32)):
-        cold_start.add_adapter(transformer, name, tiny_args(lora_rank=rank))
-        for p in cold_start.adapter(transformer, name).values():
+        base.add_adapter(name, rank, 64, 0)
+        for p in base.adapter(name).values():
             p.data = torch.randn(p.shape, generator=g) * 0.05
-    (parameters,) = cold_start.train_only(transformer, "two")
+    (parameters,) = base.train_only("two")
     x = torch.randn(2, 4, 16, 16, generator=g)
     for _forward in ("ours", "peft's"):
-        v = cold_start.play(transformer, active, text)(x, 0.75)
+        v = base.velocity(active, text)(x, 0.75)
         if "two" in active:
             v.square().sum().backward()
         found.append((v.detach(), flat([p.grad for p in parameters])))
@@ -174,7 +170,7 @@ def test_one_compiled_graph_serves_all_blocks_of_a_kind(monkeypatch):
         [],
     )
     for name in ("one", "two"):
-        cold_start.add_adapter(transformer, name, tiny_args(lora_rank=4))
+        model.add_adapter(transformer, name, 4, 64, 0)
     torch._dynamo.reset()
 
     def backend(graph, inputs):
@@ -187,12 +183,12 @@ def test_one_compiled_graph_serves_all_blocks_of_a_kind(monkeypatch):
         ([], ["one"], ["one", "two"]), 1
     ):  # with a second attention, without, and the last, which drops its text
         with torch.no_grad():
-            cold_start.play(transformer, adapters, text)(torch.randn(2, 4, 16, 16), 0.5)
+            model.play(transformer, adapters, text)(torch.randn(2, 4, 16, 16), 0.5)
         assert len(graphs) == 3 * i
     for layer in transformer.lora_layers:  # as sample.py draws
         layer.fixed = {("one", "two"): [m.detach() for m in layer.pair(["one", "two"])]}
     with torch.no_grad():
-        cold_start.play(transformer, ["one", "two"], text)(torch.randn(2, 4, 16, 16), 0.5)
+        model.play(transformer, ["one", "two"], text)(torch.randn(2, 4, 16, 16), 0.5)
     assert len(graphs) == 12
 
 
