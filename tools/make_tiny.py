@@ -40,6 +40,7 @@ QUALITY = {
     "cpu": {"vae": (400, 64), "clip": (500, 128), "transformer": (2500, 128, 1 << 14)},
 }
 TEXT_LENGTH = 10  # CLIP tokens, start and end included: the longest caption has seven words
+T5_LENGTH = 8  # T5 tokens, the end included
 CAPTION_DROPOUT = 0.1
 SHIFT = 3.0  # SD3's
 
@@ -86,7 +87,7 @@ def t5_tokenizer(words):
     pieces += "abcdefghijklmnopqrstuvwxyz"
     special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
     scored = [(piece, -1.0 - len(piece) / 100) for piece in pieces]
-    return transformers.T5TokenizerFast(vocab=special + scored, extra_ids=0, model_max_length=64)
+    return transformers.T5TokenizerFast(vocab=special + scored, extra_ids=0, model_max_length=T5_LENGTH)
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -443,7 +444,7 @@ def encoded_texts(pipe, prompts, device):
         None,
         device=device,
         do_classifier_free_guidance=False,
-        max_sequence_length=8,
+        max_sequence_length=T5_LENGTH,
     )
     return embeds, pooled
 
@@ -457,6 +458,7 @@ def random_sd35m(out_dir, device):
     """
     tokenizer, tokenizer_3 = tokenizers(captions())
     tokenizer.model_max_length = 77
+    t5_tokenizer.model_max_length = 512
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         transformer = diffusers.SD3Transformer2DModel(
