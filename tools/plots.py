@@ -8,12 +8,14 @@ curves: a panel a number, a colour a run -> curves.png in the first run's direct
 stages 2 on one stage 1, side by side. report.png is drawn by tools/scoreboard.
 """
 
+import io
 import json
 import math
 import os
 from types import SimpleNamespace
 
 import torch
+from PIL import Image
 
 import rtdmd_rl
 import variants
@@ -121,7 +123,10 @@ def new_figure(width, height):
 
 
 def save(figure, path):
-    write_atomically({path: as_bytes(figure.savefig, format="png")})
+    """As a PNG of 256 colours, a third of the size of one of all colours."""
+    drawn = as_bytes(figure.savefig, format="png")
+    picture = Image.open(io.BytesIO(drawn)).convert("RGB").quantize(256)
+    write_atomically({path: as_bytes(picture.save, format="png", optimize=True)})
     pyplot.close(figure)
 
 
