@@ -8,14 +8,12 @@ curves: a panel a number, a colour a run -> curves.png in the first run's direct
 stages 2 on one stage 1, side by side. report.png is drawn by tools/scoreboard.
 """
 
-import io
 import json
 import math
 import os
 from types import SimpleNamespace
 
 import torch
-from PIL import Image
 
 import rtdmd_rl
 import variants
@@ -123,10 +121,7 @@ def new_figure(width, height):
 
 
 def save(figure, path):
-    """As a PNG of 256 colours, a third of the size of one of all colours."""
-    drawn = as_bytes(figure.savefig, format="png")
-    picture = Image.open(io.BytesIO(drawn)).convert("RGB").quantize(256)
-    write_atomically({path: as_bytes(picture.save, format="png", optimize=True)})
+    write_atomically({path: as_bytes(figure.savefig, format="png")})
     pyplot.close(figure)
 
 
@@ -261,7 +256,7 @@ def draw_sampler(path):
             f"{title}; std {end.std():.3f} (data {(1 + TAU**2) ** 0.5:.3f}); "
             f"correlation of start and end {correlation:.2f}"
         )
-        some = states[:48].T.numpy()
+        some = states[:24].T.numpy()
         axes.plot(levels, some, color=COLORS[0], alpha=0.5, linewidth=0.8)
         axes.invert_xaxis()
         axes.set_title(title)
