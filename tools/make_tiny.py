@@ -87,7 +87,9 @@ def t5_tokenizer(words):
     pieces += "abcdefghijklmnopqrstuvwxyz"
     special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
     scored = [(piece, -1.0 - len(piece) / 100) for piece in pieces]
-    return transformers.T5TokenizerFast(vocab=special + scored, extra_ids=0, model_max_length=T5_LENGTH)
+    return transformers.T5TokenizerFast(
+        vocab=special + scored, extra_ids=0, model_max_length=T5_LENGTH
+    )
 
 
 # ---- training ------------------------------------------------------------------------------------

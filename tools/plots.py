@@ -70,12 +70,11 @@ def names_of(log):
 
 
 def smooth(values):
-    """Means over a twentieth of the curve, centred, and narrower at its ends; single steps are noise."""
+    """Means over a twentieth of the curve around each point; single steps are noise."""
     reach = len(values) // 40
     means = []
     for i in range(len(values)):
-        width = min(reach, i, len(values) - 1 - i)
-        window = values[i - width : i + width + 1]
+        window = values[max(0, i - reach) : i + reach + 1]
         means.append(sum(window) / len(window))
     return means
 
@@ -130,7 +129,7 @@ def curve(axes, steps, values, color, label=None):
     """A faint raw curve and a strong smooth one; few points are marked."""
     marker = "." if len(values) < 40 else ""
     axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, smooth(values), marker, color=color, linestyle="-", label=label)
+    axes.plot(steps, smooth(values), color=color, marker=marker, label=label)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
 
 
@@ -257,7 +256,7 @@ def draw_sampler(path):
             f"{title}; std {end.std():.3f} (data {(1 + TAU**2) ** 0.5:.3f}); "
             f"correlation of start and end {correlation:.2f}"
         )
-        some = states[:48].T.numpy()
+        some = states[:24].T.numpy()
         axes.plot(levels, some, color=COLORS[0], alpha=0.5, linewidth=0.8)
         axes.invert_xaxis()
         axes.set_title(title)
@@ -324,7 +323,7 @@ def draw_density(axes, exact, printed, t, labels):
     axes.set_title(f"t = {t:g}, standard deviation:")
     axes.set_xlabel("x_t")
     axes.set_ylabel("density")
-    axes.set_ylim(0, 1.8 * heights.max().item())
+    axes.set_ylim(0, 2.1 * heights.max().item())
     axes.legend(frameon=False, loc="upper center")
 
 
