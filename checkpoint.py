@@ -32,6 +32,7 @@ from common import (
     as_bytes,
     die,
     flags_given,
+    in_range,
     is_rank_0,
     note,
     stop,
@@ -479,7 +480,7 @@ SETTINGS = (
     "seed",
 )  # fmt: skip
 # Those that are the defaults of whatever uses the weights.
-SAMPLING = ("pretrained", "resolution", "num_steps", "eta", "cfg")
+SAMPLING = {"pretrained": str, "resolution": int, "num_steps": int, "eta": float, "cfg": float}
 
 
 def write_settings(args):
@@ -513,6 +514,11 @@ def take_settings(args, path, names=SAMPLING, called=None):
         value = settings.get(name)
         if value is None:
             continue
+        kind = SAMPLING[name]
+        if type(value) not in ((int, float) if kind is float else (kind,)) or not in_range(
+            name, value
+        ):
+            die(f"{path}: {SETTINGS_NAME} beside it says {name} {value!r}, which cannot be")
         if name == "pretrained" and os.path.isabs(value) and not os.path.isdir(value):
             continue
         attribute = (called or {}).get(name, name)
@@ -529,7 +535,7 @@ SAVE_MINUTES = 20  # without a checkpoint
 # the content that counts, see `content_of`.
 FREE = {
     "out_dir", "device", "micro_batch", "steps", "epochs", "cache_text", "preset", "paper",
-    "pretrained", "cold_start", "prompts", "sample_every", "save_every", "eval_rewards", "eval_every",
+    "pretrained", "cold_start", "prompts", "reward_path", "sample_every", "save_every", "eval_rewards", "eval_every",
     "eval_prompts", "compile", "graphs", "wandb", "low_memory",
 }  # fmt: skip
 
@@ -553,6 +559,8 @@ class Run:
                 paths.append(f"{args.out_dir}/{name}")
         check_room(args.out_dir, state, len(paths))
         self.content = content_of(rows, transformer)
+        if hasattr(args, "reward_path"):
+            self.content["reward_path content"] = hashed(files_of(args.reward_path))
         self.made_with = made_with(transformer.device)
         agree_on_a_checkpoint(args.out_dir, bool(paths), transformer.device)
         self.start = self.load(paths) if paths else 0
@@ -657,11 +665,28 @@ def content_of(rows, transformer):
         if not p.requires_grad:
             # the first 64 of each, as bf16 rounds them on any device
             frozen.append((name, p.flatten()[:64].bfloat16().tolist()))
-    hashes = {}
-    for name, content in (("pretrained or cold_start", frozen), ("prompts", rows)):
-        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        hashes[f"{name} content"] = digest[:12]
-    return hashes
+    return {"pretrained or cold_start content": hashed(frozen), "prompts content": hashed(rows)}
+
+
+def hashed(content):
+    """A short hash of plain values."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def files_of(reward_paths):
+    """[reward, [[file, bytes], ...]] of each NAME=PATH: a moved model is the same one."""
+    found = []
+    for pair in reward_paths:
+        name, _, path = pair.partition("=")
+        sizes = []
+        for folder, _, names in os.walk(path):
+            for file in names:
+                full = os.path.join(folder, file)
+                sizes.append([os.path.relpath(full, path), os.path.getsize(full)])
+        if os.path.isfile(path):
+            sizes.append(["", os.path.getsize(path)])
+        found.append([name, sorted(sizes)])
+    return found
 
 
 def made_with(device):

@@ -98,8 +98,8 @@ def parse(parser, presets=None, paper=None):
         parser.set_defaults(**paper)
     args = parser.parse_args()
     for name, value in vars(args).items():
-        low, high = RANGES.get(name, (0, math.inf))
-        if isinstance(value, (int, float)) and not low <= value <= high:  # also nan
+        if not in_range(name, value):
+            low, high = RANGES.get(name, (0, math.inf))
             die(f"--{name} must lie in [{low}, {high}], got {value}")
     if not args.out_dir:
         die("--out_dir must not be empty")
@@ -107,6 +107,12 @@ def parse(parser, presets=None, paper=None):
         args.cache_text = True
         args.micro_batch = min(args.micro_batch, 4)
     return args
+
+
+def in_range(name, value):
+    """Whether a flag may have this value: numbers have ranges, and nan lies in none."""
+    low, high = RANGES.get(name, (0, math.inf))
+    return not isinstance(value, (int, float)) or low <= value <= high
 
 
 def flags_given():

@@ -28,6 +28,9 @@ from cps import at_least_float32, rollout, sigmas
 
 # Several adapters on one base is what we want.
 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+for logging in (transformers_logging, diffusers_logging):
+    logging.set_verbosity_error()  # else what the tokenizers cut off is printed, prompt by prompt
+    logging.disable_progress_bar()
 
 # The release's targets. SD3.5's second attention, attn2, is not among them.
 TARGETS = [
@@ -142,9 +145,6 @@ def load_pipeline(pretrained, device, transformer_waits=False):
     transformer_waits: it stays on the CPU. Dies with one line where the directory or the repository
     is none.
     """
-    for logging in (transformers_logging, diffusers_logging):
-        logging.set_verbosity_error()  # else what the tokenizers cut off is printed, prompt by prompt
-        logging.disable_progress_bar()
     from diffusers import StableDiffusion3Pipeline
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

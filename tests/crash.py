@@ -1,4 +1,4 @@
-"""The crash test: runs are killed at any moment, resumed, and compared to the byte with one that nobody killed.
+"""The crash test: runs are killed at any moment, begun again, and compared to the byte with one that nobody killed.
 
 Run it as `python tests/crash.py --crash 30`.
 """
@@ -74,7 +74,7 @@ def in_a_fork(program, flags, output, moment=None):
 
 def crash_test(kills, run, folder, seed=0):
     """`kills` SIGKILLs spread over runs of both stages that save after every step, half of them at a random time, half while saving; every
-    run is resumed until it ends, and compared with one that nobody killed, in run.cold and run.rl -> lines of a report, all identical?"""
+    run goes on until it ends, and compared with one that nobody killed, in run.cold and run.rl -> lines of a report, all identical?"""
     rng, report, number, ends = random.Random(seed), [], 0, []
     while number < kills:
         stage = ("cold", "rl")[len(ends) % 2]
@@ -133,7 +133,9 @@ def crash_test(kills, run, folder, seed=0):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Kills and resumes runs, and compares the bytes")
+    parser = argparse.ArgumentParser(
+        description="Kills runs, goes on with them, and compares the bytes"
+    )
     parser.add_argument("--crash", type=int, required=True, metavar="N", help="how many SIGKILLs")
     parser.add_argument("--seed", type=int, default=0, help="when they come")
     args = parser.parse_args()

@@ -71,9 +71,10 @@ def shell(program, *flags, processes=1):
         f"--nproc_per_node={processes}",
         f"--master_port={port}",
     ]
-    command = map(
-        str, [*(torchrun if processes > 1 else [sys.executable]), f"{program.__name__}.py", *flags]
-    )
+    name = program.__name__
+    script = ["-m", name] if name.startswith("tools.") else [f"{name}.py"]
+    start = torchrun if processes > 1 else [sys.executable]
+    command = map(str, [*start, *script, *flags])
     done = subprocess.run(list(command), cwd=ROOT, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stdout, done.stderr
 
@@ -104,7 +105,9 @@ def here(program, *flags, **replace):
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        patch.setattr(sys, "argv", [program.__name__ + ".py", *map(str, flags)])
+        patch.setattr(
+            sys, "argv", [program.__name__.removeprefix("tools.") + ".py", *map(str, flags)]
+        )
         for name, value in replace.items():
             patch.setattr(program, name, value)
         try:

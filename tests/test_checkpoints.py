@@ -84,7 +84,7 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 # Kill it anywhere: signals, crashes, full disks, damaged files. The crash test is a program of its own, too: crash.py.
 @pytest.fixture
 def small_state(tmp_path):
-    """-> save(step): a run's save of a state in which every number is `step`."""
+    """-> save(step): a `Run` in tmp_path saves a state every number of which is `step`."""
 
     def state(step):
         parameter = torch.nn.Parameter(torch.full((3, 2), float(step)))
@@ -98,10 +98,12 @@ def small_state(tmp_path):
             "keys": ["key"],
         }
 
-    def save(step, **flags):
-        run = object.__new__(checkpoint.Run)
-        run.args = SimpleNamespace(out_dir=str(tmp_path), **flags)
-        run.state, run.content, run.made_with = state(step), {}, {}
+    def save(step):
+        run = object.__new__(
+            checkpoint.Run
+        )  # without a model, and without looking at what is there
+        run.args = SimpleNamespace(out_dir=str(tmp_path), lr=1e-3, save_every=8)
+        run.state, run.content, run.made_with, run.saved_at = state(step), {}, {}, time.time()
         run.save(step)
 
     return save
@@ -119,8 +121,7 @@ def test_killed_at_any_call_while_saving_a_whole_checkpoint_is_left_and_no_mixtu
     save = small_state
     for n in itertools.count():
         [p.unlink() for p in tmp_path.iterdir()]
-        save(1)
-        save(2)
+        [save(step) for step in (1, 2)]
         calls = []
 
         def mortal(call, half=False):
@@ -150,8 +151,10 @@ def test_killed_at_any_call_while_saving_a_whole_checkpoint_is_left_and_no_mixtu
             checkpoint.find_weights(str(tmp_path), "cold_start")
             assert generator == fake and generator in (2, 3)
         except SystemExit:
-            assert (generator, fake) == (3, 2)
-            assert "the command of that run goes on" in capsys.readouterr().err
+            assert (generator, fake) == (
+                3,
+                2,
+            ) and "the command of that run goes on" in capsys.readouterr().err
         if len(calls) == n:  # nobody died
             break
     assert (
@@ -164,7 +167,7 @@ def test_one_flipped_bit_anywhere_in_a_checkpoint_is_noticed_or_changes_nothing(
     small_state, tmp_path, capsys
 ):
     """Every byte of a small one. torch.load alone takes wrong weights, steps and flags for right: it does not look at the checksums."""
-    small_state(7, lr=1e-3)
+    small_state(7)
     path, (whole, content), noticed, missed_by_torch = (
         tmp_path / "ckpt.pt",
         (load(tmp_path / "ckpt.pt"), (tmp_path / "ckpt.pt").read_bytes()),
@@ -228,9 +231,7 @@ def test_a_damaged_byte_in_each_part_of_a_real_checkpoint_is_refused_and_the_one
     )
 
 
-def test_resume_without_a_checkpoint_starts_and_other_content_under_the_same_name_is_refused(
-    run, tmp_path
-):
+def test_other_content_under_the_same_name_is_refused(run, tmp_path):
     """Prompts, and for stage 2 stage 1's weights: the flags are the same, the files behind them are not."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a circle\na square\n")
@@ -258,7 +259,7 @@ def test_resume_without_a_checkpoint_starts_and_other_content_under_the_same_nam
     assert status == 2 and err.count("\n") == 1 and "cold_start content" in err
 
 
-def test_other_packages_or_another_number_of_processes_are_told_on_resume(
+def test_other_packages_or_another_number_of_processes_are_told_when_a_run_goes_on(
     run, tmp_path, monkeypatch
 ):
     shutil.copytree(run.cold, tmp_path / "out")
@@ -380,18 +381,19 @@ def test_a_killed_rank_ends_the_job_within_a_minute_and_its_checkpoint_is_whole(
 
 def test_a_checkpoint_is_saved_after_so_many_minutes_too(tmp_path, monkeypatch):
     saved = []
-
     monkeypatch.setattr(checkpoint.Run, "save", lambda run, step: saved.append(step))
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "SAVE_MINUTES", 1e-9)
-        good(here(cold_start, *COLD, "--steps", 3, "--out_dir", tmp_path))
+    monkeypatch.setattr(checkpoint, "SAVE_MINUTES", 1e-9)
+    good(here(cold_start, *COLD, "--steps", 3, "--out_dir", tmp_path))
     assert saved == [1, 2, 3]
-    run = object.__new__(checkpoint.Run)
-    for minutes_ago, steps in ((21, [1, 8, 9]), (2, [8, 9])):  # every 8 steps; the last step
-        run.args, run.saved_at = SimpleNamespace(save_every=8), time.time() - 60 * minutes_ago
+    for minutes, steps in (
+        (1, [1, 8, 9]),
+        (20, [8, 9]),
+    ):  # two minutes since the last one; every 8 steps; the last step
+        run = object.__new__(checkpoint.Run)
+        run.args, run.saved_at = SimpleNamespace(save_every=8), time.time() - 120
+        monkeypatch.setattr(checkpoint, "SAVE_MINUTES", minutes)
         saved.clear()
-        for step in range(1, 10):
-            run.save_or_stop(step, 9)
+        [run.save_or_stop(step, 9) for step in range(1, 10)]
         assert saved == steps
 
 
@@ -416,7 +418,7 @@ def test_a_full_disk_while_writing_loses_nothing_that_was_saved(run, tmp_path, l
         status == 1
         and err.count("\n") == 1
         and f"cannot write {tmp_path}/out/{name}" in err
-        and "same command goes on" in err
+        and "the same command goes on" in err
     )
     assert {k: v for k, v in listing(tmp_path / "out").items() if "log" not in k} == {
         k: v for k, v in before.items() if "log" not in k
@@ -434,3 +436,143 @@ def test_too_small_a_disk_is_met_before_training(tmp_path, monkeypatch):
 def test_killed_runs_resume_and_end_in_the_bytes_of_a_run_that_nobody_killed(run, tmp_path):
     report, identical = crash_test(3, run, tmp_path, seed=1)
     assert identical, "\n".join(report)
+
+
+# ---- the same command, and the settings that travel with the weights
+def weights_of(folder):
+    """{name: bytes} of all that is trained."""
+    return {path: content for path, content in listing(folder).items() if path.endswith(".pt")}
+
+
+@pytest.mark.parametrize("stage", ["cold", "rl"])
+def test_the_same_command_on_a_finished_run_ends_at_once_and_changes_no_weights(
+    run, tmp_path, stage
+):
+    program, flags, *_ = stage_of(run, stage)
+    out = shutil.copytree(getattr(run, stage), tmp_path / "out")
+    before, log = weights_of(out), (out / "log.jsonl").read_bytes()
+
+    def never(*inputs):
+        raise AssertionError("a step was taken")
+
+    status, said, err = here(program, *flags, "--out_dir", out, fake_score_loss=never)
+    assert status == 0, err
+    assert "going on from" in said
+    assert len(before) == 3
+    assert weights_of(out) == before
+    assert (out / "log.jsonl").read_bytes() == log
+
+
+def test_a_run_goes_on_under_other_names_of_the_same_files(run, tmp_path, monkeypatch):
+    """A moved clone, a link, a relative path: of what is named the content decides."""
+    clone = shutil.copytree(TINY, tmp_path / "clone")
+    cold = shutil.copytree(run.cold, tmp_path / "cold")
+    moved = ["--pretrained", os.path.relpath(clone)]
+    moved += ["--prompts", clone / "../clone/prompts_train.jsonl"]
+    flags = [*COLD, *moved, "--out_dir", cold, "--steps", 5]
+    status, said, err = here(cold_start, *flags)
+    assert status == 0, err
+    assert "going on from" in said
+    assert len(log_of(cold)) == 5
+    one = tmp_path / "one"
+    good(here(rtdmd_rl, *RL, "--epochs", 1, "--cold_start", run.cold, "--out_dir", one))
+    (tmp_path / "link").symlink_to(run.cold)
+    moved += ["--cold_start", tmp_path / "link"]
+    # behind the flag, what the preset names
+    moved_clip = [f"clipscore={clone}/clip"]
+    monkeypatch.setitem(rtdmd_rl.PRESETS["tiny"], "reward_path", moved_clip)
+    status, said, err = here(rtdmd_rl, *RL, *moved, "--out_dir", one)
+    assert status == 0, err
+    assert "going on from" in said
+    assert same_files(one, run.rl)
+
+
+def test_another_model_of_a_reward_is_not_the_run_that_was_begun(run, tmp_path):
+    clip = shutil.copytree(TINY / "clip", tmp_path / "clip")
+    flags = [*RL, "--cold_start", run.cold, "--out_dir", tmp_path / "out"]
+    flags += ["--epochs", 1, "--reward_path", f"clipscore={clip}"]
+    good(here(rtdmd_rl, *flags))
+    with open(clip / "config.json", "a") as file:
+        file.write(" ")
+    status, _, err = here(rtdmd_rl, *flags)
+    assert status == 2
+    assert "--reward_path content" in err
+
+
+@pytest.fixture(scope="module")
+def other_cold(tmp_path_factory):
+    """Stage 1 with three steps, other eta, cfg and resolution than the preset's."""
+    out = tmp_path_factory.mktemp("other") / "cold"
+    flags = [*COLD, "--steps", 1, "--num_steps", 3, "--eta", 0.7, "--cfg", 3, "--resolution", 40]
+    good(here(cold_start, *flags, "--lora_alpha", 16, "--out_dir", out))
+    return out
+
+
+def stage_2(monkeypatch, *flags):
+    """-> the flags of stage 2 as a dict."""
+    monkeypatch.setattr(sys, "argv", ["rtdmd_rl.py", *map(str, [*RL, *flags])])
+    return vars(rtdmd_rl.arguments())
+
+
+def test_stage_2_takes_the_settings_of_its_stage_1(other_cold, monkeypatch, capsys, tmp_path):
+    args = stage_2(monkeypatch, "--cold_start", other_cold)
+    found = [args[name] for name in ("num_steps", "eta", "cfg", "resolution", "pretrained")]
+    assert found == [3, 0.7, 3, 40, str(TINY)]
+    assert capsys.readouterr().err == ""
+    # they reach the run, and what it leaves to the next program
+    flags = [*RL, "--epochs", 1, "--cold_start", other_cold, "--out_dir", tmp_path / "rl"]
+    good(here(rtdmd_rl, *flags))
+    left = checkpoint.settings_of(str(tmp_path / "rl/generator_ema.pt"))
+    assert (left["program"], left["num_steps"], left["eta"]) == ("rtdmd_rl.py", 3, 0.7)
+    assert (left["cfg"], left["resolution"], left["lora_alpha"]) == (3, 40, 64)
+
+
+def test_a_flag_that_contradicts_stage_1_is_obeyed_and_said(other_cold, monkeypatch, capsys):
+    more = ["--num_steps", 4, "--eta=0.9", "--cfg", 3]
+    args = stage_2(monkeypatch, "--cold_start", other_cold, *more)
+    assert [args[name] for name in ("num_steps", "eta", "cfg", "resolution")] == [4, 0.9, 3, 40]
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == 2
+    assert "--num_steps 4 is used" in notes[0]
+    assert "made with num_steps 3" in notes[0]
+    assert "--eta 0.9 is used" in notes[1]
+
+
+def test_settings_of_another_machine_leave_the_preset_its_base_model(
+    other_cold, monkeypatch, tmp_path
+):
+    out = shutil.copytree(other_cold, tmp_path / "cold")
+    settings = json.loads((out / "settings.json").read_text())
+    (out / "settings.json").write_text(json.dumps({**settings, "pretrained": "/nowhere/tiny"}))
+    args = stage_2(monkeypatch, "--cold_start", out)
+    assert args["pretrained"] == str(TINY)
+    assert args["num_steps"] == 3
+
+
+def test_alpha_is_in_the_settings_where_the_checkpoint_is_gone(other_cold, tmp_path):
+    """16, where 64 is what would be assumed; with neither file nothing says it."""
+    out = shutil.copytree(other_cold, tmp_path / "cold")
+    path = str(out / "generator_ema.pt")
+    (out / "ckpt.pt").unlink()
+    alpha = checkpoint.read_adapter(path).alpha
+    assert alpha.value == 16
+    assert alpha.source == str(out / "settings.json")
+    (out / "settings.json").unlink()
+    assert checkpoint.read_adapter(path).alpha is None
+
+
+@pytest.mark.parametrize("stage", ["cold", "rl"])
+def test_the_parts_of_a_step_add_up_to_its_seconds(run, stage):
+    parts = "text rollout fake rewards anchor last_step policy rest"
+    if stage == "cold":
+        parts = "text rollout fake generator rest"
+    expected = {f"s_{part}" for part in parts.split()}
+    lines = (getattr(run, stage) / "log.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        seconds = {name: value for name, value in line.items() if name.startswith("s_")}
+        if stage == "cold" and line["step"] % 2 == 0:
+            assert set(seconds) == expected - {"s_generator"}
+        else:
+            assert set(seconds) == expected
+        assert min(seconds.values()) >= 0
+        assert sum(seconds.values()) == pytest.approx(line["seconds"], abs=6e-4)

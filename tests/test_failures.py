@@ -14,7 +14,20 @@ import rtdmd_rl
 from cold_start import generator_loss
 from cps import cps_step, rollout
 from gaussian import full, normals
-from helpers import BASE, COLD, ONE_BATCH, RL, flat, good, here, listing, load, log_of, stage_of
+from helpers import (
+    BASE,
+    COLD,
+    CPU,
+    ONE_BATCH,
+    RL,
+    flat,
+    good,
+    here,
+    listing,
+    load,
+    log_of,
+    stage_of,
+)
 from tools import evaluate
 
 
@@ -101,14 +114,13 @@ def test_a_nan_reward_of_one_picture_in_stage_2_skips_that_update_alone(run, tmp
     "stage, loss", [(s, f) for s in ("cold", "rl") for f in ("fake_score_loss", "generator_loss")]
 )
 def test_max_skipped_updates_in_a_row_stop_the_run_and_leave_the_last_checkpoint(
-    run, tmp_path, stage, loss
+    run, tmp_path, stage, loss, monkeypatch
 ):
     program, flags, length, _ = stage_of(run, stage)
+    monkeypatch.setattr(common, "MAX_SKIPPED", 3)
     flags = [
         *flags,
         *ONE_BATCH,
-        "--max_skipped",
-        3,
         "--out_dir",
         tmp_path,
         *["--generator_every", 2][: 2 * (stage == "cold")],
@@ -116,13 +128,13 @@ def test_max_skipped_updates_in_a_row_stop_the_run_and_leave_the_last_checkpoint
     good(here(program, *flags, length, 1))
     before = {k: v for k, v in listing(tmp_path).items() if k.endswith(".pt")}
     status, _, err = here(
-        program, *flags, length, 9, "--resume", **{loss: nan_at(getattr(program, loss), range(99))}
+        program, *flags, length, 9, **{loss: nan_at(getattr(program, loss), range(99))}
     )
     assert (
         status == 1
         and err.count("\n") == 1
         and "3 updates in a row" in err
-        and str(tmp_path) in err
+        and "the last good checkpoint is in --out_dir" in err
     )
     assert {k: v for k, v in listing(tmp_path).items() if k.endswith(".pt")} == before
 
@@ -131,13 +143,10 @@ def test_max_skipped_updates_in_a_row_stop_the_run_and_leave_the_last_checkpoint
 def test_a_loss_that_is_not_finite_skips_the_update_even_if_its_gradient_is():
     """relu(margin - nan) has the gradient 0."""
     parameter, skipped = torch.nn.Parameter(torch.zeros(3)), {"x": 0}
-    optimizer, args = (
-        torch.optim.AdamW([parameter]),
-        SimpleNamespace(max_grad_norm=1, max_skipped=3, out_dir=""),
-    )
+    optimizer = torch.optim.AdamW([parameter])
     for loss, moved, count in ((math.nan, False, 1), (math.inf, False, 2), (1.0, True, 0)):
         parameter.grad = torch.ones(3)
-        norm = cold_start.update([parameter], optimizer, args, skipped, "x", torch.tensor(loss))
+        norm = cold_start.update([parameter], optimizer, skipped, "x", torch.tensor(loss))
         assert (
             (parameter != 0).all() == moved
             and skipped["x"] == count
@@ -284,7 +293,7 @@ def test_a_reward_that_never_varies_is_warned_of_once(run, tmp_path, capsys):
         )
     )
     assert log_of(tmp_path)[0]["flat_groups"] == 0.5
-    log = common.Log(SimpleNamespace(out_dir=str(tmp_path), resume=False, wandb=""))
+    log = common.Log(SimpleNamespace(out_dir=str(tmp_path), wandb=""), 0, CPU)
     for share in 19 * [1.0] + [0.5] + 60 * [1.0]:
         log(SimpleNamespace(set_postfix=lambda *_, **__: None), 1, flat_groups=share)
         assert share != 0.5 or not capsys.readouterr().err

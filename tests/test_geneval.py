@@ -384,6 +384,7 @@ def test_prompts_without_metadata_are_refused_with_their_line_and_what_to_do(det
 
 def test_stage_2_trains_on_the_soft_form_by_default(monkeypatch):
     monkeypatch.setattr("sys.argv", ["rtdmd_rl.py"])
+    monkeypatch.setattr(rtdmd_rl, "find_weights", lambda *_, **__: "")  # no stage 1 is there
     weights = rewards.parse_weights(rtdmd_rl.arguments().rewards)
     assert weights == {"clipscore": 1, "pickscore": 1, "hpsv2": 1, "geneval_soft": 1}
 

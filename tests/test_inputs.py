@@ -13,7 +13,6 @@ import torch
 import cold_start
 import rtdmd_rl
 import sample
-import tiny
 from helpers import (
     BASE,
     TINY,
@@ -26,6 +25,7 @@ from helpers import (
     shell,
     tiny_base,
 )
+from tools import ablations, make_tiny, plots, scoreboard
 
 
 def test_a_finetune_that_comes_without_t5_is_taken(run, tmp_path, capsys):
@@ -96,18 +96,31 @@ def bad(run, tmp_path_factory):
         ("code_prev", "ckpt.prev.pt"),
         ("code_log", "log.jsonl"),
     ):  # the checkpoint beside it is whole
-        (t / name).mkdir()
-        shutil.copy(run.cold / "ckpt.pt", t / name / "ckpt.pt")
+        shutil.copytree(run.cold, t / name)
         torch.save(code, t / name / file)
     (t / "code_prev/ckpt.pt").unlink()
     (t / "old").mkdir()
     ckpt = load(run.cold / "ckpt.pt")
-    del ckpt["flags"]["shift"]
+    del ckpt["flags"]["eta"]
     torch.save(ckpt, t / "old/ckpt.pt")
     shutil.copytree(run.cold, t / "flipped")
     shutil.copy(run.cold / "ckpt.pt", t / "flipped/ckpt.prev.pt")
     flip(t / "flipped/ckpt.pt", os.path.getsize(run.cold / "ckpt.pt") // 2)
     flip(t / "flipped/generator_ema.pt", os.path.getsize(run.cold / "generator_ema.pt") // 2)
+    for name, content in {"report_log": b"not json\n", "report_code": b'{"seconds": 1}\n'}.items():
+        for stage in ("cold_start", "rtdmd"):
+            (t / name / stage).mkdir(parents=True)
+            (t / name / stage / "log.jsonl").write_bytes(content)
+            torch.save(code, t / name / stage / "generator_ema.pt")
+    for name, content in {
+        "settings_json": "{",
+        "settings_list": "[]",
+        "settings_word": '{"num_steps": "four"}',
+        "settings_range": '{"eta": 7}',
+        "settings_path": '{"pretrained": 3}',
+    }.items():
+        shutil.copytree(t / "good", t / name)
+        (t / name / "settings.json").write_text(content)
     shutil.copytree(t / "good", t / "mixed")
     (t / "mixed/fake.pt.tmp").touch()
     shutil.copytree(t / "good", t / "fakecode")
@@ -165,9 +178,10 @@ def bad(run, tmp_path_factory):
     }
 
 
-C, R, S, T = cold_start, rtdmd_rl, sample, tiny
+C, R, S, T = cold_start, rtdmd_rl, sample, make_tiny
+B, A, P = scoreboard, ablations, plots
 
-SAME = "--resume --batch_size 5 --generator_every 2"  # as the run in {cold}
+SAME = "--batch_size 5 --generator_every 2"  # as the run in {cold}
 
 INPUTS = [  # program, flags, what the one line says
     (C, "--stepz 4", "--stepz"),
@@ -213,21 +227,28 @@ INPUTS = [  # program, flags, what the one line says
     (C, "--device toaster", "toaster"),
     (C, "--out_dir {file}/out", "--out_dir"),
     (R, "--out_dir {file}/out", "--out_dir"),
-    (C, "--out_dir {cold}", "--resume"),
-    (R, "--out_dir {rl}", "--resume"),
-    (
-        C,
-        "--out_dir {cold} --resume --batch_size 5 --generator_every 2 --lr 5e-4",
-        "(--lr 0.001 -> 0.0005)",
-    ),
+    (C, "--out_dir {cold}", "made with other flags"),
+    (R, "--out_dir {rl}", "made with other flags"),
+    (C, "--resume", "--resume"),
+    (R, "--resume", "--resume"),
+    (C, f"--out_dir {{cold}} {SAME} --lr 5e-4", "(--lr 0.001 -> 0.0005)"),
     (
         R,
-        "--out_dir {rl} --cold_start {cold} --resume --prompts_per_epoch 5 --eta .8",
-        "(--eta 0.9 -> 0.8)",
+        "--out_dir {rl} --cold_start {cold} --prompts_per_epoch 5 --gamma .5",
+        "(--gamma 0.01 -> 0.5)",
     ),
-    (C, "--out_dir {truncated} --resume", "damaged"),
-    (C, "--out_dir {code} --resume", "not a file of tensors"),
-    (R, "--out_dir {code} --resume", "not a file of tensors"),
+    (C, f"--out_dir {{cold}} {SAME} --variant dmd2", "(--variant  -> dmd2)"),
+    (C, "--variant nonsense", "--variant nonsense: stage 1 knows printed_std"),
+    (C, "--variant printed_std,group_std", "--variant group_std: stage 1 knows"),
+    (R, "--variant dmd2", "--variant dmd2: stage 2 knows"),
+    (R, "--cold_start {settings_json}", "settings.json is damaged"),
+    (R, "--cold_start {settings_list}", "settings.json is no JSON object"),
+    (R, "--cold_start {settings_word}", "num_steps 'four'"),
+    (R, "--cold_start {settings_range}", "eta 7"),
+    (R, "--cold_start {settings_path}", "pretrained 3"),
+    (C, "--out_dir {truncated}", "damaged"),
+    (C, "--out_dir {code}", "not a file of tensors"),
+    (R, "--out_dir {code}", "not a file of tensors"),
     (R, "--cold_start {t}/none/dir", "stage 1"),
     (R, "--cold_start nobody/nothing", "nobody/nothing"),
     (R, "--cold_start {shape}", "x 3 there"),
@@ -269,18 +290,18 @@ INPUTS = [  # program, flags, what the one line says
     (S, "cat --rtdmd {code}", "not a file of tensors"),
     (S, "cat --pretrained {halfmodel}", "halfmodel"),
     (C, "--preset", "--preset"),
-    (C, "--shift 0", "--shift"),
+    (C, "--variant nonsense", "stage 1 knows"),
+    (C, "--variant gaussian_log_prob", "stage 1 knows"),
+    (R, "--variant dmd2", "stage 2 knows"),
     (C, "--lr nan", "--lr"),
     (C, "--gamma nan", "--gamma"),
     (C, "--ema 2", "--ema"),
     (C, "--device mps", "mps"),
     (C, "--resolution 2048", "--resolution"),
-    (C, "--max_sequence_length -1", "--max_sequence_length"),
-    (C, "--max_skipped 0", "--max_skipped"),
     (C, "--prompts {surrogate}", "line 1"),
     (C, "--pretrained {code_text}", "code_text"),
-    (C, "--out_dir {nokeys} --resume", "ckpt.pt"),
-    (C, "--out_dir {list} --resume", "ckpt.pt"),
+    (C, "--out_dir {nokeys}", "ckpt.pt"),
+    (C, "--out_dir {list}", "ckpt.pt"),
     (R, "--cold_start {notensor}", "generator_ema.pt"),
     (R, "--cold_start {nan}", "generator_ema.pt"),
     (R, "--reward_path clipscore={code_clip}/clip", "clipscore"),
@@ -298,13 +319,11 @@ INPUTS = [  # program, flags, what the one line says
     (C, "--num_steps 18", "--num_steps"),
     (R, "--eta 0", "--eta"),
     (R, "--rewards clipscore,clipscore:2", "twice"),
-    (C, "--save_minutes -1", "--save_minutes"),
-    (C, "--out_dir {cold} --resume --lora_rank 16", "--lora_rank 32 -> 16"),
-    (C, "--out_dir {rl} --resume", "another version"),
-    (R, "--out_dir {cold} --resume", "another version"),
+    (C, "--out_dir {cold} --lora_rank 16", "--lora_rank 32 -> 16"),
+    (C, "--out_dir {rl}", "another version"),
+    (R, "--out_dir {cold}", "another version"),
     (C, f"--out_dir {{old}} {SAME}", "another version"),
-    (C, "--out_dir {code_prev}", "--resume"),
-    (C, "--out_dir {code_prev} --resume", "ckpt.prev.pt: damaged"),
+    (C, "--out_dir {code_prev}", "ckpt.prev.pt: damaged"),
     (C, f"--out_dir {{code_log}} {SAME}", "log.jsonl is damaged"),
     (C, f"--out_dir {{flipped}} {SAME}", "flipped/ckpt.pt to go on from the one before it"),
     (R, "--cold_start {flipped}", "a checksum is wrong"),
@@ -324,6 +343,22 @@ INPUTS = [  # program, flags, what the one line says
     (T, "--out_dir {file}/out", "--out_dir"),
     (T, "--random_sd35m {file}/out", "file/out"),
     (T, "--random_sd35m ''", "--out_dir"),
+    (B, "", "give one of"),
+    (B, "{t} --grids", "give one of"),
+    (B, "{t} --pictures 0", "positive"),
+    (B, "{t}/none", "cold_start/ holds no finished run"),
+    (B, "{good}", "no finished run"),
+    (B, "{report_log}", "no readable log.jsonl"),
+    (B, "{report_code}", "not a file of tensors"),
+    (B, "{report_code} --pretrained {t}/none/dir", "none/dir"),
+    (B, "{report_code} --pretrained {code_dit}", "code_dit"),
+    (A, "table5", "table5"),
+    (A, "--seeds 0", "positive"),
+    (A, "--out_dir {file}/out", "file/out"),
+    (P, "", "what"),
+    (P, "curves {t}/none", "log.jsonl"),
+    (P, "figures {t} {t}", "one tiny run"),
+    (P, "hacking {t}", "stages 2"),
 ]
 
 SHORT = {
@@ -331,24 +366,28 @@ SHORT = {
     R: "--sample_every 0 --epochs 1 --prompts_per_epoch 1 --group_size 2 --cold_start {good}",
     S: "--cold_start {good} --rtdmd ''",
     T: "",
+    B: "",
+    A: "",
+    P: "",
 }  # should an input be taken after all, then at least not for long
 
 
 def refused(run_it, program, flags, message, bad, tmp_path):
     """One line on stderr that says what is wrong, exit status 2, no file written, no code in a file run."""
     flags = [
-        *BASE[2 * (program is tiny) : 4],
-        "--out_dir",
-        tmp_path / "out",
+        *BASE[2 * (program in (T, B, A, P)) : 4],
+        *(["--out_dir", tmp_path / "out"] if program is not B else []),
         *shlex.split(f"{SHORT[program]} {flags}".format(**bad)),
     ]
-    out = Path(flags[-flags[::-1].index("--out_dir")])
+    out = tmp_path / "out"
+    if "--out_dir" in flags:
+        out = Path(flags[-flags[::-1].index("--out_dir")])
     before = listing(out)
     status, _, err = run_it(program, *flags)
     assert (
         status == 2
         and err.count("\n") == 1
-        and err.startswith(f"{program.__name__}.py: error: ")
+        and err.startswith(f"{program.__name__.removeprefix('tools.')}.py: error: ")
         and message in err
     ), err
     assert listing(out) == before and not (bad["t"] / "proof").exists()

@@ -5,7 +5,6 @@ Each of these tests notices a fault of tools/faults.py that the oracle and all o
 
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,9 +18,9 @@ import prompts
 import rewards
 import rtdmd_rl
 import sample
+from helpers import TINY, tiny_base, unswapped
+from tools import tiny_scores
 
-TINY = Path(__file__).resolve().parent.parent / "assets/tiny"
-CPU = torch.device("cpu")
 COMMON = ["--preset", "tiny", "--device", "cpu", "--sample_every", "0"]
 STAGE_1 = [*COMMON, "--steps", "1", "--batch_size", "2", "--generator_every", "1"]
 STAGE_2 = [*COMMON, "--prompts_per_epoch", "2", "--group_size", "3", "--rewards", "clipscore"]
@@ -30,7 +29,7 @@ STAGE_2 = [*COMMON, "--prompts_per_epoch", "2", "--group_size", "3", "--rewards"
 def run(program, *flags):
     """main() of a program with these flags, in this process."""
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
+    with unswapped(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, flags)])
         program.main()
 
@@ -62,17 +61,31 @@ def levels_handed_to_rollout(monkeypatch, module):
     return seen
 
 
-def test_shift_reaches_the_rollout_of_stage_1_and_its_previews(tmp_path, monkeypatch):
+def other_shift(monkeypatch, shift=2.0):
+    """From now on every base model's scheduler says this time shift."""
+    real_load_pipeline = model.load_pipeline
+
+    def load_pipeline(*inputs, **options):
+        pipe = real_load_pipeline(*inputs, **options)
+        pipe.scheduler.register_to_config(shift=shift)
+        return pipe
+
+    monkeypatch.setattr(model, "load_pipeline", load_pipeline)
+
+
+def test_the_bases_shift_reaches_the_rollout_of_stage_1_and_its_previews(tmp_path, monkeypatch):
+    other_shift(monkeypatch)
     in_the_loop = levels_handed_to_rollout(monkeypatch, cold_start)
     in_previews = levels_handed_to_rollout(monkeypatch, model)
-    more = ["--shift", 2, "--sample_every", 1, "--out_dir", tmp_path / "out"]
+    more = ["--sample_every", 1, "--out_dir", tmp_path / "out"]
     run(cold_start, *STAGE_1, *more)
     assert in_the_loop == in_previews == [cps.sigmas(4, 2.0)]
 
 
-def test_shift_reaches_the_rollout_of_stage_2(cold, tmp_path, monkeypatch):
+def test_the_bases_shift_reaches_the_rollout_of_stage_2(cold, tmp_path, monkeypatch):
     """Its steps are taken one by one: the levels are those that the sampler is called with."""
     seen = []
+    other_shift(monkeypatch)
     real_step = rtdmd_rl.cps_step
 
     def cps_step(x, v, sigma, sigma_next, *rest):
@@ -81,15 +94,16 @@ def test_shift_reaches_the_rollout_of_stage_2(cold, tmp_path, monkeypatch):
         return real_step(x, v, sigma, sigma_next, *rest)
 
     monkeypatch.setattr(rtdmd_rl, "cps_step", cps_step)
-    more = ["--epochs", 1, "--shift", 2, "--cold_start", cold, "--out_dir", tmp_path / "out"]
+    more = ["--epochs", 1, "--cold_start", cold, "--out_dir", tmp_path / "out"]
     run(rtdmd_rl, *STAGE_2, *more)
     levels = cps.sigmas(4, 2.0)
     assert seen == list(zip(levels, levels[1:], strict=False))
 
 
-def test_shift_reaches_the_held_out_pictures(tmp_path, monkeypatch):
+def test_the_bases_shift_reaches_the_held_out_pictures(tmp_path, monkeypatch):
     seen = levels_handed_to_rollout(monkeypatch, rtdmd_rl)
-    draw_held_out(tmp_path, ["a circle"], shift=2.0)
+    other_shift(monkeypatch)
+    draw_held_out(tmp_path, ["a circle"])
     assert seen == [cps.sigmas(4, 2.0)]
 
 
@@ -105,19 +119,19 @@ def test_stage_2_averages_the_weights_of_the_epoch_before_with_the_releases_deca
         asked.append((decay, updates))
         return 0.25
 
-    def update(parameters, optimizer, args, skipped, name, loss):
+    def update(parameters, optimizer, skipped, name, loss):
         if name == "generator" and len(after) == 2:
             loss = loss * math.nan
-        return real_update(parameters, optimizer, args, skipped, name, loss)
+        return real_update(parameters, optimizer, skipped, name, loss)
 
-    def save_or_stop(args, state, epoch, last):
-        generator = torch.cat([p.detach().flatten() for p in state["generator"]])
-        average = torch.cat([p.flatten() for p in state["ema"]])
+    def save_or_stop(run, epoch, last):
+        generator = torch.cat([p.detach().flatten() for p in run.state["generator"]])
+        average = torch.cat([p.flatten() for p in run.state["ema"]])
         after.append((generator, average))
 
     monkeypatch.setattr(rtdmd_rl, "average_decay", average_decay)
     monkeypatch.setattr(rtdmd_rl, "update", update)
-    monkeypatch.setattr(rtdmd_rl, "save_or_stop", save_or_stop)
+    monkeypatch.setattr(checkpoint.Run, "save_or_stop", save_or_stop)
     more = ["--epochs", 4, "--ema", 0.7, "--ema_every", 2, "--cold_start", cold]
     run(rtdmd_rl, *STAGE_2, *more, "--out_dir", tmp_path / "out")
     generators, averages = zip(*after, strict=True)
@@ -132,7 +146,7 @@ def test_stage_2_averages_the_weights_of_the_epoch_before_with_the_releases_deca
 
 # ---- SubGRPO
 def test_the_ratio_is_exactly_1_whatever_the_rollout_rounds(cold, tmp_path, monkeypatch):
-    """--old_log_prob update, the default: the denominator is not the rollout's."""
+    """The default: the denominator is not the rollout's, as it is with --variant rollout_log_prob."""
     logs = []
     real_log_prob, real_loss = rtdmd_rl.log_prob, rtdmd_rl.policy_loss
 
@@ -174,12 +188,11 @@ def test_an_epoch_without_any_advantage_still_learns_from_the_anchor(cold, tmp_p
 
 
 # ---- held-out pictures
-def draw_held_out(folder, prompts, shift=3.0):
+def draw_held_out(folder, prompts):
     """-> the pictures on which rtdmd_rl.evaluate scores these prompts, drawn by the plain base"""
-    args = tiny_args(micro_batch=4, num_steps=4, shift=shift, eta=0.9, offload_rewards=False)
+    args = tiny_args(micro_batch=4, num_steps=4, eta=0.9, low_memory=False)
     args.out_dir = str(folder)
     (folder / "samples").mkdir()
-    pipe = cold_start.load_pipeline(args, CPU)
     seen = []
 
     def score(images, prompts, metadata):
@@ -187,9 +200,11 @@ def draw_held_out(folder, prompts, shift=3.0):
         return torch.zeros(len(images))
 
     score.name, score.models = "any", []
+    base = tiny_base()
+    for name in rtdmd_rl.STUDENT:
+        base.add_adapter(name, 4, 8, 0)  # fresh ones: they change nothing
     rows = [{"prompt": prompt, "metadata": {}} for prompt in prompts]
-    encode = cold_start.text_encoder(pipe, args)
-    rtdmd_rl.evaluate(pipe, [], encode, rows, [score], args, "eval")
+    rtdmd_rl.evaluate(base, rows, [score], args, "eval")
     return torch.cat(seen)
 
 
@@ -199,21 +214,44 @@ def test_held_out_pictures_of_one_prompt_have_seeds_of_their_own(tmp_path):
 
 
 def test_previews_show_the_adapters_that_they_are_asked_for(tmp_path):
-    args = tiny_args(num_steps=4, shift=3.0, eta=0.9, out_dir=str(tmp_path))
+    args = tiny_args(num_steps=4, eta=0.9, out_dir=str(tmp_path))
     (tmp_path / "samples").mkdir()
-    pipe = cold_start.load_pipeline(args, CPU)
-    cold_start.add_adapter(pipe.transformer, "generator", args)
-    for p in cold_start.adapter(pipe.transformer, "generator").values():
+    base = tiny_base()
+    base.add_adapter("generator", 4, 8, 0)
+    for p in base.adapter("generator").values():
         torch.nn.init.constant_(p.data, 0.1)
-    encode = cold_start.text_encoder(pipe, args)
     rows = [{"prompt": "a circle"}, {"prompt": "a red square"}]
     for name, adapters in (("base", []), ("again", []), ("generator", ["generator"])):
-        cold_start.preview(pipe, adapters, encode, rows, args, name)
-    base, again, generator = (
+        model.preview(base, adapters, rows, args, name)
+    plain, again, generator = (
         (tmp_path / f"samples/{name}.png").read_bytes() for name in ("base", "again", "generator")
     )
-    assert base == again
-    assert base != generator
+    assert plain == again
+    assert plain != generator
+
+
+def test_the_scoreboards_pictures_have_seeds_of_their_own_and_their_own_captions(monkeypatch):
+    """More pictures than a batch holds: the second batch does not repeat the first."""
+    drawn, judged = [], []
+
+    def draw(v, seeds, shape, levels, eta, device):
+        drawn.extend(seeds)
+        return torch.zeros(len(seeds), *shape)
+
+    def judge(images, texts, metadata):
+        judged.extend(texts)
+        return torch.zeros(len(images))
+
+    judge.name = "judge"
+    monkeypatch.setattr(tiny_scores, "draw", draw)
+    monkeypatch.setattr(tiny_scores, "BATCH", 4)
+    rows = tiny_scores.report_captions(1)
+    numbers, pictures = tiny_scores.evaluate(tiny_base(), [judge], rows, [], cps.sigmas(), 0.9)
+    first = tiny_scores.FIRST_SEED
+    assert drawn == list(range(first, first + 6))
+    assert judged == [row["prompt"] for row in rows]
+    assert len(pictures) == 6
+    assert numbers["judge"] == 0
 
 
 # ---- sample.py
@@ -241,7 +279,7 @@ def test_a_run_goes_on_with_its_own_flags_alone(flag, value, tmp_path, capsys):
     run(cold_start, *STAGE_1, "--out_dir", out_dir)
     before = (out_dir / "ckpt.pt").read_bytes()
     with pytest.raises(SystemExit) as end:
-        run(cold_start, *STAGE_1, "--resume", flag, value, "--out_dir", out_dir)
+        run(cold_start, *STAGE_1, flag, value, "--out_dir", out_dir)
     assert end.value.code == 2
     assert flag in capsys.readouterr().err
     assert (out_dir / "ckpt.pt").read_bytes() == before
@@ -250,20 +288,19 @@ def test_a_run_goes_on_with_its_own_flags_alone(flag, value, tmp_path, capsys):
 # ---- text, adapters, rewards
 def test_cached_text_of_a_prompt_that_comes_twice(tmp_path):
     prompts = ["a circle", "a red square", "a circle", "two triangles"]
-    plain_args = tiny_args()
-    plain = cold_start.text_encoder(cold_start.load_pipeline(plain_args, CPU), plain_args)(prompts)
-    args = tiny_args(cache_text=True, out_dir=str(tmp_path))
-    cached = cold_start.text_encoder(cold_start.load_pipeline(args, CPU), args, prompts)(prompts)
+    plain = tiny_base().encode(prompts)
+    base = tiny_base(cache_text=True)
+    base.cache_texts(prompts, str(tmp_path / "text.bin"))
+    cached = base.encode(prompts)
     for expected, found in zip(plain, cached, strict=True):
         assert torch.allclose(expected, found, atol=1e-5)
 
 
 def test_each_adapter_has_a_start_of_its_own_and_always_the_same():
     def start(name, seed):
-        args = tiny_args(seed=seed)
-        transformer = cold_start.load_pipeline(args, CPU).transformer
-        cold_start.add_adapter(transformer, name, args)
-        return next(iter(cold_start.adapter(transformer, name).values()))
+        base = tiny_base()
+        base.add_adapter(name, 4, 8, seed)
+        return next(iter(base.adapter(name).values()))
 
     assert torch.equal(start("generator", 0), start("generator", 0))
     assert not torch.equal(start("generator", 0), start("fake", 0))

@@ -1431,18 +1431,18 @@ REWARDS = [
     Fault("rewards: no anti-aliasing", "antialias=True", "antialias=False"),
     Fault(
         "rewards: the crop is at the corner",
-        "top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2",
-        "top, left = 0, 0",
+        "top = (images.shape[-2] - size) // 2\n    left = (images.shape[-1] - size) // 2\n",
+        "top = 0\n    left = 0\n",
     ),
     Fault(
         "rewards: the longer side is cut to size",
-        "(size * height // min(height, width), size * width // min(height, width))",
-        "(size * height // max(height, width), size * width // max(height, width))",
+        "shorter = min(height, width)",
+        "shorter = max(height, width)",
     ),
     Fault(
         "rewards: picture features have length 2",
-        "        last[:] = [] if graph else",
-        "        features = 2 * features\n        last[:] = [] if graph else",
+        "        if with_graph:\n            self.last.forget()",
+        "        features = 2 * features\n        if with_graph:\n            self.last.forget()",
     ),
     Fault(
         "rewards: text features are not normalised",
@@ -1451,13 +1451,13 @@ REWARDS = [
     ),
     Fault(
         "rewards: features of pictures that have changed",
-        "last[1:3] == [images._version, pixels]",
-        "last[2:3] == [pixels]",
+        "self.key == (images._version, how)",
+        "self.key[1] == how",
     ),
     Fault(
         "rewards: features of other pixels",
-        "last[1:3] == [images._version, pixels]",
-        "last[1:2] == [images._version]",
+        "self.key == (images._version, how)",
+        "self.key[0] == images._version",
     ),
     Fault("rewards: ImageReward is not standardised", "/ 1.0333394966054072", "/ 1"),
     Fault(
@@ -1500,19 +1500,17 @@ REWARDS = [
         "key=lambda thing: -thing[1]",
         "key=lambda thing: thing[1]",
     ),
-    Fault(
-        "rewards: ocr's edit distance starts at 0", "row, last = [i], row", "row, last = [0], row"
-    ),
+    Fault("rewards: ocr's edit distance starts at 0", "        row = [i]\n", "        row = [0]\n"),
     Fault(
         "rewards: geneval2 takes the arithmetic mean",
-        "p.clamp(min=1e-12).log().mean().exp()",
-        "p.mean()",
+        "torch.stack(right).clamp(min=1e-12).log().mean().exp()",
+        "torch.stack(right).mean()",
     ),
     Fault("rewards: a name alone weighs 0", "float(weight or 1)", "float(weight or 0)"),
     Fault(
         "rewards: a batch's parts have the first prompts",
-        "prompts[i : i + batch], metadata[i : i + batch])",
-        "prompts[:batch], metadata[i : i + batch])",
+        "(images[rows], prompts[rows], metadata[rows])",
+        "(images[rows], prompts[:batch], metadata[rows])",
     ),
     Fault(
         "rewards: the checker takes the first caption",

@@ -12,26 +12,12 @@ import math
 import os
 import time
 
+import diffusers  # loads its classes where they are first named, as transformers does
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
 
 from common import Parser, parse, setup
 from rewards import clip_pixels
@@ -54,6 +40,7 @@ QUALITY = {
     "cpu": {"vae": (400, 64), "clip": (500, 128), "transformer": (2500, 128, 1 << 14)},
 }
 TEXT_LENGTH = 10  # CLIP tokens, start and end included: the longest caption has seven words
+T5_LENGTH = 8  # T5 tokens, the end included
 CAPTION_DROPOUT = 0.1
 SHIFT = 3.0  # SD3's
 
@@ -90,7 +77,7 @@ def clip_tokenizer(words):
     vocabulary += sorted(merged - set(vocabulary))
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     numbers = {token: number for number, token in enumerate(vocabulary)}
-    return CLIPTokenizer(vocab=numbers, merges=merges, model_max_length=TEXT_LENGTH)
+    return transformers.CLIPTokenizer(vocab=numbers, merges=merges, model_max_length=TEXT_LENGTH)
 
 
 def t5_tokenizer(words):
@@ -100,7 +87,7 @@ def t5_tokenizer(words):
     pieces += "abcdefghijklmnopqrstuvwxyz"
     special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
     scored = [(piece, -1.0 - len(piece) / 100) for piece in pieces]
-    return T5TokenizerFast(vocab=special + scored, extra_ids=0, model_max_length=64)
+    return transformers.T5TokenizerFast(vocab=special + scored, extra_ids=0, model_max_length=T5_LENGTH)
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -146,7 +133,7 @@ def train_vae(rows, steps, batch, device):
 
     Its config's shift and scale make latents of mean 0 and standard deviation 1.
     """
-    vae = AutoencoderKL(
+    vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 16),
         latent_channels=4,
         layers_per_block=1,
@@ -253,7 +240,9 @@ def tiny_clip(tokenizer, width, patch):
         patch_size=patch,
         projection_dim=64,
     )
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+    return transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)
+    )
 
 
 def train_clip(rows, tokenizer, steps, batch, device, width, patch):
@@ -333,7 +322,7 @@ def train_transformer(rows, vae, embeds, pooled, steps, batch, bank, device):
     embeds, pooled: of the captions, and last of the empty text, which takes the place of dropped ones.
     bank: how many pictures are encoded, once.
     """
-    transformer = SD3Transformer2DModel(
+    transformer = diffusers.SD3Transformer2DModel(
         sample_size=SIZE // 2,
         patch_size=4,
         in_channels=4,
@@ -397,9 +386,9 @@ def make_pipeline(out_dir, quality, seed, device):
     judge = train_clip(all_rows, tokenizer, *quality["clip"], device, width=64, patch=8)
     text_encoder = text_half(clip).to(device)
     torch.manual_seed(seed)
-    pipe = StableDiffusion3Pipeline(
+    pipe = diffusers.StableDiffusion3Pipeline(
         transformer=None,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         vae=vae,
         text_encoder=text_encoder,
         text_encoder_2=text_encoder,
@@ -424,7 +413,7 @@ def make_pipeline(out_dir, quality, seed, device):
 
 def text_half(clip):
     """The text encoder of a CLIPModel as SD3's pipeline takes it."""
-    text = CLIPTextModelWithProjection(clip.config.text_config)
+    text = transformers.CLIPTextModelWithProjection(clip.config.text_config)
     text.text_model.load_state_dict(clip.text_model.state_dict())
     text.text_projection.load_state_dict(clip.text_projection.state_dict())
     return text.eval()
@@ -432,7 +421,7 @@ def text_half(clip):
 
 def random_t5():
     """A T5 encoder with random weights, which keep words apart."""
-    config = T5Config(
+    config = transformers.T5Config(
         vocab_size=64,
         d_model=128,
         d_kv=32,
@@ -443,7 +432,7 @@ def random_t5():
         eos_token_id=1,
         feed_forward_proj="gated-gelu",
     )
-    return T5EncoderModel(config).eval()
+    return transformers.T5EncoderModel(config).eval()
 
 
 @torch.no_grad()
@@ -455,7 +444,7 @@ def encoded_texts(pipe, prompts, device):
         None,
         device=device,
         do_classifier_free_guidance=False,
-        max_sequence_length=8,
+        max_sequence_length=T5_LENGTH,
     )
     return embeds, pooled
 
@@ -469,9 +458,10 @@ def random_sd35m(out_dir, device):
     """
     tokenizer, tokenizer_3 = tokenizers(captions())
     tokenizer.model_max_length = 77
+    t5_tokenizer.model_max_length = 512
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        transformer = SD3Transformer2DModel(
+        transformer = diffusers.SD3Transformer2DModel(
             sample_size=128,
             patch_size=2,
             in_channels=16,
@@ -486,7 +476,7 @@ def random_sd35m(out_dir, device):
             dual_attention_layers=tuple(range(13)),
             qk_norm="rms_norm",
         )
-        vae = AutoencoderKL(
+        vae = diffusers.AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),
             layers_per_block=2,
             latent_channels=16,
@@ -498,8 +488,8 @@ def random_sd35m(out_dir, device):
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
         )
-        t5 = T5EncoderModel(
-            T5Config(
+        t5 = transformers.T5EncoderModel(
+            transformers.T5Config(
                 vocab_size=32128,
                 d_model=4096,
                 d_kv=64,
@@ -514,9 +504,9 @@ def random_sd35m(out_dir, device):
         clip_l = random_clip_text(tokenizer, 768, 12, "quick_gelu")
         clip_g = random_clip_text(tokenizer, 1280, 32, "gelu")
     torch.set_default_dtype(torch.float32)
-    pipe = StableDiffusion3Pipeline(
+    pipe = diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         vae=vae,
         text_encoder=clip_l,
         tokenizer=tokenizer,
@@ -530,7 +520,7 @@ def random_sd35m(out_dir, device):
 
 def random_clip_text(tokenizer, width, layers, activation):
     """A CLIP text encoder of a published size."""
-    config = CLIPTextConfig(
+    config = transformers.CLIPTextConfig(
         vocab_size=49408,
         hidden_size=width,
         intermediate_size=4 * width,
@@ -541,7 +531,7 @@ def random_clip_text(tokenizer, width, layers, activation):
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return CLIPTextModelWithProjection(config)
+    return transformers.CLIPTextModelWithProjection(config)
 
 
 # ---- the program ---------------------------------------------------------------------------------
