@@ -458,7 +458,7 @@ def random_sd35m(out_dir, device):
     """
     tokenizer, tokenizer_3 = tokenizers(captions())
     tokenizer.model_max_length = 77
-    t5_tokenizer.model_max_length = 512
+    tokenizer_3.model_max_length = 512
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         transformer = diffusers.SD3Transformer2DModel(
