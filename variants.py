@@ -71,7 +71,8 @@ def advantages(scores, weights, group_size):
     centred = centred - centred.mean(2, keepdim=True)
     spread = grouped.std(2, keepdim=True)
     weights = torch.as_tensor(weights, dtype=scores.dtype, device=scores.device).view(-1, 1, 1)
-    total = (weights * centred / (spread + 1e-4)).sum(0).flatten()
+    each = weights * centred / (spread + 1e-4)
+    total = each.sum(0).flatten()
     return total.clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP)
 
 

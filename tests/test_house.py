@@ -31,7 +31,7 @@ ALLOWED = {
     },
     "sample": {"checkpoint", "common", "cps", "model", "prompts"},
 }  # fmt: skip
-TOOLS = [f"tools/{path.stem}" for path in ROOT.glob("tools/*.py")]
+TOOLS = [f"tools/{path.stem}" for path in ROOT.glob("tools/[!_]*.py")]
 READABLE = sorted([*ALLOWED, *TOOLS])
 
 

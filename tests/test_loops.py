@@ -352,8 +352,12 @@ def test_the_papers_letter_reaches_the_losses_of_both_loops(tiny_parts, tmp_path
         monkeypatch,
         *"--paper --steps 4 --generator_every 1 --batch_size 2 --seed 4".split(),
     )
+    assert len(stds) == 4 * (
+        2 + 1
+    )  # a step: fake re-noises and has a target, the student re-noises
     flags = f"--paper --epochs 4 --prompts_per_epoch 2 --group_size 2 --cold_start {tmp_path / 'cold'}".split()
     rl = run_main(rtdmd_rl, tiny_parts[1], tmp_path / "rl", monkeypatch, *flags)
+    assert len(stds) == 2 * 4 * (2 + 1)
     assert (
         all(
             math.isfinite(v) for line in (*cold, *rl) for v in line.values() if isinstance(v, float)

@@ -173,10 +173,11 @@ def test_advantages_have_their_closed_forms(monkeypatch):
     )
     for std in ("batch", "group"):
 
-        def of(scores, weights=(1.0,), N=6, clip=5.0):
-            for module in (rtdmd_rl, variants):
-                monkeypatch.setattr(module, "ADVANTAGE_CLIP", clip)
-            return ADVANTAGES[std](scores, weights, N)
+        def of(scores, weights=(1.0,), N=6, clip=None):  # None: as it is, 5
+            with monkeypatch.context() as patch:
+                for module in (rtdmd_rl, variants) if clip else ():
+                    patch.setattr(module, "ADVANTAGE_CLIP", clip)
+                return ADVANTAGES[std](scores, weights, N)
 
         pair = (
             1 if std == "batch" else 1 / math.sqrt(7 / 4)
@@ -231,13 +232,15 @@ def test_a_group_whose_pictures_all_score_the_same_has_advantage_exactly_0():
 
 
 def test_the_policy_gradient_is_minus_advantage_at_ratio_1_and_is_clipped_on_one_side(monkeypatch):
-    def gradient(log_ratio, advantage, clip=0.2):
-        monkeypatch.setattr(rtdmd_rl, "RATIO_CLIP", clip)
+    def gradient(log_ratio, advantage):
         log_p = f64(*log_ratio).requires_grad_()
         loss = policy_loss(log_p, torch.zeros_like(log_p), f64(*advantage))
         return torch.autograd.grad(loss.sum(), log_p)[0].tolist(), loss.tolist()
 
-    assert gradient((0, 0, 0), (2, -3, 0), 1e-5)[0] == pytest.approx([-2, 3, 0])
+    assert gradient((0, 0, 0), (2, -3, 0))[0] == pytest.approx([-2, 3, 0])
+    near = (0.9e-5, 1.1e-5, -0.9e-5, -1.1e-5)  # around the clip range as it is, 1e-5
+    assert gradient(near, (1, 1, -1, -1))[0] == pytest.approx([-1, 0, 1, 0], rel=1e-4)
+    monkeypatch.setattr(rtdmd_rl, "RATIO_CLIP", 0.2)
     up, down = math.log(1.5), math.log(0.5)
     grads, losses = gradient(
         (up, up, down, down), (1, -1, 1, -1)

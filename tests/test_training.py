@@ -8,6 +8,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 import cold_start
+import common
 import rtdmd_rl
 from helpers import tiny_base
 from model import adapter, add_adapter
@@ -91,6 +92,23 @@ def test_the_new_adapters_alpha_is_not_stage_1s(cold, tmp_path):
     rtdmd_rl.load_stage_1(base, str(tmp_path))
     for name in ("cold_generator", "cold_fake"):
         assert base.transformer.peft_config[name].lora_alpha == 64
+
+
+# -------------------------------------------------------------------------------------------------
+# Constants that no flag changes
+
+
+def test_the_optimisers_have_the_releases_weight_decay(cold, tmp_path):
+    """1e-4 for stage 2's generator and 0 for all others; gradients are clipped to norm 1."""
+    rl = run(rtdmd_rl, tmp_path / "out", *RL, "--cold_start", cold, "--epochs", 1)
+    found = []
+    for out_dir in (cold, rl):
+        checkpoint = read(out_dir / "ckpt.pt")
+        for optimizer in ("G_opt", "F_opt"):
+            (group,) = checkpoint[optimizer]["param_groups"]
+            found.append(group["weight_decay"])
+    assert found == [0, 0, 1e-4, 0]
+    assert common.MAX_GRAD_NORM == 1
 
 
 # -------------------------------------------------------------------------------------------------
