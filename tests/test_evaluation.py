@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import cold_start
 import rewards
 import rtdmd_rl
 import tiny
@@ -38,13 +37,11 @@ def test_held_out_rewards_are_logged_and_do_not_touch_the_run(run, tmp_path):
         here(
             rtdmd_rl,
             *flags,
-            "--eval_images",
-            7,
             "--eval_every",
             2,
-            "--offload_rewards",
             "--out_dir",
             tmp_path,
+            EVAL_IMAGES=7,
         )
     )
     assert same_files(tmp_path, run.rl)
@@ -58,20 +55,16 @@ def test_held_out_rewards_are_logged_and_do_not_touch_the_run(run, tmp_path):
 def test_held_out_pictures_are_always_the_same_whatever_the_micro_batch_and_the_ranks(
     tmp_path, monkeypatch
 ):
-    pipe, rows, judge = (
-        tiny_base().pipe,
-        tiny.captions()[:7],
-        rewards.build("judge", CPU, [f"judge={TINY}/judge"]),
-    )
+    base, rows = tiny_base(), tiny.captions()[:7]
+    judge = rewards.build("judge", CPU, [f"judge={TINY}/judge"])
     (tmp_path / "samples").mkdir()
 
     def evaluate(micro_batch=3, rank=None):
         args = tiny_args(
             micro_batch=micro_batch,
             num_steps=4,
-            shift=3.0,
             eta=0.9,
-            offload_rewards=False,
+            low_memory=False,
             out_dir=str(tmp_path),
         )
         monkeypatch.setattr(
@@ -84,9 +77,7 @@ def test_held_out_pictures_are_always_the_same_whatever_the_micro_batch_and_the_
             ),
         )
         rows_with = [{"prompt": row["prompt"], "metadata": row} for row in rows]
-        return rtdmd_rl.evaluate(
-            pipe, [], cold_start.text_encoder(pipe, args), rows_with, judge, args, "eval"
-        )["eval_judge"]
+        return rtdmd_rl.evaluate(base, rows_with, judge, args, "eval")["eval_judge"]
 
     monkeypatch.setattr(rtdmd_rl, "all_reduce", lambda tensor: tensor)
     whole = evaluate()
