@@ -273,10 +273,8 @@ def step_noise(draw, K, S, prompts, *key):
             noise.append(draw.normal())
         else:
             noise.append(shared_noise(draw, prompts, *key, k))
-    noise.append(
-        torch.zeros(len(prompts), *draw.shape, device=draw.device)
-    )  # the last is deterministic
-    return noise
+    none = torch.zeros(len(prompts), *draw.shape, device=draw.device)
+    return [*noise, none]  # the last step is deterministic
 
 
 def rows_of(tensors, b):
@@ -521,18 +519,13 @@ def main():
         # ---- SubGRPO on the steps in S (Eq. 17); pictures with advantage 0 are not counted
         advantage = advantages(scores, reward_weights, args.group_size)
         n_kept = (advantage != 0).sum().clamp(min=1)
+        my_advantage = advantage[my_rows]
         largest_drift = torch.zeros((), device=device)
         for b, text in zip(large, large_texts):
             for k in S if args.policy_weight else ():
-                inputs = (
-                    path[k],
-                    level[k],
-                    level[k + 1],
-                    path[k + 1],
-                    log_p[k],
-                    advantage[my_rows],
-                )
-                loss, outside, drift = policy_pass(*rows_of(inputs, b), n_kept, *text)
+                step = (path[k], level[k], level[k + 1], path[k + 1])
+                inputs = rows_of((*step, log_p[k], my_advantage), b)
+                loss, outside, drift = policy_pass(*inputs, n_kept, *text)
                 sums.add(loss_policy=loss, drift_clipped=outside / n_pictures / M)
                 largest_drift = torch.maximum(largest_drift, drift)
         loss = sums["loss_policy"] + sums["loss_det"] + sums["loss_dm"]

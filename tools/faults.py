@@ -48,8 +48,8 @@ KNOWN = [
     ),
     Fault(
         "stage 1: the teacher is played by the generator's adapter",
-        "play(transformer, [], text, empty_text, args.cfg)",
-        'play(transformer, ["generator"], text, empty_text, args.cfg)',
+        "return base.velocity([], text, args.cfg)",
+        'return base.velocity(["generator"], text, args.cfg)',
         ONE,
     ),
     Fault(
@@ -70,14 +70,14 @@ KNOWN = [
     ),
     Fault(
         "stage 1: the consistency looks back by up to 2",
-        "(1 + (200 * draw.uniform()).floor()) / 1000",
-        "(1 + (200 * draw.uniform()).floor()) / 100",
+        "(1 + (200 * u).floor()) / 1000",
+        "(1 + (200 * u).floor()) / 100",
         ONE,
     ),
     Fault(
         "stage 2: the consistency looks back by up to 2",
-        "(1 + (200 * draw.uniform()).floor()) / 1000",
-        "(1 + (200 * draw.uniform()).floor()) / 100",
+        "steps_back(draw.uniform())",
+        "10 * steps_back(draw.uniform())",
         TWO,
     ),
     Fault(
@@ -120,13 +120,13 @@ KNOWN = [
     ),
     Fault(
         "stage 2: det_weight is not applied",
-        "torch.autograd.grad(args.det_weight * loss, x_0)",
-        "torch.autograd.grad(loss, x_0)",
+        "torch.autograd.grad(det_weight * loss, x)",
+        "torch.autograd.grad(loss, x)",
     ),
     Fault(
         "stage 2: dm_weight is not applied",
-        "gradient = args.dm_weight * gradient",
-        "gradient = 1.0 * gradient",
+        "args.dm_weight * torch.autograd.grad",
+        "1.0 * torch.autograd.grad",
     ),
     Fault(
         "stage 2: the two gradients at the last step are averaged, not added",
@@ -139,14 +139,12 @@ KNOWN = [
         "(advantage == advantage).sum()",
     ),
     Fault(
-        "stage 2: policy_weight is dropped",
-        "(args.policy_weight * factor * loss)",
-        "(factor * loss)",
+        "stage 2: policy_weight is dropped", "(args.policy_weight * subset_weight", "(subset_weight"
     ),
     Fault(
         "files: generator_ema.pt holds the raw generator",
-        'dict(zip(state["keys"], content["ema"]))',
-        'dict(zip(state["keys"], content["generator"]))',
+        'dict(zip(keys, content["ema"]))',
+        'dict(zip(keys, content["generator"]))',
     ),
     Fault(
         "decode: (z + shift) / scale",
@@ -211,7 +209,9 @@ SAMPLER = [
     Fault("renoise: the state is not scaled", "return a * x_s + sig *", "return x_s + sig *"),
     Fault("sub_interval: a upside down", "a = (1 - t) / (1 - s)", "a = (1 - s) / (1 - t)"),
     Fault(
-        "sub_interval: sign under the root", "(printed * (t + a * s))", "(printed * (t - a * s))"
+        "sub_interval: sign under the root",
+        "(t - s) / (1 - s) * (t + a * s)",
+        "(t - s) / (1 - s) * (t - a * s)",
     ),
     Fault("sub_interval: no root", ".clamp(min=0).sqrt()", ".clamp(min=0)", "cps.py"),
     Fault("ambient_target: sign of the state", "return -x_s / (1 - s) +", "return x_s / (1 - s) +"),
@@ -340,21 +340,30 @@ LOSSES = [
     Fault("generator: not scaled", "(y_fake - y_teacher) / size)", "(y_fake - y_teacher))"),
     Fault(
         "generator: its own noise for each transition",
-        "v_fake, t, s, eta, noise_back)",
-        "v_fake, t, s, eta, None)",
+        "fake(x_t, t), t, s, eta, noise_back)",
+        "fake(x_t, t), t, s, eta, None)",
     ),
     Fault(
         "generator: the transition ends at 0",
-        "            y_teacher, _, _ =",
-        "            s = 0 * s\n            y_teacher, _, _ =",
+        "        y_teacher, _, _ =",
+        "        s = 0 * s\n        y_teacher, _, _ =",
     ),
-    Fault("generator: the factor one half", "loss = 0.5 * (x_s - target)", "loss = (x_s - target)"),
+    Fault(
+        "generator: the factor one half",
+        "0.5 * (x_s - target).square().flatten(1).mean(1)",
+        "(x_s - target).square().flatten(1).mean(1)",
+    ),
     Fault(
         "generator: gradient through the target",
         "    with torch.no_grad():\n        x_t = renoise(x_s",
         "    with torch.enable_grad():\n        x_t = renoise(x_s",
+        ONE,
     ),
-    Fault("generator: summed over the elements", "else loss.mean(1)", "else loss.sum(1)"),
+    Fault(
+        "generator: summed over the elements",
+        "(x_s - target).square().flatten(1).mean(1)",
+        "(x_s - target).square().flatten(1).sum(1)",
+    ),
 ]
 
 STAGE_1 = [
@@ -432,17 +441,15 @@ STAGE_1 = [
     ),
     Fault(
         "stage 1: the generator's pass starts from the first state",
-        "x_before[b] = path[k - 1]",
-        "x_before[b] = path[0]",
+        "x_before[b], x_s[b] = path[-2:]",
+        "x_before[b], x_s[b] = path[0], path[-1]",
     ),
     Fault(
-        "stage 1: the generator's pass has the end's level",
-        "(n_mine,), grid[k - 1])",
-        "(n_mine,), grid[k])",
+        "stage 1: the generator's pass has the end's level", "(n_mine,), s_before)", "(n_mine,), s)"
     ),
     Fault(
         "stage 1: the generator's pass has the first step's noise",
-        "step_noise[k - 1][b]",
+        "step_noise[-1][b]",
         "step_noise[0][b]",
     ),
     Fault(
@@ -500,21 +507,21 @@ STAGE_1 = [
     ),
     Fault(
         "stage 1: the generator plays the fake in the fake's update",
-        "fake(text), x_s, s, t, noise, steps_back",
-        "student(text), x_s, s, t, noise, steps_back",
+        "fake(text), x_s, s, s_next, t, noise, back",
+        "student(text), x_s, s, s_next, t, noise, back",
         ONE,
     ),
     Fault(
         "stage 1: no guidance",
-        "play(transformer, [], text, empty_text, args.cfg)",
-        "play(transformer, [], text)",
+        "return base.velocity([], text, args.cfg)",
+        "return base.velocity([], text)",
         ONE,
     ),
     Fault(
         "stage 1: the teacher is guided away from the first prompt",
-        'empty_text = encode([""])',
-        'empty_text = encode([rows[0]["prompt"]])',
-        ONE,
+        'self.empty_text = self.encode([""])',
+        'self.empty_text = self.encode(["a circle"])',
+        "model.py",
     ),
     Fault(
         "stage 1: the generator's step is an Euler step",
@@ -523,8 +530,8 @@ STAGE_1 = [
     ),
     Fault(
         "stage 1: the other adapter's optimiser steps",
-        "student_params, student_opt, args",
-        "student_params, fake_opt, args",
+        "student_params, student_opt, skipped",
+        "student_params, fake_opt, skipped",
         ONE,
     ),
     Fault(
@@ -534,25 +541,21 @@ STAGE_1 = [
     ),
     Fault(
         "stage 1: shift is ignored in training",
-        "sigmas(args.num_steps, args.shift)\n",
-        "sigmas(args.num_steps)\n",
-        ONE,
+        "levels = sigmas(num_steps, self.shift)",
+        "levels = sigmas(num_steps)",
+        "model.py",
     ),
     Fault(
         "stage 1: the fake is scored at the wrong level",
-        "x_s[b], s_of_each[b]",
-        "x_s[b], s_before_of_each[b]",
+        "x_s[b], levels_here[b]",
+        "x_s[b], levels_before[b]",
     ),
     Fault(
         "stage 1: both transitions' noises alike",
-        "steps_back[b], noise1[b], noise2[b]",
-        "steps_back[b], noise1[b], noise1[b]",
+        "noise1[b], noise2[b], *text",
+        "noise1[b], noise1[b], *text",
     ),
-    Fault(
-        "stage 1: --dmd2 keeps the level",
-        "grid = levels[:k] + [0.0] if args.dmd2 else levels",
-        "grid = levels",
-    ),
+    Fault("stage 1: --dmd2 keeps the level", "return [*levels[:k], 0.0]", "return levels[: k + 1]"),
 ]
 
 STAGE_2_MATHEMATICS = [
@@ -560,12 +563,25 @@ STAGE_2_MATHEMATICS = [
         "advantages: minus the batch's mean",
         "centred - centred.mean(2, keepdim=True)",
         "grouped - grouped.mean()",
+        TWO,
     ),
-    Fault("advantages: batch and group swapped", 'if std == "group":', 'if std != "group":'),
+    Fault(
+        "advantages: batch and group swapped",
+        "spread = scores.std(1).view(-1, 1, 1)",
+        "spread = grouped.std(2, keepdim=True)",
+        TWO,
+    ),
     Fault("advantages: one spread for all rewards", "scores.std(1).view(-1, 1, 1)", "scores.std()"),
     Fault("advantages: not standardised again", "total / (total.std() + 1e-4)", "total"),
-    Fault("advantages: the bad ones are cut off", ".clamp(-clip, clip)", ".clamp(0, clip)"),
-    Fault("advantages: no clip", ".clamp(-clip, clip)", ".clamp(-1e9, 1e9)"),
+    Fault(
+        "advantages: the bad ones are cut off",
+        ".clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP)",
+        ".clamp(0, ADVANTAGE_CLIP)",
+        TWO,
+    ),
+    Fault(
+        "advantages: no clip", ".clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP)", ".clamp(-1e9, 1e9)", TWO
+    ),
     Fault(
         "advantages: divided by the group's size",
         "(spread + 1e-4)).sum(0)",
@@ -584,26 +600,27 @@ STAGE_2_MATHEMATICS = [
     ),
     Fault(
         "policy: the clip is one-sided",
-        "ratio.clamp(1 - clip, 1 + clip)",
-        "ratio.clamp(max=1 + clip)",
+        "ratio.clamp(1 - RATIO_CLIP, 1 + RATIO_CLIP)",
+        "ratio.clamp(max=1 + RATIO_CLIP)",
     ),
     Fault(
         "shared noise: the same for all prompts",
-        "generator(device, *key, prompt)",
-        "generator(device, *key)",
+        "generator(draw.device, *key, prompt)",
+        "generator(draw.device, *key)",
     ),
 ]
 
 STAGE_2 = [
     Fault(
         "stage 2: shift is ignored in training",
-        "levels = sigmas(K, args.shift)",
-        "levels = sigmas(K)",
+        "levels = base.levels(K)",
+        "levels = cps.sigmas(K)",
+        TWO,
     ),
     Fault(
         "stage 2: shift is ignored in held-out pictures",
-        "sigmas(args.num_steps, args.shift)",
-        "sigmas(args.num_steps)",
+        "levels = base.levels(args.num_steps)",
+        "levels = cps.sigmas(args.num_steps)",
         TWO,
     ),
     Fault(
@@ -613,8 +630,8 @@ STAGE_2 = [
     ),
     Fault(
         "stage 2: the seed does not reach the shared noise",
-        "key = (args.seed, epoch, k)",
-        "key = (0, epoch, k)",
+        "step_noise(draw, K, S, prompts, args.seed, epoch)",
+        "step_noise(draw, K, S, prompts, 0, epoch)",
     ),
     Fault(
         "stage 2: S holds the deterministic step",
@@ -628,19 +645,23 @@ STAGE_2 = [
     ),
     Fault(
         "stage 2: noise is shared on the steps in S",
-        "if k in S or not args.shared_noise:",
-        "if k not in S or not args.shared_noise:",
+        "if k in S:\n            noise",
+        "if k not in S:\n            noise",
     ),
-    Fault("stage 2: noise is never shared", "if k in S or not args.shared_noise:", "if True:"),
+    Fault(
+        "stage 2: noise is never shared",
+        "if k in S:\n            noise",
+        "if True:\n            noise",
+    ),
     Fault(
         "stage 2: shared noise is the same in every epoch",
-        "key = (args.seed, epoch, k)",
-        "key = (args.seed, k)",
+        "step_noise(draw, K, S, prompts, args.seed, epoch)",
+        "step_noise(draw, K, S, prompts, args.seed)",
     ),
     Fault(
         "stage 2: shared noise is the same in every step",
-        "key = (args.seed, epoch, k)",
-        "key = (args.seed, epoch)",
+        "shared_noise(draw, prompts, *key, k)",
+        "shared_noise(draw, prompts, *key)",
     ),
     Fault(
         "stage 2: the starting noise is shared",
@@ -675,13 +696,13 @@ STAGE_2 = [
     ),
     Fault(
         "stage 2: the rollout is the plain base's",
-        "student_pass(x, level[k][b], *text)",
-        "play(transformer, [], text)(x, level[k][b])",
+        "student_pass(path[k][b], level[k][b], *text)",
+        "base.velocity([], text)(path[k][b], level[k][b])",
     ),
     Fault(
         "stage 2: the fake learns from the last noisy state",
-        "path[last][b], level[last][b], t[b], t_noise[b], steps_back[b]",
-        "path[last - 1][b], level[last][b], t[b], t_noise[b], steps_back[b]",
+        "inputs = (path[last], here, below",
+        "inputs = (path[last - 1], here, below",
     ),
     Fault(
         "stage 2: the fake's loss is not divided by the pictures",
@@ -697,36 +718,36 @@ STAGE_2 = [
     ),
     Fault(
         "stage 2: the generator plays the fake in the fake's update",
-        "fake(text), x_s, s, t, noise, steps_back",
-        "student(text), x_s, s, t, noise, steps_back",
+        "fake(text), x_s, s, s_next, t, noise, back",
+        "student(text), x_s, s, s_next, t, noise, back",
         TWO,
     ),
     Fault(
         "stage 2: both transitions' noises alike",
-        "noise1[b], noise2[b], level",
-        "noise1[b], noise1[b], level",
+        "inputs = (path[last], here, below, t, t_noise, back, draw.normal(), draw.normal())",
+        "inputs = (path[last], here, below, t, t_noise, back, *[draw.normal()] * 2)",
     ),
     Fault(
         "stage 2: the anchor has the fake's times and noises",
-        "t = renoise_time(levels[last], draw.uniform())\n        t_noise, noise_back = draw.normal(), draw.normal()",
-        "noise_back = draw.normal()",
+        "inputs = (path[last], here, t, draw.normal(), draw.normal())",
+        "inputs = (path[last], here, t, t_noise, draw.normal())",
     ),
     Fault(
         "stage 2: the anchor is guided by nothing",
-        "play(transformer, [], text, empty_text, args.cfg)",
-        "play(transformer, [], text)",
+        "return base.velocity([], text, args.cfg)",
+        "return base.velocity([], text)",
         TWO,
     ),
     Fault(
         "stage 2: the anchor's teacher is the generator",
-        "play(transformer, [], text, empty_text, args.cfg)",
-        "play(transformer, STUDENT, text, empty_text, args.cfg)",
+        "return base.velocity([], text, args.cfg)",
+        "return base.velocity(STUDENT, text, args.cfg)",
         TWO,
     ),
     Fault(
         "stage 2: the teacher has stage 1's adapter",
-        "play(transformer, [], text, empty_text, args.cfg)",
-        'play(transformer, ["cold_generator"], text, empty_text, args.cfg)',
+        "return base.velocity([], text, args.cfg)",
+        'return base.velocity(["cold_generator"], text, args.cfg)',
         TWO,
     ),
     Fault(
@@ -753,28 +774,28 @@ STAGE_2 = [
     ),
     Fault(
         "stage 2: rewards without gradient count towards the margin",
-        "for r, score in pairs if r.differentiable)",
-        "for r, score in pairs)",
+        "zip(rewards, each) if r.differentiable)",
+        "zip(rewards, each))",
     ),
     Fault(
         "stage 2: pictures are scored with the first prompts",
-        "score_all(rewards, pictures, prompts[b], metadata[b])",
-        "score_all(rewards, pictures, prompts[: len(pictures)], metadata[b])",
+        "base.decode(x), prompts[b], metadata[b])",
+        "base.decode(x), prompts[: len(x)], metadata[b])",
     ),
     Fault(
         "stage 2: pictures are scored with the first metadata",
-        "score_all(rewards, pictures, prompts[b], metadata[b])",
-        "score_all(rewards, pictures, prompts[b], metadata[: len(pictures)])",
+        "base.decode(x), prompts[b], metadata[b])",
+        "base.decode(x), prompts[b], metadata[: len(x)])",
     ),
     Fault(
         "stage 2: the last step starts one state early",
-        "path[k - 1][b], level[k - 1][b]",
-        "path[k - 2][b], level[k - 1][b]",
+        "(path[k - 1], level[k - 1], level[k]",
+        "(path[k - 2], level[k - 1], level[k]",
     ),
     Fault(
         "stage 2: the last step at the wrong level",
-        "path[k - 1][b], level[k - 1][b]",
-        "path[k - 1][b], level[k - 2][b]",
+        "(path[k - 1], level[k - 1], level[k]",
+        "(path[k - 1], level[k - 2], level[k]",
     ),
     Fault(
         "stage 2: the last step is the base's own",
@@ -784,13 +805,13 @@ STAGE_2 = [
     ),
     Fault(
         "stage 2: the policy at the next level",
-        "path[k][b], level[k][b], level[k + 1][b], path[k + 1][b]",
-        "path[k][b], level[k + 1][b], level[k + 1][b], path[k + 1][b]",
+        "(path[k], level[k], level[k + 1], path[k + 1]",
+        "(path[k], level[k + 1], level[k + 1], path[k + 1]",
     ),
     Fault(
         "stage 2: the policy's step is judged by its start",
-        "path[k][b], level[k][b], level[k + 1][b], path[k + 1][b]",
-        "path[k][b], level[k][b], level[k + 1][b], path[k][b]",
+        "(path[k], level[k], level[k + 1], path[k + 1]",
+        "(path[k], level[k], level[k + 1], path[k]",
     ),
     Fault("stage 2: the policy is the fake's", "v = student(text)(x, s)", "v = fake(text)(x, s)"),
     Fault(
@@ -805,29 +826,34 @@ STAGE_2 = [
     ),
     Fault(
         "stage 2: advantages of other pictures",
-        "my_advantage[b], n_kept",
-        "my_advantage.flip(0)[b], n_kept",
+        "my_advantage = advantage[my_rows]",
+        "my_advantage = advantage.flip(0)[my_rows]",
     ),
-    Fault("stage 2: only the first step of S is reinforced", "for k in S:", "for k in S[:1]:"),
     Fault(
-        "stage 2: the policy is averaged over S",
-        "(K - 1) / M if args.subset_factor else 1",
-        "(K - 1) / M if args.subset_factor else 1 / M",
+        "stage 2: only the first step of S is reinforced",
+        "for k in S if args.policy_weight",
+        "for k in S[:1] if args.policy_weight",
+    ),
+    Fault(
+        "stage 2: the policy is averaged over S", "    return 1.0\n", "    return 1.0 / M\n", TWO
     ),
     Fault(
         "stage 2: the factor of Eq. 17 without M",
-        "(K - 1) / M if args.subset_factor else 1",
-        "(K - 1) if args.subset_factor else 1",
+        "return (K - 1) / M",
+        "return K - 1",
+        "variants.py",
     ),
     Fault(
         "stage 2: the factor of Eq. 17 is always there",
-        "(K - 1) / M if args.subset_factor else 1",
-        "(K - 1) / M",
+        "    return 1.0\n",
+        "    return (K - 1) / M\n",
+        TWO,
     ),
     Fault(
         "stage 2: the ratio's denominator is always the rollout's",
-        'if args.old_log_prob == "update":',
-        "if False:",
+        "return log_p.detach()",
+        "return log_p_of_rollout",
+        TWO,
     ),
     Fault(
         "stage 2: the fake decays, too",
@@ -835,9 +861,7 @@ STAGE_2 = [
         "lr=args.fake_lr, weight_decay=args.weight_decay",
         TWO,
     ),
-    Fault(
-        "stage 2: the generator does not decay", "weight_decay=args.weight_decay", "weight_decay=0"
-    ),
+    Fault("stage 2: the generator does not decay", "weight_decay=WEIGHT_DECAY", "weight_decay=0"),
     Fault(
         "stage 2: the generator learns at the fake's rate",
         "student_params, lr=args.lr",
@@ -846,11 +870,15 @@ STAGE_2 = [
     ),
     Fault(
         "stage 2: the other adapter's optimiser steps",
-        "student_params, student_opt, args",
-        "student_params, fake_opt, args",
+        "student_params, student_opt, skipped",
+        "student_params, fake_opt, skipped",
         TWO,
     ),
-    Fault("stage 2: the average's weights swapped", "1 - keep)", "keep)"),
+    Fault(
+        "stage 2: the average's weights swapped",
+        "1 - average_decay(args.ema, epoch))",
+        "average_decay(args.ema, epoch))",
+    ),
     Fault(
         "stage 2: the average is called for once, not 16 times",
         "(10 + updates)) ** 16",
@@ -878,19 +906,18 @@ STAGE_2 = [
     ),
     Fault(
         "stage 2: fresh adapters start with stage 1's A",
-        "        default=1.0,\n",
-        "        default=None,\n",
-        TWO,
+        "LORA_INIT_STD = 1.0",
+        "LORA_INIT_STD = None",
     ),
     Fault(
         "stage 2: the average has no warm-up",
-        "keep = average_decay(args.ema, epoch)",
-        "keep = args.ema**16",
+        "1 - average_decay(args.ema, epoch))",
+        "1 - args.ema**16)",
     ),
     Fault(
         "stage 2: stage 1's generator is its fake score",
-        'find_weights(args.cold_start, "cold_start")\n',
-        'find_weights(args.cold_start, "cold_start", "fake")\n',
+        'find_weights(cold_start, "cold_start"))',
+        'find_weights(cold_start, "cold_start", "fake"))',
     ),
     Fault(
         "stage 2: stage 1's adapters are swapped",
@@ -899,16 +926,16 @@ STAGE_2 = [
     ),
     Fault(
         "stage 2: stage 1's alpha is that of the new adapters",
-        '"cold_generator", generator_file)',
-        '"cold_generator", generator_file, assumed_alpha=args.lora_alpha)',
+        '"cold_generator", find_weights(cold_start, "cold_start"))',
+        '"cold_generator", find_weights(cold_start, "cold_start"), 8.0)',
     ),
     Fault(
         "stage 2: stage 1's fake score is left out", "    if fake_file:", "    if not fake_file:"
     ),
     Fault(
         "stage 2: stage 1's adapters are trained",
-        'train_only(transformer, "generator", "fake")',
-        'train_only(transformer, "cold_generator", "cold_fake")',
+        'train_only("generator", "fake")',
+        'train_only("cold_generator", "cold_fake")',
         TWO,
     ),
     Fault(
@@ -919,20 +946,20 @@ STAGE_2 = [
     ),
     Fault(
         "stage 2: noise at the last step",
-        "noise.append(torch.zeros_like(x_start))",
-        "noise.append(torch.ones_like(x_start))",
+        "none = torch.zeros(len(prompts)",
+        "none = torch.ones(len(prompts)",
         equivalent="the step to level 0 multiplies its noise by 0",
     ),
     Fault(
         "stage 2: every reward is logged as the first",
-        "= score.mean().item()",
-        "= scores[0].mean().item()",
+        "each.mean().item()",
+        "scores[0].mean().item()",
     ),
     Fault("stage 2: latent_std without the mean", "(square - mean**2)", "square"),
     Fault(
         "stage 2: decoded pictures of the state before",
-        "x_0 = path[K][b].detach()",
-        "x_0 = path[K - 1][b].detach()",
+        "score(path[K], prompts",
+        "score(path[K - 1], prompts",
     ),
     Fault(
         "held-out rewards: one seed for all pictures",
@@ -968,17 +995,14 @@ MODEL = [
     Fault("play: guidance of 1 more", "v = without + cfg * (", "v = without + (1 + cfg) * ("),
     Fault(
         "add_adapter: all adapters start alike",
-        'f"{args.seed}/{name}".encode()',
-        'f"{args.seed}".encode()',
+        'f"{seed}/{name}".encode()',
+        'f"{seed}".encode()',
+        "model.py",
     ),
     Fault(
         "add_adapter: another start for A", 'init_lora_weights="gaussian"', "init_lora_weights=True"
     ),
-    Fault(
-        "add_adapter: alpha is the rank",
-        "lora_alpha=args.lora_alpha,",
-        "lora_alpha=args.lora_rank,",
-    ),
+    Fault("add_adapter: alpha is the rank", "lora_alpha=alpha,", "lora_alpha=rank,", "model.py"),
     Fault(
         "adapters: alpha / rank is dropped",
         "self.scaling[name] * self.lora_B[name].weight",
@@ -1008,10 +1032,10 @@ MODEL = [
     ),
     Fault(
         "update: gradients are scaled up, too",
-        "flat *= min(1, args.max_grad_norm",
-        "flat *= (args.max_grad_norm",
+        "flat *= min(1, MAX_GRAD_NORM",
+        "flat *= (MAX_GRAD_NORM",
     ),
-    Fault("update: no clipping", "flat *= min(1, args.max_grad_norm / (norm + 1e-6))", "flat *= 1"),
+    Fault("update: no clipping", "flat *= min(1, MAX_GRAD_NORM / (norm + 1e-6))", "flat *= 1"),
     Fault("update: gradients are kept", "    torch._foreach_zero_(grads)\n", ""),
     Fault(
         "update: a loss that is not finite is no reason to skip",
@@ -1068,8 +1092,9 @@ MODEL = [
     ),
     Fault(
         "preview: the teacher's pictures",
-        "play(pipe.transformer, adapters, text)",
-        "play(pipe.transformer, [], text)",
+        "student = base.velocity(adapters, text)",
+        "student = base.velocity([], text)",
+        "model.py",
     ),
 ]
 
@@ -1152,8 +1177,8 @@ FILES = [
     ),
     Fault(
         "files: fake.pt holds the generator",
-        'dict(zip(state["keys"], content["fake"]))',
-        'dict(zip(state["keys"], content["generator"]))',
+        'dict(zip(keys, content["fake"]))',
+        'dict(zip(keys, content["generator"]))',
     ),
     Fault(
         "files: the checkpoint's step is one too high",
@@ -1189,17 +1214,15 @@ FILES = [
         '[p.data for p in thing], saved["ema" if name == "generator" else name])',
     ),
     Fault(
-        "resume: with another seed",
-        '    "out_dir", "resume", "device",',
-        '    "seed", "out_dir", "resume", "device",',
+        "resume: with another seed", '    "out_dir", "device",', '    "seed", "out_dir", "device",'
     ),
     Fault(
         "resume: with another learning rate",
-        '    "out_dir", "resume", "device",',
-        '    "lr", "out_dir", "resume", "device",',
+        '    "out_dir", "device",',
+        '    "lr", "out_dir", "device",',
     ),
     Fault("resume: one line of the log is doubled", '["step"] < start)', '["step"] <= start)'),
-    Fault("resume: prompts may differ", '("prompts", rows)', '("prompts", [])'),
+    Fault("resume: prompts may differ", "hashed(rows)", "hashed([])"),
     Fault(
         "adapter files: the first tensor is not copied",
         "in file.weights.items():\n        layer",
@@ -1595,8 +1618,110 @@ def of_names(*words):
     return ("tests", "-k", " or ".join(words))
 
 
+# What came with variants.py, settings.json and the base model's class.
+HOUSE = [
+    Fault(
+        "variants: nothing is put in the place of the default",
+        "namespace[function.__name__] = function",
+        "pass",
+        "variants.py",
+    ),
+    Fault(
+        "variants: a name of the other stage is taken", "if stage in stages]", "]", "variants.py"
+    ),
+    Fault(
+        "score_gradient: no slope of the re-noising",
+        "difference = a * (1 - t) / t * (v_teacher - v_fake)",
+        "difference = (1 - t) / t * (v_teacher - v_fake)",
+        "variants.py",
+    ),
+    Fault(
+        "step_consistency: from the re-noised state",
+        "return x_s, fake(x_s, t_k), t_k, t_next",
+        "return x_t, v_t, t, t_next",
+        "variants.py",
+    ),
+    Fault(
+        "gaussian_log_prob: no variance",
+        "variance = torch.as_tensor(std) ** 2",
+        "variance = 0.5 + 0 * torch.as_tensor(std)",
+        "variants.py",
+    ),
+    Fault(
+        "group_std: over the batch",
+        "spread = grouped.std(2, keepdim=True)",
+        "spread = scores.std(1).view(-1, 1, 1)",
+        "variants.py",
+    ),
+    Fault(
+        "drawn_step: always the last",
+        "return draw.scalars.randint(1, K)",
+        "return K",
+        "variants.py",
+    ),
+    Fault(
+        "free_noise: the same for all",
+        "return draw.normal()",
+        "return draw.normal()[:1].expand(len(prompts), *draw.shape)",
+        "variants.py",
+    ),
+    Fault(
+        "printed_std: the exact one",
+        "return (1 - t) / (1 - s), (t - s) / (1 - s)",
+        "return (1 - t) / (1 - s), (t**2 - ((1 - t) / (1 - s) * s) ** 2) ** 0.5",
+        "variants.py",
+    ),
+    Fault(
+        "settings: not written",
+        "            write_settings(args)\n",
+        "            pass\n",
+        "checkpoint.py",
+    ),
+    Fault(
+        "settings: a flag on the command line loses",
+        "if attribute not in flags_given():",
+        "if True:",
+        "checkpoint.py",
+    ),
+    Fault(
+        "settings: stage 2 does not look at them",
+        '    take_settings(args, find_weights(args.cold_start, "cold_start", quiet=True))\n',
+        "",
+        TWO,
+    ),
+    Fault(
+        "settings: alpha is not taken", 'if "lora_alpha" in settings:', "if False:", "checkpoint.py"
+    ),
+    Fault(
+        "log: a lap goes to the next part",
+        "            before = moment\n",
+        "            pass\n",
+        "common.py",
+    ),
+    Fault(
+        "levels: a first step above .96 is taken",
+        "if levels[1] > 0.96:",
+        "if levels[1] > 2:",
+        "model.py",
+    ),
+    Fault("base: guidance is ignored", "        if cfg == 1:\n", "        if True:\n", "model.py"),
+    Fault(
+        "stage 1: a step too many is executed",
+        "return levels[: k + 1]",
+        "return levels[: k + 2]",
+        ONE,
+    ),
+    Fault(
+        "fake score: the consistency starts at t''",
+        "return x_t, v_t, t, (t - back).clamp(min=0)",
+        "return x_t, v_t, (t - back).clamp(min=0), (t - back).clamp(min=0)",
+        ONE,
+    ),
+]
+
 FAULTS = [
     *KNOWN,
+    *HOUSE,
     *group(
         SAMPLER,
         *of_names(
