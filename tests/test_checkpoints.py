@@ -401,8 +401,7 @@ def test_a_checkpoint_is_saved_after_so_many_minutes_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "limit, name",
     [
-        (50, "settings.json"),
-        (500, "log.jsonl"),
+        (50, "log.jsonl"),
         (300_000, "generator_ema.pt"),
         (1_000_000, "ckpt.pt"),
     ],
