@@ -489,6 +489,8 @@ def write_settings(args):
         return
     settings = {"program": os.path.basename(sys.argv[0])}
     settings.update((name, getattr(args, name)) for name in SETTINGS)
+    if os.path.isdir(args.pretrained):  # found again from any directory, and never on the hub
+        settings["pretrained"] = os.path.abspath(args.pretrained)
     content = json.dumps(settings, indent=1) + "\n"
     write_atomically({os.path.join(args.out_dir, SETTINGS_NAME): content.encode()})
 
@@ -520,6 +522,11 @@ def take_settings(args, path, names=SAMPLING, called=None):
         ):
             die(f"{path}: {SETTINGS_NAME} beside it says {name} {value!r}, which cannot be")
         if name == "pretrained" and os.path.isabs(value) and not os.path.isdir(value):
+            if "pretrained" not in flags_given():
+                note(
+                    f"{path} was made with the base model {value}, which is not here: "
+                    f"{args.pretrained} is used (--pretrained)"
+                )
             continue
         attribute = (called or {}).get(name, name)
         if attribute not in flags_given():
