@@ -36,7 +36,7 @@ def log_of(folder):
 
 def moved(folder):
     """The B of both adapters, which begin at 0, in one vector."""
-    files = [torch.load(folder / name) for name in ADAPTERS]
+    files = [torch.load(folder / name, weights_only=True) for name in ADAPTERS]
     return torch.cat([p.flatten() for file in files for name, p in file.items() if "_B" in name])
 
 
