@@ -19,7 +19,6 @@ import rewards
 import rtdmd_rl
 import sample
 from helpers import TINY, tiny_base, unswapped
-from tools import tiny_scores
 
 COMMON = ["--preset", "tiny", "--device", "cpu", "--sample_every", "0"]
 STAGE_1 = [*COMMON, "--steps", "1", "--batch_size", "2", "--generator_every", "1"]
@@ -232,30 +231,6 @@ def test_previews_show_the_adapters_that_they_are_asked_for(tmp_path):
     )
     assert plain == again
     assert plain != generator
-
-
-def test_the_scoreboards_pictures_have_seeds_of_their_own_and_their_own_captions(monkeypatch):
-    """More pictures than a batch holds: the second batch does not repeat the first."""
-    drawn, judged = [], []
-
-    def draw(v, seeds, shape, levels, eta, device):
-        drawn.extend(seeds)
-        return torch.zeros(len(seeds), *shape)
-
-    def judge(images, texts, metadata):
-        judged.extend(texts)
-        return torch.zeros(len(images))
-
-    judge.name = "judge"
-    monkeypatch.setattr(tiny_scores, "draw", draw)
-    monkeypatch.setattr(tiny_scores, "BATCH", 4)
-    rows = tiny_scores.report_captions(1)
-    numbers, pictures = tiny_scores.evaluate(tiny_base(), [judge], rows, [], cps.sigmas(), 0.9)
-    first = tiny_scores.FIRST_SEED
-    assert drawn == list(range(first, first + 6))
-    assert judged == [row["prompt"] for row in rows]
-    assert len(pictures) == 6
-    assert numbers["judge"] == 0
 
 
 # ---- sample.py
