@@ -969,6 +969,16 @@ def build(weights, device, paths=(), dtype=torch.float32, batch=0):
     return rewards
 
 
+def build_for(rows, weights, device, paths=(), dtype=torch.float32):
+    """As `build`, for these rows of prompts: each reward looks at their metadata, and is `guarded`."""
+    rewards = build(weights, device, paths, dtype)
+    prompts = [row["prompt"] for row in rows]
+    metadata = [row["metadata"] for row in rows]
+    for reward in rewards:
+        reward.check(prompts, metadata)
+    return [guarded(reward) for reward in rewards]
+
+
 def parse_paths(paths):
     """["name=PATH"] -> {name: PATH}; ValueError where one is no such thing."""
     places = {}

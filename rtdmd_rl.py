@@ -51,7 +51,7 @@ from common import (
 from cps import at_least_float32, cps_step, log_prob, rollout
 from model import graphed, load_base, note_prompts, preview, save_grid
 from prompts import load_prompts
-from rewards import build, guarded, move, parse_weights
+from rewards import build_for, move, parse_weights
 
 PRESETS = {  # defaults that differ; everything else is the same for every model
     "sd35m": dict(pretrained="stabilityai/stable-diffusion-3.5-medium"),
@@ -212,18 +212,24 @@ def arguments():
 def advantages(scores, weights, group_size):
     """Group-relative advantages (Eq. 14): scores [R,B] of all pictures, groups consecutive -> [B].
 
-    Each reward: minus its group's mean, over the standard deviation of the batch; weighted sum;
-    standardised once more over the batch; clipped. A reward that does not vary gives 0.
+    Each reward less its group's mean; `weighed_sum`; clipped. A reward that does not vary gives 0.
     """
     grouped = scores.view(len(scores), -1, group_size)
     # The first picture's score goes first: where all score the same the rest is exactly 0.
     centred = grouped - grouped[..., :1]
     centred = centred - centred.mean(2, keepdim=True)
-    spread = scores.std(1).view(-1, 1, 1)
     weights = torch.as_tensor(weights, dtype=scores.dtype, device=scores.device).view(-1, 1, 1)
+    return weighed_sum(centred, scores, weights).clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP)
+
+
+def weighed_sum(centred, scores, weights):
+    """Each reward over its deviation in the batch, summed, standardised once more -> [B].
+
+    centred [R,groups,group_size]: scores less their group's mean; weights [R,1,1].
+    """
+    spread = scores.std(1).view(-1, 1, 1)
     total = (weights * centred / (spread + 1e-4)).sum(0).flatten()
-    total = total / (total.std() + 1e-4)  # its mean is 0 already
-    return total.clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP)
+    return total / (total.std() + 1e-4)  # its mean is 0 already
 
 
 def policy_loss(log_p, old_log_p, advantage):
@@ -570,12 +576,7 @@ def load_rewards(args, weights, device, rows):
     """
     home = torch.device("cpu") if args.low_memory else device
     dtype = getattr(torch, args.reward_dtype)
-    loaded = checked(build, weights, home, args.reward_path, dtype)
-    prompts = [row["prompt"] for row in rows]
-    metadata = [row["metadata"] for row in rows]
-    for reward in loaded:
-        checked(reward.check, prompts, metadata)
-    return [guarded(reward) for reward in loaded]
+    return checked(build_for, rows, weights, home, args.reward_path, dtype)
 
 
 def described(reward):

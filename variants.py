@@ -10,8 +10,6 @@ import torch
 from common import die
 from cps import at_least_float32, per_sample, renoise
 
-ADVANTAGE_CLIP = 5.0
-
 
 # ---- both stages ---------------------------------------------------------------------------------
 def sub_interval(s, t):
@@ -64,16 +62,10 @@ def log_prob(x_next, mean, std):
     return -(square / (2 * variance)).flatten(1).sum(1)
 
 
-def advantages(scores, weights, group_size):
-    """Each reward over its own group's standard deviation, and no more (Eq. 14): [R,B] -> [B]."""
-    grouped = scores.view(len(scores), -1, group_size)
-    centred = grouped - grouped[..., :1]
-    centred = centred - centred.mean(2, keepdim=True)
-    spread = grouped.std(2, keepdim=True)
-    weights = torch.as_tensor(weights, dtype=scores.dtype, device=scores.device).view(-1, 1, 1)
-    each = weights * centred / (spread + 1e-4)
-    total = each.sum(0).flatten()
-    return total.clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP)
+def weighed_sum(centred, scores, weights):
+    """Each reward over its own group's standard deviation, and no more (Eq. 14) -> [B]."""
+    spread = scores.view(centred.shape).std(2, keepdim=True)
+    return (weights * centred / (spread + 1e-4)).sum(0).flatten()
 
 
 def subset_weight(K, M):
@@ -103,7 +95,7 @@ VARIANTS = {  # name: (function, the stages that have it)
     "score_gradient": (generator_loss, (1, 2)),
     "dmd2": (executed_levels, (1,)),
     "gaussian_log_prob": (log_prob, (2,)),
-    "group_std": (advantages, (2,)),
+    "group_std": (weighed_sum, (2,)),
     "subset_factor": (subset_weight, (2,)),
     "drawn_step": (anchor_step, (2,)),
     "rollout_log_prob": (old_log_prob, (2,)),

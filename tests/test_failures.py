@@ -80,7 +80,7 @@ def test_skipped_updates_are_counted_in_the_log(tmp_path):
     assert [line["skipped"] for line in log_of(tmp_path)] == [0, 1, 0, 1]
 
 
-def test_a_nan_reward_of_one_picture_in_stage_2_skips_that_update_alone(run, tmp_path):
+def test_a_nan_reward_of_one_picture_in_stage_2_skips_that_update_alone(run, tmp_path, monkeypatch):
     """Through the batch's standard deviation it would be everyone's advantage."""
     flags, real, count = (
         [*RL, *ONE_BATCH, "--cold_start", run.cold],
@@ -99,7 +99,8 @@ def test_a_nan_reward_of_one_picture_in_stage_2_skips_that_update_alone(run, tmp
         return [poisoned, checker]
 
     good(here(rtdmd_rl, *flags, "--epochs", 1, "--out_dir", tmp_path / "before"))
-    good(here(rtdmd_rl, *flags, "--epochs", 2, "--out_dir", tmp_path / "out", build=build))
+    monkeypatch.setattr(rewards, "build", build)
+    good(here(rtdmd_rl, *flags, "--epochs", 2, "--out_dir", tmp_path / "out"))
     before, after = load(tmp_path / "before/ckpt.pt"), load(tmp_path / "out/ckpt.pt")
     assert torch.equal(flat(before["generator"]), flat(after["generator"])) and not torch.equal(
         flat(before["fake"]), flat(after["fake"])
@@ -235,10 +236,11 @@ bad_reward.__dict__.update(
 )
 
 
-def test_a_reward_that_raises_is_named_with_the_prompts(run, tmp_path, capsys):
-    build, end = lambda *_: [bad_reward], ["--out_dir", tmp_path / "out"]
+def test_a_reward_that_raises_is_named_with_the_prompts(run, tmp_path, capsys, monkeypatch):
+    end = ["--out_dir", tmp_path / "out"]
+    monkeypatch.setattr(rewards, "build", lambda *_: [bad_reward])
     for status, _, err in (
-        here(rtdmd_rl, *RL, "--cold_start", run.cold, *end, build=build),
+        here(rtdmd_rl, *RL, "--cold_start", run.cold, *end),
         here(
             evaluate,
             "a circle",
@@ -246,7 +248,6 @@ def test_a_reward_that_raises_is_named_with_the_prompts(run, tmp_path, capsys):
             *["--cold_start", "", "--rtdmd", "", "--teacher", "--steps", 1],
             *["--rewards", "clipscore"],
             *end,
-            build=build,
         ),
     ):
         assert (
@@ -268,13 +269,14 @@ def test_a_reward_that_raises_is_named_with_the_prompts(run, tmp_path, capsys):
         assert str(shape) in (err := capsys.readouterr().err) and "'b'" in err and len(err) < 500
 
 
-def test_a_reward_that_never_varies_is_warned_of_once(run, tmp_path, capsys):
+def test_a_reward_that_never_varies_is_warned_of_once(run, tmp_path, capsys, monkeypatch):
     def half(images, prompts, metadata):
         return torch.tensor(
             [0.3, 0.3, 0.3, 0, 1, 2]
         )  # two groups of three, of which one does not vary
 
     half.__dict__.update(bad_reward.__dict__)
+    monkeypatch.setattr(rewards, "build", lambda *_: [half])
     good(
         here(
             rtdmd_rl,
@@ -289,7 +291,6 @@ def test_a_reward_that_never_varies_is_warned_of_once(run, tmp_path, capsys):
             run.cold,
             "--out_dir",
             tmp_path,
-            build=lambda *_: [half],
         )
     )
     assert log_of(tmp_path)[0]["flat_groups"] == 0.5

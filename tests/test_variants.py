@@ -74,10 +74,10 @@ def test_a_name_that_is_unknown_or_of_the_other_stage_ends_the_program(names, st
 
 def test_swapping_replaces_names_where_they_are_and_adds_none():
     one = {"log_prob": "default", "renoise": "kept"}
-    two = {"advantages": "default"}
+    two = {"weighed_sum": "default"}
     variants.swap("gaussian_log_prob,group_std", 2, one, two)
     assert one == {"log_prob": variants.log_prob, "renoise": "kept"}
-    assert two == {"advantages": variants.advantages}
+    assert two == {"weighed_sum": variants.weighed_sum}
     variants.swap("", 2, one, two)
     assert one["renoise"] == "kept"
 

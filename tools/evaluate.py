@@ -16,8 +16,8 @@ import os
 import torch
 
 from common import checked, die, parse, setup, write_atomically
-from model import StableDiffusion3, note_prompts
-from rewards import build, guarded
+from model import note_prompts
+from rewards import build_for
 from sample import (
     PRESETS,
     as_teacher,
@@ -25,6 +25,7 @@ from sample import (
     draw_all,
     flags,
     generator_files,
+    load_base,
     load_generator,
     rows_to_draw,
     settled,
@@ -59,13 +60,7 @@ def arguments():
 def load_rewards(args, rows, device):
     """The rewards of --rewards; dies where one is not there or does not like the prompts."""
     dtype = getattr(torch, args.reward_dtype)
-    rewards = checked(build, args.rewards, device, args.reward_path, dtype)
-    rewards = [guarded(reward) for reward in rewards]
-    prompts = [row["prompt"] for row in rows]
-    metadata = [row["metadata"] for row in rows]
-    for reward in rewards:
-        checked(reward.check, prompts, metadata)
-    return rewards
+    return checked(build_for, rows, args.rewards, device, args.reward_path, dtype)
 
 
 def scores_of(base, adapters, rows, args, rewards):
@@ -174,8 +169,7 @@ def main():
     device, _, _ = setup(args, training=False)
     files = generator_files(args)
     args = settled(args, files)
-    compiled = bool(args.compile) and device.type == "cuda"
-    base = StableDiffusion3(args.pretrained, device, args.resolution, compile=compiled)
+    base = load_base(args, device)
     rewards = load_rewards(args, rows, device)
     adapters = [] if args.teacher else load_generator(base, files, args.lora_alpha)
     note_prompts(base, rows[:: args.num_images])  # each once, however many pictures it gets

@@ -568,7 +568,7 @@ STAGE_2_MATHEMATICS = [
     Fault(
         "advantages: batch and group swapped",
         "spread = scores.std(1).view(-1, 1, 1)",
-        "spread = grouped.std(2, keepdim=True)",
+        "spread = scores.view(centred.shape).std(2, keepdim=True)",
         TWO,
     ),
     Fault("advantages: one spread for all rewards", "scores.std(1).view(-1, 1, 1)", "scores.std()"),
@@ -586,6 +586,7 @@ STAGE_2_MATHEMATICS = [
         "advantages: divided by the group's size",
         "(spread + 1e-4)).sum(0)",
         "(spread + 1e-4)).mean(0)",
+        TWO,
     ),
     Fault("policy: the sign", "return -torch.minimum(ratio", "return torch.minimum(ratio"),
     Fault(
@@ -1649,7 +1650,7 @@ HOUSE = [
     ),
     Fault(
         "group_std: over the batch",
-        "spread = grouped.std(2, keepdim=True)",
+        "spread = scores.view(centred.shape).std(2, keepdim=True)",
         "spread = scores.std(1).view(-1, 1, 1)",
         "variants.py",
     ),
