@@ -516,10 +516,7 @@ def take_settings(args, path, names=SAMPLING, called=None):
         value = settings.get(name)
         if value is None:
             continue
-        kind = SAMPLING[name]
-        if type(value) not in ((int, float) if kind is float else (kind,)) or not in_range(
-            name, value
-        ):
+        if not may_be(name, value):
             die(f"{path}: {SETTINGS_NAME} beside it says {name} {value!r}, which cannot be")
         if name == "pretrained" and os.path.isabs(value) and not os.path.isdir(value):
             if "pretrained" not in flags_given():
@@ -536,14 +533,20 @@ def take_settings(args, path, names=SAMPLING, called=None):
             note(f"--{attribute} {given} is used, though {path} was made with {name} {value}")
 
 
+def may_be(name, value):
+    """Whether a setting has the type and the range that it must have."""
+    kinds = (int, float) if SAMPLING[name] is float else (SAMPLING[name],)
+    return type(value) in kinds and in_range(name, value)
+
+
 # ---- the checkpoints of a run --------------------------------------------------------------------
 SAVE_MINUTES = 20  # without a checkpoint
 # Flags that may change when a run goes on: the result is the same, but for its length. Of paths it is
 # the content that counts, see `content_of`.
 FREE = {
     "out_dir", "device", "micro_batch", "steps", "epochs", "cache_text", "preset", "paper",
-    "pretrained", "cold_start", "prompts", "reward_path", "sample_every", "save_every", "eval_rewards", "eval_every",
-    "eval_prompts", "compile", "graphs", "wandb", "low_memory",
+    "pretrained", "cold_start", "prompts", "reward_path", "sample_every", "save_every",
+    "eval_rewards", "eval_every", "eval_prompts", "compile", "graphs", "wandb", "low_memory",
 }  # fmt: skip
 
 

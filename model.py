@@ -82,7 +82,7 @@ class StableDiffusion3:
         self.transformer = self.pipe.transformer
         self.latent_shape = latent_shape(self.pipe, resolution)
         self.shift = self.pipe.scheduler.config.shift
-        self.encode = TextEncoder(self.pipe, text_tokens(self.pipe))
+        self.encode = TextEncoder(self.pipe, text_tokens(self.pipe.tokenizer_3))
         self.empty_text = None  # of classifier-free guidance, encoded when first needed
         if compile:
             compile_blocks(self.pipe)
@@ -101,7 +101,8 @@ class StableDiffusion3:
 
     def cache_texts(self, prompts, path):
         """Encode all prompts now, into a file, and free the text encoders; see TextTable."""
-        self.encode = TextTable(self.pipe, text_tokens(self.pipe), prompts, path, self.pretrained)
+        n_tokens = self.encode.max_sequence_length
+        self.encode = TextTable(self.pipe, n_tokens, prompts, path, self.pretrained)
         self.empty_text = None
 
     def velocity(self, adapters, text, cfg=1.0):
@@ -189,11 +190,11 @@ def latent_shape(pipe, resolution):
     return pipe.transformer.config.in_channels, side, side
 
 
-def text_tokens(pipe):
-    """How many T5 tokens of a prompt are read."""
-    if pipe.tokenizer_3 is None:
+def text_tokens(tokenizer):
+    """How many T5 tokens of a prompt are read; tokenizer: T5's, None where the base has none."""
+    if tokenizer is None:
         return MOST_TEXT_TOKENS
-    return min(MOST_TEXT_TOKENS, pipe.tokenizer_3.model_max_length)
+    return min(MOST_TEXT_TOKENS, tokenizer.model_max_length)
 
 
 def compile_blocks(pipe):

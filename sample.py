@@ -196,17 +196,21 @@ def integrate(v, noise, levels, eta):
     return rollout(v, noise[0], levels, steps, eta, [*noise[1:], *[none] * steps])[-1]
 
 
-def draw_all(base, adapters, rows, args, look=None):
-    """Draw every row into args.out_dir: 00000.png and so on, and grid.png with the first ones.
+def load_base(args, device):
+    """The base model that the flags name."""
+    compiled = bool(args.compile) and device.type == "cuda"
+    return StableDiffusion3(args.pretrained, device, args.resolution, compile=compiled)
 
-    look(pictures [B,3,H,W], their rows) is called with each batch.
+
+def renderer(base, adapters, args):
+    """-> (noise levels, a function of noise and text that gives pictures [B,3,H,W]).
+
+    With --compile on a GPU the function is recorded, and knows one batch size.
     """
-    device = base.device
     if args.teacher:
         levels = checked(teacher_levels, base, args.steps)
     else:
         levels = sigmas(args.steps, base.shift)
-    os.makedirs(args.out_dir, exist_ok=True)
     fix_adapters(base.transformer, adapters)
 
     @torch.no_grad()
@@ -214,8 +218,19 @@ def draw_all(base, adapters, rows, args, look=None):
         v = base.velocity(adapters, text, args.cfg)
         return base.decode(integrate(v, noise, levels, args.eta))
 
+    (render,) = graphed(bool(args.compile), base.device, render)
+    return levels, render
+
+
+def draw_all(base, adapters, rows, args, look=None):
+    """Draw every row into args.out_dir: 00000.png and so on, and grid.png with the first ones.
+
+    look(pictures [B,3,H,W], their rows) is called with each batch.
+    """
+    device = base.device
+    levels, render = renderer(base, adapters, args)
     recorded = bool(args.compile) and device.type == "cuda"
-    (render,) = graphed(recorded, device, render)
+    os.makedirs(args.out_dir, exist_ok=True)
     batch_size = min(args.batch_size, len(rows))
     shown = []
     start = time.time()
@@ -243,8 +258,7 @@ def main():
     device, _, _ = setup(args, training=False)
     files = generator_files(args)
     args = settled(args, files)
-    compiled = bool(args.compile) and device.type == "cuda"
-    base = StableDiffusion3(args.pretrained, device, args.resolution, compile=compiled)
+    base = load_base(args, device)
     adapters = [] if args.teacher else load_generator(base, files, args.lora_alpha)
     note_prompts(base, rows[:: args.num_images])  # each once, however many pictures it gets
     draw_all(base, adapters, rows, args)

@@ -26,9 +26,8 @@ import torch
 
 from checkpoint import settings_of
 from common import Parser, die, make_out_dir, note, parse, setup, write_atomically
-from sample import PRESETS
 from tiny import CATEGORIES
-from tools.tiny_scores import evaluate, generator_of, load_tiny, report_captions
+from tools.tiny_scores import PRETRAINED, evaluate, generator_of, load_tiny, report_captions
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -190,7 +189,7 @@ def score(args, row, seed, device):
     out = folder(args, row, seed)
     if row.program == FAKE or is_there(args, row, seed) or not is_finished(args, row, out):
         return
-    base, clips = load_tiny(PRESETS["tiny"]["pretrained"], device)
+    base, clips = load_tiny(PRETRAINED, device)
     if row.program == STAGE_1:
         adapters = generator_of(base, out)
     else:

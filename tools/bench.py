@@ -25,8 +25,7 @@ from transformers import AutoTokenizer
 import sample
 from checkpoint import settings_of
 from common import Parser, die, parse, setup
-from cps import sigmas
-from model import MOST_TEXT_TOKENS, StableDiffusion3, graphed
+from model import text_tokens
 from tools.plots import read_log
 
 WITH_GRADIENT = 2  # forwards that one with a backward pass counts for
@@ -111,7 +110,7 @@ def forward_flops(pretrained, resolution):
         transformer = SD3Transformer2DModel.from_config(config)
         vae = AutoencoderKL.load_config(pretrained, subfolder="vae")
         side = resolution // 2 ** (len(vae["block_out_channels"]) - 1)
-        tokens = text_tokens(pretrained)
+        tokens = prompt_tokens(pretrained)
         inputs = {
             "hidden_states": torch.zeros(1, config["in_channels"], side, side),
             "encoder_hidden_states": torch.zeros(1, tokens, config["joint_attention_dim"]),
@@ -123,14 +122,14 @@ def forward_flops(pretrained, resolution):
     return counter.get_total_flops()
 
 
-def text_tokens(pretrained):
+def prompt_tokens(pretrained):
     """How many tokens a prompt has for the transformer: those of CLIP and then those of T5."""
     clip = AutoTokenizer.from_pretrained(pretrained, subfolder="tokenizer")
     try:
         t5 = AutoTokenizer.from_pretrained(pretrained, subfolder="tokenizer_3")
     except (OSError, ValueError):  # a base without T5 is given zeros
-        return clip.model_max_length + MOST_TEXT_TOKENS
-    return clip.model_max_length + min(MOST_TEXT_TOKENS, t5.model_max_length)
+        t5 = None
+    return clip.model_max_length + text_tokens(t5)
 
 
 def matmul_tflops(n=8192):
@@ -198,20 +197,9 @@ def bench_picture():
     device, _, _ = setup(args, training=False)
     files = sample.generator_files(args)
     args = sample.settled(args, files)
-    compiled = bool(args.compile) and device.type == "cuda"
-    base = StableDiffusion3(args.pretrained, device, args.resolution, compile=compiled)
+    base = sample.load_base(args, device)
     adapters = [] if args.teacher else sample.load_generator(base, files, args.lora_alpha)
-    sample.fix_adapters(base.transformer, adapters)
-    levels = sigmas(args.steps, base.shift)
-    if args.teacher:
-        levels = sample.teacher_levels(base, args.steps)
-
-    @torch.no_grad()
-    def render(noise, *text):
-        v = base.velocity(adapters, text, args.cfg)
-        return base.decode(sample.integrate(v, noise, levels, args.eta))
-
-    (render,) = graphed(bool(args.compile), device, render)
+    levels, render = sample.renderer(base, adapters, args)
 
     def clock():
         if device.type == "cuda":
