@@ -145,7 +145,8 @@ def steps_back(u):
 def ambient_loss(v_fake, v_target, sig):
     """Denoising score matching from a start that is noisy itself (Eq. 10, Prop. D.1) -> [B].
 
-    v_target grows like 1 / sig as t -> s: sig keeps the loss finite.
+    v_target grows like 1 / sig as t -> s: sig keeps the loss finite. With the release's weight it is
+    min(1, 10 sig^2) (v_fake - v_target)^2.
     """
     weight = (1 / sig**2).clamp(0, 10)
     return (weight * (sig * v_fake - sig * v_target) ** 2).flatten(1).mean(1)
@@ -154,7 +155,8 @@ def ambient_loss(v_fake, v_target, sig):
 def consistency_loss(fake, x_t, v_t, t, t_below, noise1, noise2, eta):
     """fake's prediction of x0 must not drift, on average, along fake's own path (Eq. 11) -> [B].
 
-    v_t = fake(x_t, t); t, t_below [B]. The squared average drift is estimated by a product of two
+    v_t = fake(x_t, t); t, t_below [B]. The gradient goes through all three predictions of x0, and not
+    through the steps between them. The squared average drift is estimated by a product of two
     independent drifts; the square of one would add its variance (Eq. 22, App. F).
     """
     x1, _, _ = cps_step(x_t, v_t.detach(), t, t_below, eta, noise1)
@@ -169,7 +171,7 @@ def consistency_loss(fake, x_t, v_t, t, t_below, noise1, noise2, eta):
 def consistency_path(fake, x_s, s, s_next, x_t, v_t, t, back):
     """Where Eq. 11 is asked for -> (x_t, fake's velocity there, t', t''): from t to up to 0.2 below it.
 
-    (s_next [B], the generator's next level, is for the paper's letter, variants.py.)
+    (fake, x_s, s and s_next, the generator's next level, serve the paper's letter alone: variants.py.)
     """
     return x_t, v_t, t, (t - back).clamp(min=0)
 
@@ -196,8 +198,8 @@ def generator_loss(x_s, s, t, noise, noise_back, teacher, fake, eta):
 
     Teacher (with guidance) and fake both look at x_s re-noised to t. Each takes one CPS step back to
     s with the same noise. Where they land differs by the difference of their scores. The loss's
-    gradient with respect to x_s is (y_fake - y_teacher) / mean |x_s - y_teacher|, averaged over the
-    elements.
+    gradient with respect to x_s is (y_fake - y_teacher) / mean |x_s - y_teacher|, divided by the
+    number of elements.
     """
     with torch.no_grad():
         x_t = renoise(x_s, s, t, noise)
@@ -210,7 +212,7 @@ def generator_loss(x_s, s, t, noise, noise_back, teacher, fake, eta):
 
 
 def executed_levels(levels, k):
-    """Noise levels of the k steps that are executed: from 1 to s."""
+    """Noise levels of the k steps that are executed: from 1 to s. (A function for DMD2: variants.py.)"""
     return levels[: k + 1]
 
 
@@ -295,7 +297,7 @@ def main():
     def velocity_of(text):
         return lambda x, level: student_pass(x, x.new_full((len(x),), level), *text)
 
-    silent = None if rank == 0 else True
+    silent = None if rank == 0 else True  # None: no bar where there is no terminal
     bar = tqdm(range(run.start, args.steps), initial=run.start, total=args.steps, disable=silent)
     log = Log(args, run.start, device)
     skipped = {"generator": 0, "fake": 0}  # updates in a row that were not finite

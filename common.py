@@ -223,7 +223,7 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
 
 
 # ---- random numbers and order of prompts: functions of (seed, step), so there is no state to save --
-def generator(device, *key):
+def seeded_rng(device, *key):
     """A random generator seeded by its key, e.g. (seed, step)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
@@ -252,7 +252,7 @@ class StepRandom:
 
     def __init__(self, seed, step, n_pictures, my_rows, shape, device):
         self.scalars = random.Random(f"{seed}/{step}")  # the same on all ranks
-        self.tensors = generator(device, seed, step)
+        self.tensors = seeded_rng(device, seed, step)
         self.n_pictures = n_pictures
         self.my_rows = my_rows
         self.shape = shape

@@ -137,7 +137,7 @@ def log_prob(x_next, mean, std):
 
 
 def rollout(velocity, x, levels, k, eta, noises):
-    """The first k CPS steps from noise x (Eq. 8) -> [x_0, ..., x_k]; x_i is at noise level levels[i].
+    """The first k CPS steps from noise x (Eq. 8) -> path; path[0] is x, path[i] is at level levels[i].
 
     velocity(x [B,...], sigma float) -> like x. noises: one tensor like x for each step. Gradients
     follow torch's grad mode.

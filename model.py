@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from checkpoint import read_adapter, settled_alpha
-from common import all_reduce, as_bytes, die, generator, is_rank_0, note, write_atomically
+from common import all_reduce, as_bytes, die, is_rank_0, note, seeded_rng, write_atomically
 from cps import at_least_float32, rollout, sigmas
 
 # Before anything is loaded, the models of rewards too: else there are progress bars, and what the
@@ -666,7 +666,7 @@ def preview(base, adapters, rows, args, name):
     if not is_rank_0():
         return
     levels = base.levels(args.num_steps)
-    rng = generator(base.device, "preview", args.seed)
+    rng = seeded_rng(base.device, "preview", args.seed)
     text = base.encode([rows[i * len(rows) // 8]["prompt"] for i in range(8)])
     shape = (8, *base.latent_shape)
     noise = [torch.randn(shape, generator=rng, device=base.device) for _ in levels]

@@ -41,9 +41,9 @@ from common import (
     data_order,
     die,
     distance,
-    generator,
     is_rank_0,
     parse,
+    seeded_rng,
     setup,
     shard,
     update,
@@ -171,7 +171,10 @@ def arguments():
     add("--lr", type=float, default=3e-6, help="learning rate of the generator")
     add("--fake_lr", type=float, default=3e-5, help="learning rate of the fake score")
     add(
-        "--ema", type=float, default=0.9, help="decay of the average, 16 times; see `average_decay`"
+        "--ema",
+        type=float,
+        default=0.9,
+        help="decay of the average; .9 means .9^16 an update, as in the release",
     )
     add("--ema_every", type=int, default=8, help="update the average every so many epochs")
     # the machine
@@ -215,7 +218,7 @@ def advantages(scores, weights, group_size):
     Each reward less its group's mean; `weighed_sum`; clipped. A reward that does not vary gives 0.
     """
     grouped = scores.view(len(scores), -1, group_size)
-    # The first picture's score goes first: where all score the same the rest is exactly 0.
+    # Less the first picture's score before the mean: where all score the same, exactly 0 is left.
     centred = grouped - grouped[..., :1]
     centred = centred - centred.mean(2, keepdim=True)
     weights = torch.as_tensor(weights, dtype=scores.dtype, device=scores.device).view(-1, 1, 1)
@@ -235,7 +238,8 @@ def weighed_sum(centred, scores, weights):
 def policy_loss(log_p, old_log_p, advantage):
     """PPO's clipped surrogate (Eq. 14), all [B] -> [B].
 
-    With the policy that drew the samples the ratio is 1 and the gradient -advantage * grad log_p.
+    With the policy that drew the samples the ratio is 1 and the gradient -advantage * grad log_p;
+    so it is by default, see `old_log_prob`, and nothing is clipped.
     """
     ratio = torch.exp(log_p - old_log_p)
     clipped = ratio.clamp(1 - RATIO_CLIP, 1 + RATIO_CLIP)
@@ -266,7 +270,7 @@ def shared_noise(draw, prompts, *key):
         return torch.empty(0, *draw.shape, device=draw.device)
     noise_of = {}
     for prompt in dict.fromkeys(prompts):
-        rng = generator(draw.device, *key, prompt)
+        rng = seeded_rng(draw.device, *key, prompt)
         noise_of[prompt] = torch.randn(draw.shape, generator=rng, device=draw.device)
     return torch.stack([noise_of[prompt] for prompt in prompts])
 
@@ -391,7 +395,7 @@ def main():
         return args.dm_weight * torch.autograd.grad(loss, x_s)[0], loss.detach()
 
     def step_pass(x, s, t, noise, gradient, *text):
-        """One step of the student; gradient is that of the loss with respect to its result."""
+        """One step of the student; gradient: of the loss, at its result (a recorded pass returns one)."""
         x_t, _, _ = cps_step(x, student(text)(x, s), s, t, args.eta, noise)
         x_t.backward(gradient)
         return x_t.detach()
@@ -413,7 +417,7 @@ def main():
 
     @torch.no_grad()
     def roll_out(x_start, level, noise, texts):
-        """All K steps -> the states x_0 ... x_K, and the log-probability of each step."""
+        """All K steps -> path, from noise path[0] to pictures path[K]; each step's log-probability."""
         path = [x_start] + [torch.empty_like(x_start) for _ in range(K)]
         log_p = torch.zeros(K, n_mine, device=device)
         for b, text in zip(large, texts):
@@ -426,19 +430,20 @@ def main():
                     log_p[k][b] = log_prob(x_next, mean, std)
         return path, log_p
 
-    def score(x_0, prompts, metadata, sums, squares):
-        """Rewards of the pictures -> [R, n_pictures] of all ranks, and their gradient at x_0 (Eq. 15)."""
+    def score(latents, prompts, metadata, sums, squares):
+        """Rewards of the pictures -> [R, n_pictures] of all ranks, and their gradient at the latents."""
         scores = torch.zeros(len(rewards), n_pictures, device=device)  # a rank fills in its own
         my_scores = scores[:, my_rows]
-        gradient = torch.zeros_like(x_0)
+        gradient = torch.zeros_like(latents)
         move(rewards, device if args.low_memory else None)
         for b in small:
             with torch.set_grad_enabled(bool(det_weight)):
-                x = x_0[b].detach().requires_grad_(bool(det_weight))
+                x = latents[b].detach().requires_grad_(bool(det_weight))
                 each = score_all(rewards, base.decode(x), prompts[b], metadata[b])
             my_scores[:, b] = torch.stack(each).detach()
             if det_weight:
                 total = sum(r.weight * score for r, score in zip(rewards, each) if r.differentiable)
+                # below the margin the gradient is -reward's, above it nothing (Eq. 15; the release's)
                 loss = torch.relu(args.margin - total).sum() / n_pictures
                 (gradient[b],) = torch.autograd.grad(det_weight * loss, x)
                 sums.add(loss_det=loss.detach())
@@ -461,7 +466,7 @@ def main():
             small_texts += zip(*(tensor.split(args.micro_batch) for tensor in text))
         return large_texts, small_texts
 
-    silent = None if rank == 0 else True
+    silent = None if rank == 0 else True  # None: no bar where there is no terminal
     bar = tqdm(range(run.start, args.epochs), initial=run.start, total=args.epochs, disable=silent)
     log = Log(args, run.start, device)
     skipped = {"generator": 0, "fake": 0}  # updates in a row that were not finite
@@ -469,14 +474,16 @@ def main():
     for epoch in bar:
         # ---- draw: prompts, the subset S of steps to reinforce (Eq. 16), and all noise
         draw = StepRandom(args.seed, epoch, n_pictures, my_rows, base.latent_shape, device)
-        S = sorted(draw.scalars.sample(range(K - 1), M))
+        S = sorted(
+            draw.scalars.sample(range(K - 1), M)
+        )  # k: from path[k] to path[k + 1]; paper: k + 1
         last = anchor_step(draw, K)
         prompts, metadata = my_prompts(epoch)
         large_texts, small_texts = text_of(prompts)
         x_start = draw.normal()
         noise = step_noise(draw, K, S, prompts, args.seed, epoch)
         sums = Sums(device, "loss_fake", "loss_policy", "loss_det", "loss_dm", "drift_clipped")
-        squares = Sums(device, "slope_det", "slope_dm")  # of gradients at x_0: which term leads
+        squares = Sums(device, "slope_det", "slope_dm")  # of gradients at the pictures: which leads
         log.lap("text")
 
         # ---- every few epochs the average moves towards the weights, before this epoch's update
@@ -487,7 +494,7 @@ def main():
         path, log_p = roll_out(x_start, level, noise, large_texts)
         log.lap("rollout")
 
-        # ---- fake follows the student: one update on the finished pictures, s = 0 (Eq. 10-12)
+        # ---- fake follows the student: one update, on the finished pictures by default (Eq. 10-12)
         here, below = level[last], level[min(last + 1, K)]
         t = renoise_time(levels[last], draw.uniform())
         t_noise, back = draw.normal(), steps_back(draw.uniform())
@@ -497,7 +504,7 @@ def main():
         grad_fake = update(fake_params, fake_opt, skipped, "fake", sums["loss_fake"])
         log.lap("fake")
 
-        # ---- score the pictures; differentiable rewards give a gradient at x_0 (Eq. 15)
+        # ---- score the pictures; differentiable rewards give a gradient at their latents (Eq. 15)
         scores, reward_gradient = score(path[K], prompts, metadata, sums, squares)
         gradients = {K: reward_gradient} if det_weight else {}
         log.lap("rewards")
@@ -514,8 +521,8 @@ def main():
                 squares.add(slope_dm=gradient.square().sum())
             log.lap("anchor")
 
-        # ---- both gradients through the student's step, whose input is a constant: what it owes to
-        # the student is SubGRPO's part (App. G.2)
+        # ---- both gradients through the student's step. Its input is detached: how the student came
+        # there is credited by SubGRPO (App. G.2)
         for b, text in zip(large, large_texts):
             for k, gradient in gradients.items():
                 inputs = (path[k - 1], level[k - 1], level[k], noise[k - 1], gradient)
@@ -534,11 +541,13 @@ def main():
                 loss, outside, drift = policy_pass(*inputs, n_kept, *text)
                 sums.add(loss_policy=loss, drift_clipped=outside / n_pictures / M)
                 largest_drift = torch.maximum(largest_drift, drift)
+        # Without their weights, which have acted in the passes: for `update` to see a nan in any.
         loss = sums["loss_policy"] + sums["loss_det"] + sums["loss_dm"]
         grad_student = update(student_params, student_opt, skipped, "generator", loss)
         log.lap("policy")
         if epoch + 1 < max(args.ema_every, 2):
-            # Nothing but the start is averaged yet: a run that ends here saves its weights, not zeros.
+            # Nothing but the start, which changes no picture, is averaged yet: a run that ends here
+            # saves its weights.
             torch._foreach_copy_(ema, weights_now)
 
         # ---- log, look, save
@@ -591,9 +600,8 @@ def score_all(rewards, pictures, prompts, metadata):
     """
     fine = pictures.isfinite().flatten(1).all(1)
     pictures = pictures.nan_to_num(0)
-    constant = (
-        pictures.detach()
-    )  # one tensor for all: rewards that share a detector look at it once
+    # One tensor for all: rewards that share a detector look at it once.
+    constant = pictures.detach()
     scores = []
     for reward in rewards:
         score = reward(pictures if reward.differentiable else constant, prompts, metadata)
@@ -667,7 +675,7 @@ def evaluate(base, rows, rewards, args, name):
         for k in range(args.num_steps + 1):
             of_each = []
             for place in places:
-                rng = generator(device, "eval", args.seed, place, k)
+                rng = seeded_rng(device, "eval", args.seed, place, k)
                 of_each.append(torch.randn(base.latent_shape, generator=rng, device=device))
             noise.append(torch.stack(of_each))
         student = base.velocity(STUDENT, base.encode(prompts))

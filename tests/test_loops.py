@@ -46,7 +46,7 @@ from rtdmd_rl import policy_loss, shared_noise
 
 def test_a_batch_is_the_same_on_any_number_of_ranks_and_every_prompt_comes_once_a_pass():
     def draw(n, step):
-        return torch.randn(n, 3, generator=common.generator("cpu", 0, step))
+        return torch.randn(n, 3, generator=common.seeded_rng("cpu", 0, step))
 
     for n, world in itertools.product((1, 2, 7, 12), (1, 2, 3)):
         parts = [draw(n, 9)[shard(n, rank, world)] for rank in range(world)]

@@ -15,7 +15,7 @@ import random
 import torch
 
 from cold_start import PRESETS, fake_score_loss, renoise_time, steps_back
-from common import Parser, as_bytes, generator, parse, setup, write_atomically
+from common import Parser, as_bytes, parse, seeded_rng, setup, write_atomically
 from cps import renoise, rollout
 from model import graphed
 from prompts import load_prompts
@@ -52,7 +52,7 @@ class Samples:
     def __init__(self, base, frozen, rows, n, k, *key):
         self.shape = (n, *base.latent_shape)
         self.device = base.device
-        self.rng = generator(base.device, *key)
+        self.rng = seeded_rng(base.device, *key)
         places = [random.Random(f"{key}/{i}").randrange(len(rows)) for i in range(n)]
         self.text = base.encode([rows[place]["prompt"] for place in places])
         start = self.normal()

@@ -406,13 +406,13 @@ STAGE_1 = [
     ),
     Fault(
         "stage 1: the same noise in every step",
-        "generator(device, seed, step)",
-        "generator(device, seed)",
+        "seeded_rng(device, seed, step)",
+        "seeded_rng(device, seed)",
     ),
     Fault(
         "stage 1: the seed does not reach the noise",
-        "generator(device, seed, step)",
-        "generator(device, step)",
+        "seeded_rng(device, seed, step)",
+        "seeded_rng(device, step)",
     ),
     Fault(
         "stage 1: the seed does not reach the step's numbers",
@@ -606,8 +606,8 @@ STAGE_2_MATHEMATICS = [
     ),
     Fault(
         "shared noise: the same for all prompts",
-        "generator(draw.device, *key, prompt)",
-        "generator(draw.device, *key)",
+        "seeded_rng(draw.device, *key, prompt)",
+        "seeded_rng(draw.device, *key)",
     ),
 ]
 
@@ -964,8 +964,8 @@ STAGE_2 = [
     ),
     Fault(
         "held-out rewards: one seed for all pictures",
-        'generator(device, "eval", args.seed, place, k)',
-        'generator(device, "eval", args.seed, k)',
+        'seeded_rng(device, "eval", args.seed, place, k)',
+        'seeded_rng(device, "eval", args.seed, k)',
     ),
     Fault(
         "held-out rewards: a sum in place of a mean",

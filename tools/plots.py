@@ -18,7 +18,7 @@ import torch
 import rtdmd_rl
 import variants
 from checkpoint import read
-from common import Parser, as_bytes, checked, die, generator, make_out_dir, setup, write_atomically
+from common import Parser, as_bytes, checked, die, make_out_dir, seeded_rng, setup, write_atomically
 from cps import renoise, rollout, sigmas
 from tiny import captions
 from tools.tiny_scores import PRETRAINED, evaluate, generator_of, load_tiny, report_captions
@@ -347,7 +347,7 @@ def draw_subsets(run, pretrained, path, device):
     shape = (len(prompts), *base.latent_shape)
 
     def normal(key):
-        return torch.randn(shape, generator=generator("cpu", "figures", key)).to(device)
+        return torch.randn(shape, generator=seeded_rng("cpu", "figures", key)).to(device)
 
     def shared(key):
         draw = SimpleNamespace(shape=base.latent_shape, device=device)
