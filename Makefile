@@ -1,4 +1,5 @@
 # make tiny: the whole paper on this machine: stage 1, stage 2, pictures, scoreboard. Called again, it goes on.
+# make long: five seeds of a long run on a GPU, with error bars.
 # make ablations: the paper's tables 3 and 4 at this scale. make smoke: one minute of tests. make test: all of them.
 PYTHON ?= python3
 RUN ?= out/tiny
@@ -17,6 +18,9 @@ tiny: .venv/plots
 
 ablations: .venv/done
 	.venv/bin/python -m tools.ablations
+
+long: .venv/done
+	.venv/bin/python -m tools.long --jobs 5
 
 smoke: .venv/dev
 	.venv/bin/python -m pytest -q test_smoke.py
@@ -47,4 +51,4 @@ clean:
 	touch $@
 
 .DEFAULT_GOAL = tiny
-.PHONY: tiny ablations smoke test lint clean
+.PHONY: tiny long ablations smoke test lint clean

@@ -66,6 +66,7 @@ PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "transformer.")
 ADAPTER_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")
+KEPT_GENERATOR = re.compile(r"generator_ema_(\d+)\.pt")  # of --keep_every
 
 
 # ---- find: from what the user names to one file -------------------------------------------------
@@ -74,7 +75,7 @@ def find_weights(where, stage, role="generator", must=True, quiet=False):
 
     where: a file, a directory in one of the known layouts, or a hub repository owner/name. stage:
     "cold_start" or "rtdmd". role: "generator", or "fake", which is looked for beside the generator
-    alone, so that the two are of one moment. quiet: without the notes, where they were printed
+    alone and, for a kept generator_ema_N.pt, under the same N, so that the two are of one moment. quiet: without the notes, where they were printed
     before. Returns None, or with `must` dies with one line, where there is none.
     """
     place = where
@@ -84,7 +85,9 @@ def find_weights(where, stage, role="generator", must=True, quiet=False):
     if path is not None:
         refuse_mixed(os.path.dirname(path))
         if role == "fake":
-            path = first_file(os.path.dirname(path), FAKE_NAMES)
+            kept = KEPT_GENERATOR.fullmatch(os.path.basename(path))
+            names = (f"fake_{kept[1]}.pt",) if kept else FAKE_NAMES
+            path = first_file(os.path.dirname(path), names)
         elif os.path.splitext(os.path.basename(path))[0] == "generator" and not quiet:
             note(f"{path} is taken, which is the generator before averaging")
     if path is None and must:
@@ -546,7 +549,7 @@ SAVE_MINUTES = 20  # without a checkpoint
 FREE = {
     "out_dir", "device", "micro_batch", "steps", "epochs", "cache_text", "preset", "paper",
     "pretrained", "cold_start", "prompts", "reward_path", "sample_every", "save_every",
-    "eval_rewards", "eval_every", "eval_prompts", "compile", "graphs", "wandb", "low_memory",
+    "keep_every", "eval_rewards", "eval_every", "eval_prompts", "compile", "graphs", "wandb", "low_memory",
 }  # fmt: skip
 
 
@@ -590,9 +593,10 @@ class Run:
             die(
                 f"{paths[0]} is not a checkpoint of this program, or of another version of it{hint}"
             )
+        free = FREE - {"steps"} if flags.get("anneal") else FREE  # where rates fall to 0 by the end
         changed = []
         for name, value in self.flags().items():
-            if name not in FREE and flags[name] != value:
+            if name not in free and flags[name] != value:
                 changed.append(f"--{name} {flags[name]} -> {value}")
         if changed:
             die(
@@ -614,8 +618,9 @@ class Run:
         """
         stopping = stop["agreed"] and step < last
         overdue = time.time() - self.saved_at > 60 * SAVE_MINUTES
-        if step % self.args.save_every == 0 or step == last or stopping or overdue:
-            self.save(step)
+        kept = self.args.keep_every > 0 and step % self.args.keep_every == 0
+        if step % self.args.save_every == 0 or step == last or kept or stopping or overdue:
+            self.save(step, kept)
             self.saved_at = time.time()
         if stopping:
             if is_rank_0():
@@ -627,8 +632,11 @@ class Run:
                 dist.destroy_process_group()
             sys.exit(0)
 
-    def save(self, step):
-        """Write generator_ema.pt and fake.pt (flat, published format) and ckpt.pt; rank 0 only."""
+    def save(self, step, kept=False):
+        """Write generator_ema.pt and fake.pt (flat, published format) and ckpt.pt; rank 0 only.
+
+        kept: the two stay as generator_ema_<step>.pt and fake_<step>.pt, too.
+        """
         if not is_rank_0():
             return
         out_dir = self.args.out_dir
@@ -646,6 +654,9 @@ class Run:
                 **content, "step": step, "flags": self.flags(), "made_with": self.made_with,
             },
         }  # fmt: skip
+        if kept:
+            files[f"generator_ema_{step}.pt"] = files["generator_ema.pt"]
+            files[f"fake_{step}.pt"] = files["fake.pt"]
         if os.path.exists(f"{out_dir}/log.jsonl"):
             sync(f"{out_dir}/log.jsonl")  # it must not be behind the checkpoint
         written = {}

@@ -7,7 +7,7 @@ One frozen transformer plays three roles, told apart by the LoRA adapter that is
     fake       "fake"        the velocity of what the student draws at the moment (the "fake score")
 
 A step of training (Algorithm 1, first half): the student draws k of its 4 steps, to x_s at noise
-level s. Every step, fake learns to denoise x_s. Every 10 steps the student moves x_s to where the
+level s. Every step, fake learns the velocity of x_s noised further, to a level t > s. Every 10 steps the student moves x_s to where the
 teacher, not fake, would have put it.
 
 Read from top to bottom: flags, losses, loop. The sampler is in cps.py, the transformer and its
@@ -97,9 +97,20 @@ def arguments():
     # optimisation
     add("--steps", type=int, default=15000, help="optimiser steps of the fake score")
     add("--batch_size", type=int, default=72, help="pictures a step, over all GPUs together")
-    add("--micro_batch", type=int, default=3, help="pictures a GPU handles at once: memory alone")
+    add(
+        "--micro_batch",
+        type=int,
+        default=3,
+        help="pictures a GPU handles at once; changes memory and speed alone",
+    )
     add("--lr", type=float, default=3e-5, help="learning rate of the generator")
     add("--fake_lr", type=float, default=3e-5, help="learning rate of the fake score")
+    add(
+        "--anneal",
+        type=float,
+        default=0.0,
+        help="share of the steps, the last ones, over which both fall to 0",
+    )
     add("--ema", type=float, default=0.99, help="decay of the generator's average, a step")
     # the machine
     add("--seed", type=int, default=0, help="one seed, one result, on any number of GPUs")
@@ -120,6 +131,7 @@ def arguments():
     add("--out_dir", default="out/cold_start", help="a run that is in there goes on")
     add("--sample_every", type=int, default=500, help="save a picture grid every so many steps")
     add("--save_every", type=int, default=500, help="save a checkpoint every so many steps")
+    add("--keep_every", type=int, default=0, help="keep generator_ema_N.pt every so many steps")
     add("--wandb", default="", metavar="PROJECT", help="log to Weights & Biases, too")
     return parse(parser, PRESETS, PAPER)
 
@@ -197,9 +209,9 @@ def generator_loss(x_s, s, t, noise, noise_back, teacher, fake, eta):
     """The distribution-matching term (Eq. 9) -> [B]. Stage 2 imports it as its anchor: that is Eq. 7.
 
     Teacher (with guidance) and fake both look at x_s re-noised to t. Each takes one CPS step back to
-    s with the same noise. Where they land differs by the difference of their scores. The loss's
-    gradient with respect to x_s is (y_fake - y_teacher) / mean |x_s - y_teacher|, divided by the
-    number of elements.
+    s with the same noise. Where they land differs by a positive multiple of the difference of their
+    scores. The loss's gradient with respect to x_s is (y_fake - y_teacher) / mean |x_s - y_teacher|,
+    divided by the number of elements.
     """
     with torch.no_grad():
         x_t = renoise(x_s, s, t, noise)
@@ -208,12 +220,30 @@ def generator_loss(x_s, s, t, noise, noise_back, teacher, fake, eta):
         size = (x_s - y_teacher).abs().flatten(1).mean(1).view(-1, 1, 1, 1)
         # 0 / 0 where both agree; any other nan stays one, so that `update` skips it
         target = x_s - torch.where(size == 0, 0, (y_fake - y_teacher) / size)
-    return 0.5 * (x_s - target).square().flatten(1).mean(1)
+    return 0.5 * step_weight(s) * (x_s - target).square().flatten(1).mean(1)
+
+
+def step_weight(s):
+    """Weight of Eq. 9 after a step that ends at level s: 1, although the last step then leads.
+
+    docs/paper.md has the sizes of the gradients.
+    """
+    return 1.0
 
 
 def executed_levels(levels, k):
     """Noise levels of the k steps that are executed: from 1 to s. (A function for DMD2: variants.py.)"""
     return levels[: k + 1]
+
+
+def set_rates(student_opt, fake_opt, step, args):
+    """Learning rates of a step: constant, then on a straight line to 0 over the last --anneal."""
+    share = 1.0
+    if args.anneal > 0:
+        share = min(1.0, (args.steps - step) / (args.anneal * args.steps))
+    for optimizer, rate in ((student_opt, args.lr), (fake_opt, args.fake_lr)):
+        for group in optimizer.param_groups:
+            group["lr"] = share * rate
 
 
 # -------------------------------------------------------------------------------------------------
@@ -315,6 +345,7 @@ def main():
         texts = [base.encode(prompts[b]) for b in micro_batches]
         sums = Sums(device, "loss_fake", "loss_ambient", "loss_consistency")
         norms = {}
+        set_rates(student_opt, fake_opt, step, args)
         log.lap("text")
 
         # ---- roll out: the first k steps of the student, without gradient (Eq. 8)
@@ -331,8 +362,7 @@ def main():
         levels_here = x_start.new_full((n_mine,), s)
         levels_next = x_start.new_full((n_mine,), levels[min(k + 1, args.num_steps)])
         t = renoise_time(s, draw.uniform())
-        noise = draw.normal()
-        back = steps_back(draw.uniform())
+        noise, back = draw.normal(), steps_back(draw.uniform())
         noise1, noise2 = draw.normal(), draw.normal()
         for b, text in zip(micro_batches, texts):
             loss, ambient, consistency = fake_pass(
@@ -343,7 +373,7 @@ def main():
         norms["grad_fake"] = update(fake_params, fake_opt, skipped, "fake", sums["loss_fake"])
         log.lap("fake")
 
-        # ---- the student follows the teacher, now and then, through its last step alone (Eq. 9)
+        # ---- the student follows the teacher, now and then, through its k-th step alone (Eq. 9)
         if (step + 1) % args.generator_every == 0:
             t = renoise_time(s, draw.uniform())
             noise, noise_back = draw.normal(), draw.normal()

@@ -62,6 +62,7 @@ FROM_1 = (
 RANGES = {
     "eta": (0, 1),
     "ema": (0, 1),
+    "anneal": (0, 1),
     "seed": (0, 2**63 - 1),
     "group_size": (2, 10**6),
     **dict.fromkeys(FROM_1, (1, 10**9)),

@@ -196,6 +196,7 @@ def arguments():
     add("--out_dir", default="out/rtdmd", help="a run that is in there goes on")
     add("--sample_every", type=int, default=25, help="save a picture grid every so many epochs")
     add("--save_every", type=int, default=500, help="save a checkpoint every so many epochs")
+    add("--keep_every", type=int, default=0, help="keep generator_ema_N.pt every so many epochs")
     add("--wandb", default="", metavar="PROJECT", help="log to Weights & Biases, too")
     args = parse(parser, PRESETS, PAPER)
     take_settings(args, find_weights(args.cold_start, "cold_start", quiet=True))
@@ -215,7 +216,8 @@ def arguments():
 def advantages(scores, weights, group_size):
     """Group-relative advantages (Eq. 14): scores [R,B] of all pictures, groups consecutive -> [B].
 
-    Each reward less its group's mean; `weighed_sum`; clipped. A reward that does not vary gives 0.
+    Subtract each group's mean, combine the rewards (`weighed_sum`), clip. A reward that does not vary
+    gives 0.
     """
     grouped = scores.view(len(scores), -1, group_size)
     # Less the first picture's score before the mean: where all score the same, exactly 0 is left.
@@ -276,7 +278,7 @@ def shared_noise(draw, prompts, *key):
 
 
 def step_noise(draw, K, S, prompts, *key):
-    """Noise of all K steps: steps in S explore; the others do not blur the comparison in a group."""
+    """Noise of all K steps (Eq. 16): in S each picture has its own, outside of S each prompt."""
     noise = []
     for k in range(K - 1):
         if k in S:
@@ -375,7 +377,8 @@ def main():
         return base.velocity([], text, args.cfg)
 
     # The work on one micro-batch: functions of tensors alone, which a GPU records once and replays.
-    # Losses are divided by all pictures, so that micro-batches and GPUs simply add up.
+    # Losses are divided by all pictures (the policy's by those whose advantage is not 0), so that
+    # micro-batches and GPUs simply add up.
     def student_pass(x, s, *text):
         return student(text)(x, s)
 
@@ -403,7 +406,7 @@ def main():
     def policy_pass(x, s, t, x_next, log_p_of_rollout, advantage, n_kept, *text):
         """SubGRPO of one step -> loss, how many ratios lie outside of the clip, the largest drift"""
         v = student(text)(x, s)
-        _, mean, std = cps_step(x, v, s, t, args.eta, x_next)  # x_next as a noise that is not used
+        _, mean, std = cps_step(x, v, s, t, args.eta, x_next)  # any noise: mean and std alone
         log_p = log_prob(x_next, mean, std)
         drift = (torch.exp(log_p - log_p_of_rollout) - 1).detach().abs()
         losses = policy_loss(log_p, old_log_prob(log_p, log_p_of_rollout), advantage)
@@ -474,9 +477,8 @@ def main():
     for epoch in bar:
         # ---- draw: prompts, the subset S of steps to reinforce (Eq. 16), and all noise
         draw = StepRandom(args.seed, epoch, n_pictures, my_rows, base.latent_shape, device)
-        S = sorted(
-            draw.scalars.sample(range(K - 1), M)
-        )  # k: from path[k] to path[k + 1]; paper: k + 1
+        # k in S is the step from path[k] to path[k + 1]; the paper counts from 1
+        S = sorted(draw.scalars.sample(range(K - 1), M))
         last = anchor_step(draw, K)
         prompts, metadata = my_prompts(epoch)
         large_texts, small_texts = text_of(prompts)
@@ -506,6 +508,7 @@ def main():
 
         # ---- score the pictures; differentiable rewards give a gradient at their latents (Eq. 15)
         scores, reward_gradient = score(path[K], prompts, metadata, sums, squares)
+        # {k: gradient at path[k]}
         gradients = {K: reward_gradient} if det_weight else {}
         log.lap("rewards")
 

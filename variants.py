@@ -49,6 +49,14 @@ def generator_loss(x_s, s, t, noise, noise_back, teacher, fake, eta):
 
 
 # ---- stage 1 -------------------------------------------------------------------------------------
+def step_weight(s):
+    """1 / (1-s)^2, which makes the four steps' gradients alike in size; the paper has no such weight.
+
+    A step to level s moves x_s by only 1-s of what it changes of x0, and that factor enters twice.
+    """
+    return 1 / (1 - s) ** 2
+
+
 def executed_levels(levels, k):
     """DMD2: the last executed step goes to level 0, whichever it is (give --gamma 0, too)."""
     return [*levels[:k], 0.0]
@@ -93,6 +101,7 @@ VARIANTS = {  # name: (function, the stages that have it)
     "printed_std": (sub_interval, (1, 2)),
     "step_consistency": (consistency_path, (1, 2)),
     "score_gradient": (generator_loss, (1, 2)),
+    "step_weight": (step_weight, (1,)),
     "dmd2": (executed_levels, (1,)),
     "gaussian_log_prob": (log_prob, (2,)),
     "group_std": (weighed_sum, (2,)),
@@ -107,13 +116,17 @@ def swap(names, stage, *namespaces):
     """Put the named variants in the place of the functions of the same name.
 
     names: separated by commas. namespaces: of the modules that call these functions by name. Dies at
-    a name that is unknown, or of the other stage.
+    a name that is unknown, of the other stage, or without effect.
     """
+    if {"step_weight", "score_gradient"} <= set(names.split(",")):
+        die("--variant: step_weight has no effect on score_gradient, leave one of them out")
     known = [name for name, (_, stages) in VARIANTS.items() if stage in stages]
     for name in filter(None, names.split(",")):
         if name not in known:
             die(f"--variant {name}: stage {stage} knows {', '.join(known)}")
         function, _ = VARIANTS[name]
-        for namespace in namespaces:
-            if function.__name__ in namespace:
-                namespace[function.__name__] = function
+        places = [space for space in namespaces if function.__name__ in space]
+        if not places:
+            die(f"--variant {name}: stage {stage} calls no function {function.__name__} by name")
+        for place in places:
+            place[function.__name__] = function

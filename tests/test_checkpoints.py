@@ -80,6 +80,73 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
         )
 
 
+@pytest.mark.parametrize("stage", ["cold", "rl"])
+def test_kept_files_are_those_of_a_run_that_ended_there(run, tmp_path, stage):
+    program, flags, length, half = stage_of(run, stage)
+    good(here(program, *flags, "--keep_every", half, "--out_dir", tmp_path / "kept"))
+    good(here(program, *flags, length, half, "--out_dir", tmp_path / "short"))
+    for name in ("generator_ema", "fake"):
+        kept = load(tmp_path / "kept" / f"{name}_{half}.pt")
+        assert same(kept, load(tmp_path / "short" / f"{name}.pt"))
+        last = load(tmp_path / "kept" / f"{name}.pt")
+        assert same(last, load(getattr(run, stage) / f"{name}.pt"))
+        assert not same(kept, last)
+
+
+def test_a_kept_generator_goes_with_the_fake_score_of_its_moment(tmp_path):
+    for name in (
+        "generator_ema.pt",
+        "fake.pt",
+        "generator_ema_5.pt",
+        "fake_5.pt",
+        "generator_ema_6.pt",
+    ):
+        (tmp_path / name).touch()
+
+    def fake_of(name):
+        return checkpoint.find_weights(str(tmp_path / name), "cold_start", "fake", must=False)
+
+    assert fake_of("generator_ema.pt") == str(tmp_path / "fake.pt")
+    assert fake_of("generator_ema_5.pt") == str(tmp_path / "fake_5.pt")
+    assert fake_of("generator_ema_6.pt") is None
+
+
+def rates_of(steps, anneal):
+    """The learning rates of generator and fake score in each step, over those of the flags."""
+    args = SimpleNamespace(lr=2.0, fake_lr=3.0, steps=steps, anneal=anneal)
+    optimizers = [torch.optim.SGD([torch.zeros(1)], lr=1.0) for _ in range(2)]
+    shares = []
+    for step in range(steps):
+        cold_start.set_rates(*optimizers, step, args)
+        student, fake = (optimizer.param_groups[0]["lr"] for optimizer in optimizers)
+        assert fake == pytest.approx(1.5 * student)
+        shares.append(student / 2)
+    return shares
+
+
+def test_annealed_rates_fall_to_0_over_the_last_share_of_the_steps():
+    assert rates_of(4, 0.0) == [1, 1, 1, 1]
+    assert rates_of(4, 0.5) == [1, 1, 1, 0.5]
+    assert rates_of(4, 1.0) == pytest.approx([1, 0.75, 0.5, 0.25])
+
+
+def test_an_annealed_run_goes_on_to_the_byte_and_not_with_another_length(tmp_path):
+    flags = [*COLD[:-6], "--steps", 4, "--anneal", 0.5]
+    whole, cut = [*flags, "--out_dir", tmp_path / "whole"], [*flags, "--out_dir", tmp_path / "cut"]
+    good(here(cold_start, *whole))
+    real = cold_start.fake_score_loss
+
+    def ask():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    here(cold_start, *cut, fake_score_loss=at_call(real, 3, ask))
+    assert load(tmp_path / "cut" / "ckpt.pt")["step"] < 4
+    status, _, err = here(cold_start, *cut, "--steps", 6)
+    assert status == 2 and "--steps 4 -> 6" in err
+    good(here(cold_start, *cut))
+    assert same_files(tmp_path / "whole", tmp_path / "cut")
+
+
 # ------------------------------------------------------------------------------------------------------------- it survives
 # Kill it anywhere: signals, crashes, full disks, damaged files. The crash test is a program of its own, too: crash.py.
 @pytest.fixture
@@ -102,7 +169,7 @@ def small_state(tmp_path):
         run = object.__new__(
             checkpoint.Run
         )  # without a model, and without looking at what is there
-        run.args = SimpleNamespace(out_dir=str(tmp_path), lr=1e-3, save_every=8)
+        run.args = SimpleNamespace(out_dir=str(tmp_path), lr=1e-3, save_every=8, keep_every=0)
         run.state, run.content, run.made_with, run.saved_at = state(step), {}, {}, time.time()
         run.save(step)
 

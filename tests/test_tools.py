@@ -22,7 +22,7 @@ import sample
 import tiny
 from gaussian import close
 from helpers import BASE, CPU, TINY, Code, good, here, listing, load, tiny_base
-from tools import ablations, bench, fake_quality, plots, scoreboard, tiny_scores
+from tools import ablations, bench, fake_quality, long, plots, scoreboard, tiny_scores
 
 ON_CPU = ["--device", "cpu"]
 
@@ -544,3 +544,59 @@ def test_bench_times_a_picture(run):
     assert list(numbers)[:2] == ["batch", "steps"]
     assert float(numbers["s, draw and decode"]) > 0
     assert float(numbers["pictures / s"]) > 0
+
+
+# ---- tools.long: which kept file is scored, and the table
+def log_with(rewards, spreads):
+    """A log of stage 2 with one reward and one latent_std for each 500 epochs."""
+    lines = []
+    for reward, spread in zip(rewards, spreads):
+        line = {"reward_clipscore": 0.5, "reward_checker": reward, "latent_std": spread}
+        lines += [line] * long.KEEP_EVERY
+    return lines
+
+
+@pytest.mark.parametrize(
+    "rewards, spreads, epoch",
+    [
+        ((0.7, 0.8, 0.9), (0.4, 0.4, 0.39), 1500),  # the best reward
+        ((0.7, 0.9, 0.8), (0.4, 0.4, 0.4), 1000),
+        ((0.7, 0.8, 0.9), (0.4, 0.4, 0.37), 1000),  # but not after the spread has fallen
+        ((0.7, 0.8, 0.9), (0.4, 0.3, 0.3), 500),  # the first is never left out
+    ],
+)
+def test_the_file_that_is_scored_is_chosen_by_training_rewards_and_spread(rewards, spreads, epoch):
+    assert long.chosen(log_with(rewards, spreads), [1000, 500, 1500]) == epoch
+
+
+def test_the_long_runs_rewards_are_weighed_as_in_training():
+    flags = long.STAGE_2.split()
+    given = flags[flags.index("--rewards") + 1]
+    assert given == ",".join(f"{name[7:]}:{weight}" for name, weight in long.WEIGHTS.items())
+
+
+def test_only_kept_files_within_the_run_are_looked_at(tmp_path):
+    for name in (
+        "generator_ema.pt",
+        "generator_ema_500.pt",
+        "generator_ema_1000.pt",
+        "fake_500.pt",
+    ):
+        (tmp_path / name).touch()
+    assert long.kept_epochs(tmp_path, 999) == [500]
+    with pytest.raises(SystemExit):
+        long.kept_epochs(tmp_path, 499)
+
+
+def test_the_long_runs_table_has_mean_and_deviation():
+    numbers = [{"checker": 0.8, "judge": 0.5}, {"checker": 0.9, "judge": 0.7}]
+    assert long.table_of({"a": numbers}).splitlines()[-1] == "| a | 85 ± 7.1 | 0.6 ± 0.14 |"
+
+
+@pytest.mark.parametrize("flag", ["--seeds", "--pictures", "--jobs", "--epochs"])
+def test_the_long_run_needs_positive_numbers(flag, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["long.py", flag, "0"])
+    with pytest.raises(SystemExit) as end:
+        long.arguments()
+    assert end.value.code == 2
+    assert f"{flag} must" in capsys.readouterr().err

@@ -24,6 +24,7 @@ PLACES = {
     "printed_std": cps,
     "step_consistency": cold_start,
     "score_gradient": None,
+    "step_weight": None,
     "dmd2": None,
     "gaussian_log_prob": None,
     "group_std": None,
@@ -67,9 +68,20 @@ def test_paper_chooses_variants_that_its_stage_knows(stage):
 )
 def test_a_name_that_is_unknown_or_of_the_other_stage_ends_the_program(names, stage, capsys):
     with pytest.raises(SystemExit) as end:
-        variants.swap(names, stage, {})
+        variants.swap(names, stage, {"sub_interval": None})
     assert end.value.code == 2
     assert f"stage {stage} knows printed_std, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [("step_weight,score_gradient", "no effect"), ("dmd2", "calls no function executed_levels")],
+)
+def test_a_variant_without_effect_ends_the_program(names, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        variants.swap(names, 1, {"generator_loss": None})
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_swapping_replaces_names_where_they_are_and_adds_none():
@@ -87,6 +99,26 @@ def test_swapping_replaces_names_where_they_are_and_adds_none():
 def test_executed_levels(k):
     assert cold_start.executed_levels(LEVELS, k) == LEVELS[: k + 1]
     assert variants.executed_levels(LEVELS, k) == LEVELS[:k] + [0]
+
+
+def test_a_step_counts_as_1_or_as_much_as_its_gradient_is_small():
+    """A shift of x0 by d moves x_s by (1-s) d, and the loss's gradient comes back through 1-s again."""
+    for s in (0.9, 0.75, 0.5, 0.0):
+        assert cold_start.step_weight(s) == 1
+        assert variants.step_weight(s) * (1 - s) * (1 - s) == pytest.approx(1)
+
+
+def test_the_step_weight_multiplies_the_generators_loss(monkeypatch):
+    x_s, noise = torch.randn(2, 3, 4, 1, 2, 2, generator=torch.Generator().manual_seed(0))[:, 0]
+    t = torch.tensor([0.95, 0.97, 0.92, 0.98])
+
+    def loss():
+        inputs = (noise, noise.flip(0), lambda x, t: 0.5 * x, lambda x, t: 0.4 * x, 0.9)
+        return cold_start.generator_loss(x_s, 0.9, t, *inputs)
+
+    plain = loss()
+    monkeypatch.setattr(cold_start, "step_weight", variants.step_weight)
+    torch.testing.assert_close(loss(), 100 * plain)
 
 
 def test_the_subsets_weight_is_1_or_that_of_the_unbiased_sum():

@@ -350,8 +350,40 @@ LOSSES = [
     ),
     Fault(
         "generator: the factor one half",
-        "0.5 * (x_s - target).square().flatten(1).mean(1)",
-        "(x_s - target).square().flatten(1).mean(1)",
+        "0.5 * step_weight(s) * (x_s",
+        "step_weight(s) * (x_s",
+    ),
+    Fault("generator: step_weight is left out", "0.5 * step_weight(s) * (x_s", "0.5 * (x_s"),
+    Fault(
+        "variants: step_weight's factor once",
+        "return 1 / (1 - s) ** 2",
+        "return 1 / (1 - s)",
+        "variants.py",
+    ),
+    Fault(
+        "anneal: rates fall from the first step",
+        "min(1.0, (args.steps - step) / (args.anneal * args.steps))",
+        "(args.steps - step) / args.steps",
+    ),
+    Fault(
+        "anneal: the fake score's rate stays",
+        "((student_opt, args.lr), (fake_opt, args.fake_lr))",
+        "((student_opt, args.lr),)",
+    ),
+    Fault(
+        "anneal: another length goes on",
+        'FREE - {"steps"} if flags.get("anneal") else FREE',
+        "FREE",
+    ),
+    Fault(
+        "keep_every: the kept file is the raw generator",
+        'files[f"generator_ema_{step}.pt"] = files["generator_ema.pt"]',
+        'files[f"generator_ema_{step}.pt"] = dict(zip(keys, content["generator"]))',
+    ),
+    Fault(
+        "keep_every: a kept generator with the last fake score",
+        "kept = KEPT_GENERATOR.fullmatch(os.path.basename(path))",
+        "kept = None",
     ),
     Fault(
         "generator: gradient through the target",
@@ -1168,8 +1200,8 @@ FILES = [
     ),
     Fault(
         "find_weights: the fake score of another folder",
-        "path = first_file(os.path.dirname(path), FAKE_NAMES)",
-        "path = first_file(where, FAKE_NAMES)",
+        "path = first_file(os.path.dirname(path), names)",
+        "path = first_file(where, names)",
     ),
     Fault(
         "find_weights: a default place is looked up on the hub",
@@ -1186,7 +1218,7 @@ FILES = [
         '"step": step, "flags"',
         '"step": step + 1, "flags"',
     ),
-    Fault("files: nothing is saved at the end", "or step == last or stopping", "or stopping"),
+    Fault("files: nothing is saved at the end", "or step == last or kept", "or kept"),
     Fault(
         "files: the checkpoint before is not kept",
         'path[:-3] + ".prev.pt")',
@@ -1398,8 +1430,8 @@ DRAWING = [
     ),
     Fault(
         "tiny_scores: every batch has the first one's seeds",
-        "range(FIRST_SEED + first, FIRST_SEED + first + len(prompts))",
-        "range(FIRST_SEED, FIRST_SEED + len(prompts))",
+        "range(first_seed + first, first_seed + first + len(prompts))",
+        "range(first_seed, first_seed + len(prompts))",
         SCORES,
     ),
     Fault(
@@ -1623,7 +1655,7 @@ def of_names(*words):
 HOUSE = [
     Fault(
         "variants: nothing is put in the place of the default",
-        "namespace[function.__name__] = function",
+        "place[function.__name__] = function",
         "pass",
         "variants.py",
     ),

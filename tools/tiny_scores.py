@@ -63,10 +63,11 @@ def mean(values):
 
 
 @torch.no_grad()
-def evaluate(base, clips, rows, adapters, levels, eta, cfg=1.0):
+def evaluate(base, clips, rows, adapters, levels, eta, cfg=1.0, first_seed=FIRST_SEED):
     """Draw one picture for each of rows (report_captions) -> (its numbers, the pictures on the CPU).
 
-    levels: as from cps.sigmas. clips: rewards that see pictures and prompts alone.
+    levels: as from cps.sigmas. clips: rewards that see pictures and prompts alone. Row i is drawn
+    from first_seed + i.
     """
     latents = []
     pictures = []
@@ -74,7 +75,7 @@ def evaluate(base, clips, rows, adapters, levels, eta, cfg=1.0):
     start = time.time()
     for first in range(0, len(rows), BATCH):
         prompts = [row["prompt"] for row in rows[first : first + BATCH]]
-        seeds = range(FIRST_SEED + first, FIRST_SEED + first + len(prompts))
+        seeds = range(first_seed + first, first_seed + first + len(prompts))
         v = base.velocity(adapters, base.encode(prompts), cfg)
         drawn = draw(v, seeds, base.latent_shape, levels, eta, base.device)
         texts.append(prompts)
