@@ -486,11 +486,17 @@ SETTINGS = (
 SAMPLING = {"pretrained": str, "resolution": int, "num_steps": int, "eta": float, "cfg": float}
 
 
-def write_settings(args):
-    """Put the run's settings beside its weights; rank 0 only."""
+def write_settings(args, run_id):
+    """Put the run's settings beside its weights; rank 0 only.
+
+    run_id: a hash of all that decides the result. Stage 2's settings name that of its stage 1, too.
+    """
     if not is_rank_0():
         return
-    settings = {"program": os.path.basename(sys.argv[0])}
+    settings = {"program": os.path.basename(sys.argv[0]), "run_id": run_id}
+    if hasattr(args, "cold_start"):
+        stage_1 = find_weights(args.cold_start, "cold_start", must=False, quiet=True)
+        settings["cold_start_id"] = settings_of(stage_1).get("run_id") if stage_1 else None
     settings.update((name, getattr(args, name)) for name in SETTINGS)
     if os.path.isdir(args.pretrained):  # found again from any directory, and never on the hub
         settings["pretrained"] = os.path.abspath(args.pretrained)
@@ -505,6 +511,17 @@ def settings_of(path):
         return {}
     with open(settings_path, encoding="utf-8", errors="replace") as file:
         return json_or_die(file.read(), settings_path)
+
+
+def check_pair(cold_start, rtdmd):
+    """Die where stage 2's weights were trained on another stage 1 than these, as far as settings say."""
+    wanted = settings_of(rtdmd).get("cold_start_id")
+    found = settings_of(cold_start).get("run_id")
+    if None not in (wanted, found) and wanted != found:
+        die(
+            f"{rtdmd} was trained on another stage 1 than {cold_start}: give both, --cold_start and "
+            "--rtdmd, of one training ('' leaves stage 2 out)"
+        )
 
 
 def take_settings(args, path, names=SAMPLING, called=None):
@@ -578,7 +595,8 @@ class Run:
         agree_on_a_checkpoint(args.out_dir, bool(paths), transformer.device)
         self.start = self.load(paths) if paths else 0
         if self.start == 0:
-            write_settings(args)
+            decisive = {name: value for name, value in self.flags().items() if name not in FREE}
+            write_settings(args, hashed(decisive))
 
     def flags(self):
         """What must be the same when the run goes on: flags, and hashes of what they name."""
@@ -618,9 +636,9 @@ class Run:
         """
         stopping = stop["agreed"] and step < last
         overdue = time.time() - self.saved_at > 60 * SAVE_MINUTES
-        kept = self.args.keep_every > 0 and step % self.args.keep_every == 0
+        kept = self.is_kept(step)
         if step % self.args.save_every == 0 or step == last or kept or stopping or overdue:
-            self.save(step, kept)
+            self.save(step)
             self.saved_at = time.time()
         if stopping:
             if is_rank_0():
@@ -632,10 +650,14 @@ class Run:
                 dist.destroy_process_group()
             sys.exit(0)
 
-    def save(self, step, kept=False):
+    def is_kept(self, step):
+        """Whether the files of this step stay, as --keep_every asks."""
+        return self.args.keep_every > 0 and step % self.args.keep_every == 0
+
+    def save(self, step):
         """Write generator_ema.pt and fake.pt (flat, published format) and ckpt.pt; rank 0 only.
 
-        kept: the two stay as generator_ema_<step>.pt and fake_<step>.pt, too.
+        Where they are kept, the two stay as generator_ema_<step>.pt and fake_<step>.pt, too.
         """
         if not is_rank_0():
             return
@@ -654,7 +676,7 @@ class Run:
                 **content, "step": step, "flags": self.flags(), "made_with": self.made_with,
             },
         }  # fmt: skip
-        if kept:
+        if self.is_kept(step):
             files[f"generator_ema_{step}.pt"] = files["generator_ema.pt"]
             files[f"fake_{step}.pt"] = files["fake.pt"]
         if os.path.exists(f"{out_dir}/log.jsonl"):

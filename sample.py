@@ -17,7 +17,7 @@ import time
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from checkpoint import DEFAULT_PLACES, find_weights, take_settings
+from checkpoint import DEFAULT_PLACES, check_pair, find_weights, take_settings
 from common import Parser, checked, die, flags_given, parse, setup
 from cps import rollout, sigmas
 from model import StableDiffusion3, graphed, note_prompts, save_grid
@@ -30,7 +30,14 @@ TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets/tiny")
 PRESETS = {
     "sd35m": dict(pretrained=SD35M, teacher_cfg=4.5),
     "sd3m": dict(pretrained=SD3M, resolution=1024, teacher_cfg=7.0),
-    "tiny": dict(pretrained=TINY, resolution=32, teacher_cfg=2.0, device="auto"),
+    "tiny": dict(
+        pretrained=TINY,
+        cold_start=f"{TINY}/adapters/cold_start",
+        rtdmd=f"{TINY}/adapters/rtdmd",
+        resolution=32,
+        teacher_cfg=2.0,
+        device="auto",
+    ),
 }
 # The adapters under which the stages' weights are loaded: both at once, one beside the other.
 ADAPTERS = {"cold_generator": "cold_start", "generator": "rtdmd"}
@@ -123,7 +130,7 @@ def as_teacher(args, but_for=()):
 def generator_files(args):
     """{adapter: path of its file}, of --cold_start and --rtdmd; stage 1 comes first.
 
-    Dies where one is not there; the teacher, which needs no more than their settings, does without.
+    Dies where one is not there, or where they are not of one training; the teacher, which needs no more than their settings, does without.
     """
     files = {}
     for adapter, stage in ADAPTERS.items():
@@ -131,6 +138,8 @@ def generator_files(args):
         path = find_weights(where, stage, must=not args.teacher) if where else None
         if path is not None:
             files[adapter] = path
+    if len(files) == 2:
+        check_pair(*files.values())
     return files
 
 

@@ -90,7 +90,8 @@ def test_kept_files_are_those_of_a_run_that_ended_there(run, tmp_path, stage):
         assert same(kept, load(tmp_path / "short" / f"{name}.pt"))
         last = load(tmp_path / "kept" / f"{name}.pt")
         assert same(last, load(getattr(run, stage) / f"{name}.pt"))
-        assert not same(kept, last)
+        # (stage 2's average of two epochs is that of one: weights count from the epoch after theirs)
+        assert name == "generator_ema" or not same(kept, last)
 
 
 def test_a_kept_generator_goes_with_the_fake_score_of_its_moment(tmp_path):
@@ -457,7 +458,7 @@ def test_a_checkpoint_is_saved_after_so_many_minutes_too(tmp_path, monkeypatch):
         (20, [8, 9]),
     ):  # two minutes since the last one; every 8 steps; the last step
         run = object.__new__(checkpoint.Run)
-        run.args, run.saved_at = SimpleNamespace(save_every=8), time.time() - 120
+        run.args, run.saved_at = SimpleNamespace(save_every=8, keep_every=0), time.time() - 120
         monkeypatch.setattr(checkpoint, "SAVE_MINUTES", minutes)
         saved.clear()
         [run.save_or_stop(step, 9) for step in range(1, 10)]

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import torch
 from cold_start import generator_loss
 from gaussian import close
 from helpers import BASE, ROOT, TINY, good, here, load, log_of
+from tools import long
 
 # docs/mutants.md is written by tools.mutants.
 PAGES = {
@@ -216,11 +218,51 @@ def test_the_laptops_scoreboard_is_the_one_in_assets():
         assert row[10] == f"{numbers['clipscore']:.3f}"
 
 
-def test_the_first_table_repeats_the_results():
-    results = PAGES["docs/results.md"]
-    first_table = PAGES["README.md"].split("## Install")[0]
-    for checker, clipscore in re.findall(r"([\d.]+) %, (\.\d+)", first_table):
-        assert f"**{checker}**" in results and clipscore in results, (checker, clipscore)
+def long_rows():
+    return json.loads((ROOT / "assets/results/long.json").read_text())["rows"]
+
+
+def test_the_first_table_is_the_long_runs():
+    _, _, *written = rows_of(PAGES["README.md"].split("## Install")[0])
+    assert len(written) == 3
+    for name, evaluations, *cells in written:
+        of_seeds = long_rows()[name]
+        assert evaluations == ("100" if "50 steps" in name else "4")
+        expected = []
+        for number, scale, digits in (("checker", 100, 1), ("clipscore", 1, 3), ("judge", 1, 3)):
+            values = [scale * numbers[number] for numbers in of_seeds]
+            mean, deviation = statistics.fmean(values), statistics.stdev(values)
+            expected.append(f"{mean:.{digits}f} ± {deviation:.{digits}f}")
+        assert cells == expected
+
+
+def test_the_long_runs_table_is_the_one_in_assets():
+    text = PAGES["docs/results.md"].split("<!-- long -->")[1].split("<!-- /long -->")[0]
+    _, _, *written = rows_of(text)
+    _, _, *made = rows_of(long.table_of(long_rows()))
+    assert written == made
+
+
+def test_the_long_runs_differences_are_those_of_assets():
+    text = PAGES["docs/results.md"].split("<!-- /long -->")[1]
+    (teacher,) = (rows for name, rows in long_rows().items() if "50 steps" in name)
+    for name, scale, digits in (("checker", 100, 2), ("clipscore", 1, 4), ("judge", 1, 4)):
+        pairs = zip(long_rows()["RTDMD, 4 steps"], teacher)
+        gains = [scale * (ours[name] - theirs[name]) for ours, theirs in pairs]
+        error = statistics.stdev(gains) / len(gains) ** 0.5
+        assert f"{statistics.fmean(gains):+.{digits}f} | {error:.{digits}f} |" in text
+
+
+def test_the_curves_table_is_the_one_in_assets():
+    curves = json.loads((ROOT / "assets/results/steps.json").read_text())["curves"]
+    text = PAGES["docs/results.md"].split("<!-- steps -->")[1].split("<!-- /steps -->")[0]
+    (_, *titles), _, *written = rows_of(text)
+    assert titles == list(curves)
+    of_titles = []
+    for points in curves.values():
+        of_titles.append({str(p["evaluations"]): f"{100 * p['checker']:.1f}" for p in points})
+    for evaluations, *cells in written:
+        assert cells == [numbers.get(evaluations, "") for numbers in of_titles]
 
 
 def test_pictures_are_small():

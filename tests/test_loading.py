@@ -937,14 +937,14 @@ def hub(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "main, flags",
     [
-        (sample.main, ["a circle"]),
-        (sample.main, ["a circle", "--cold_start", ""]),
-        (rtdmd_rl.main, []),
+        (sample.main, ["a circle", "--preset", "sd35m"]),
+        (sample.main, ["a circle", "--preset", "sd35m", "--cold_start", ""]),
+        (rtdmd_rl.main, ["--preset", "tiny"]),
     ],
     ids=["both stages", "stage 2", "training"],
 )
 def test_a_default_is_never_looked_up_on_the_hub(hub, capsys, main, flags):
-    assert program(main, *flags, "--preset", "tiny", "--device", "cpu", "--out_dir", "made") == 2
+    assert program(main, *flags, "--device", "cpu", "--out_dir", "made") == 2
     line = one_line(capsys)
     assert "no such file or directory" in line and "out/" in line and hub.asked == hub.fetched == []
 
@@ -1201,3 +1201,44 @@ def test_common_and_checkpoint_are_below_everything_else_and_nothing_imports_too
         for path in ROOT.glob("*.py")
         if path.name != "test_smoke.py" and "tools" in imported(path)
     ]
+
+
+# ---- stage 2's weights belong to one stage 1
+def test_stage_2_names_its_stage_1_and_another_one_is_refused(run, tmp_path, capsys):
+    cold, rl = (json.loads((where / "settings.json").read_text()) for where in (run.cold, run.rl))
+    assert rl["cold_start_id"] == cold["run_id"] != rl["run_id"]
+    shutil.copytree(run.cold, tmp_path / "other")
+    (tmp_path / "other/settings.json").write_text(json.dumps({**cold, "run_id": "another"}))
+    names = SimpleNamespace(cold_start=str(run.cold), rtdmd=str(run.rl), teacher=False)
+    assert len(sample.generator_files(names)) == 2
+    names.cold_start = str(tmp_path / "other")
+    with pytest.raises(SystemExit) as end:
+        sample.generator_files(names)
+    assert end.value.code == 2
+    assert "trained on another stage 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lacks", ["cold_start_id", "run_id", "file"])
+def test_weights_that_do_not_say_their_run_are_taken(run, tmp_path, lacks):
+    for name, where in (("cold", run.cold), ("rl", run.rl)):
+        shutil.copytree(where, tmp_path / name)
+        settings = json.loads((where / "settings.json").read_text())
+        settings.pop(lacks, None)
+        (tmp_path / name / "settings.json").write_text(json.dumps(settings))
+    if lacks == "file":
+        (tmp_path / "cold/settings.json").unlink()
+    names = SimpleNamespace(
+        cold_start=str(tmp_path / "cold"), rtdmd=str(tmp_path / "rl"), teacher=False
+    )
+    assert len(sample.generator_files(names)) == 2
+
+
+def test_the_tiny_presets_weights_lie_in_the_repository_and_belong_together():
+    preset = SimpleNamespace(**sample.PRESETS["tiny"], teacher=False)
+    files = sample.generator_files(preset)
+    settings = [
+        json.loads(Path(path).with_name("settings.json").read_text()) for path in files.values()
+    ]
+    assert settings[1]["cold_start_id"] == settings[0]["run_id"]
+    for each in settings:
+        assert "/" not in each.get("pretrained", "")  # no path of the machine that trained them

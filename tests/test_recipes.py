@@ -208,7 +208,7 @@ def test_the_recipe_has_one_command_a_stage_with_the_public_places_of_its_prompt
         ):
             command = f"    torchrun --nproc_per_node=8 {program} {preset}--prompts {prompts} "
             assert (README + RECIPE).count(command) == 1, command
-    assert "--eval_rewards imagereward,geneval,geneval_soft" in README
+    assert "--eval_rewards imagereward,geneval\n" in README
     assert re.search(
         r"tools\.evaluate .*--rewards clipscore,pickscore,hpsv2,geneval,geneval_soft", REWARDS
     )

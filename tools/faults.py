@@ -361,6 +361,11 @@ LOSSES = [
         "variants.py",
     ),
     Fault(
+        "sample: another stage 1 under stage 2",
+        "        check_pair(*files.values())",
+        "        pass",
+    ),
+    Fault(
         "anneal: rates fall from the first step",
         "min(1.0, (args.steps - step) / (args.anneal * args.steps))",
         "(args.steps - step) / args.steps",
@@ -1706,7 +1711,7 @@ HOUSE = [
     ),
     Fault(
         "settings: not written",
-        "            write_settings(args)\n",
+        "            write_settings(args, hashed(decisive))\n",
         "            pass\n",
         "checkpoint.py",
     ),

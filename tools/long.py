@@ -24,6 +24,7 @@ from tools.plots import read_log
 from tools.scoreboard import machine_name
 from tools.tiny_scores import (
     FIRST_SEED,
+    NEW_SEEDS,
     PRETRAINED,
     evaluate,
     generator_of,
@@ -44,7 +45,6 @@ WEIGHTS = {"reward_clipscore": 1, "reward_checker": 2}  # as in STAGE_2
 KEEP_EVERY = 500
 LEAST_SPREAD = 0.95  # of latent_std at the start
 GUIDANCE = (1.5, 2.0, 2.5, 3.0)  # the teacher's; the best by the checker is its row
-NEW_SEEDS = 10**7  # first of the pictures' seeds in the scoring; 10^5 further on for each run
 
 
 def arguments():
@@ -166,7 +166,7 @@ def score(args, device):
             ("AC-DMD, 4 steps", stacked[:1], few, 0.9, 1.0),
             ("RTDMD, 4 steps", stacked, few, 0.9, 1.0),
         ):
-            first = NEW_SEEDS + 10**5 * seed
+            first = NEW_SEEDS + 10**5 * seed  # other pictures for each run
             numbers, _ = evaluate(base, clips, rows, adapters, levels, eta, scale, first)
             del numbers["images_per_s"]
             content["rows"].setdefault(name, []).append(numbers)

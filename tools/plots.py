@@ -3,6 +3,7 @@
     python -m tools.plots curves out/cold_start out/rtdmd     # every number of their log.jsonl
     python -m tools.plots figures out/tiny --out_dir assets   # sampler.png, subinterval.png, subgrpo.png
     python -m tools.plots hacking out/tiny out/tiny/rtdmd out/hacked --out_dir assets
+    python -m tools.plots front assets/tiny/adapters --out_dir assets   # front.png, results/steps.json
 
 curves: a panel a number, a colour a run -> curves.png in the first run's directory. hacking: several
 stages 2 on one stage 1, side by side. report.png is drawn by tools/scoreboard.
@@ -20,8 +21,16 @@ import variants
 from checkpoint import read
 from common import Parser, as_bytes, checked, die, make_out_dir, seeded_rng, setup, write_atomically
 from cps import renoise, rollout, sigmas
+from sample import draw, teacher_levels
 from tiny import captions
-from tools.tiny_scores import PRETRAINED, evaluate, generator_of, load_tiny, report_captions
+from tools.tiny_scores import (
+    NEW_SEEDS,
+    PRETRAINED,
+    evaluate,
+    generator_of,
+    load_tiny,
+    report_captions,
+)
 
 try:
     import matplotlib
@@ -408,21 +417,111 @@ def draw_hacking(run, stages_2, pretrained, n, path, device):
     save(figure, path)
 
 
+# ---- the first picture of the README -------------------------------------------------------------
+FRONT_CAPTIONS = (
+    "a red circle above a blue square",
+    "a green triangle",
+    "two circles",
+    "a yellow square left of a red triangle",
+    "a blue circle and a green square",
+    "three triangles",
+)
+FRONT_CFG = 1.5  # the teacher's best guidance in results/long.json
+TEACHER_STEPS = (1, 2, 4, 8, 16, 50)
+
+
+@torch.no_grad()
+def draw_front(run, pretrained, n, out_dir, device):
+    """Teacher, AC-DMD and RTDMD on the same captions and seeds; below, quality over evaluations.
+
+    run: holds cold_start/ and rtdmd/. The students' numbers are those of out_dir/results/long.json, the
+    teacher's are measured here, n pictures a category, into out_dir/results/steps.json.
+    """
+    with open(f"{out_dir}/results/long.json", encoding="utf-8") as file:
+        students = json.load(file)["rows"]
+    base, clips = load_tiny(pretrained, device)
+    curves = teacher_curves(base, clips, n, f"{out_dir}/results/steps.json")
+    stacked = generator_of(base, f"{run}/cold_start", f"{run}/rtdmd")
+    sheet = {}
+    for name, adapters, levels, eta, cfg in (
+        ("teacher, 50 steps\n100 evaluations", [], teacher_levels(base, 50), 0.0, FRONT_CFG),
+        ("AC-DMD, 4 steps\n4 evaluations", stacked[:1], sigmas(4, base.shift), 0.9, 1.0),
+        ("RTDMD, 4 steps\n4 evaluations", stacked, sigmas(4, base.shift), 0.9, 1.0),
+    ):
+        v = base.velocity(adapters, base.encode(list(FRONT_CAPTIONS)), cfg)
+        latents = draw(v, range(len(FRONT_CAPTIONS)), base.latent_shape, levels, eta, device)
+        sheet[name] = base.decode(latents)
+    head, foot = 0.8, 3.0
+    width = TEXT + len(FRONT_CAPTIONS) * CELL + 0.1
+    height = head + len(sheet) * CELL + foot
+    figure = new_figure(width, height)
+    picture_sheet(figure, sheet, head, FRONT_CAPTIONS)
+    for i, (name, label) in enumerate(
+        (("checker", "right pictures, %"), ("clipscore", "CLIPScore"), ("judge", "held-out judge"))
+    ):
+        each = width / 3
+        place = ((i * each + 0.65) / width, 0.5 / height, (each - 0.75) / width, 2.1 / height)
+        draw_quality(figure.add_axes(place), name, label, curves, students)
+    save(figure, f"{out_dir}/front.png")
+
+
+def teacher_curves(base, clips, n, path):
+    """The teacher's numbers with and without guidance, by steps, on the student's noise levels -> path."""
+    curves = {}
+    rows = report_captions(n)
+    for title, cfg in (
+        (f"teacher, guidance {FRONT_CFG:g}", FRONT_CFG),
+        ("teacher, no guidance", 1.0),
+    ):
+        curves[title] = []
+        for steps in TEACHER_STEPS:
+            levels = sigmas(steps, base.shift)
+            numbers, _ = evaluate(base, clips, rows, [], levels, 0.0, cfg, NEW_SEEDS)
+            del numbers["images_per_s"]
+            evaluations = steps if cfg == 1 else 2 * steps
+            curves[title].append({"steps": steps, "evaluations": evaluations, **numbers})
+    content = {"pictures_a_point": len(rows), "curves": curves}
+    write_atomically({path: json.dumps(content, indent=1).encode()})
+    return curves
+
+
+def draw_quality(axes, name, label, curves, students):
+    """One number over evaluations of the transformer a picture: lines of the teacher, points of ours."""
+    scale = 100 if name == "checker" else 1
+    for (title, points), color in zip(curves.items(), COLORS[::5]):
+        x = [point["evaluations"] for point in points]
+        y = [scale * point[name] for point in points]
+        axes.plot(x, y, color=color, marker=".", label=title)
+    for title, color in (("AC-DMD, 4 steps", COLORS[2]), ("RTDMD, 4 steps", COLORS[1])):
+        values = torch.tensor([scale * numbers[name] for numbers in students[title]])
+        axes.errorbar(
+            [4], values.mean(), values.std(), color=color, marker="o", linestyle="", label=title
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.set_xlabel("evaluations a picture")
+    axes.set_ylabel(label)
+    if name == "checker":
+        axes.legend(frameon=False, fontsize=7, loc="lower right")
+
+
 # ---- the command line ----------------------------------------------------------------------------
 def arguments():
     parser = Parser("Curves of runs, and the pictures of the README.")
     add = parser.add_argument
-    add("what", choices=("curves", "figures", "hacking"), help="what to draw")
+    add("what", choices=("curves", "figures", "hacking", "front"), help="what to draw")
     add("runs", nargs="+", metavar="RUN", help="curves: any runs; else a tiny run, then stages 2")
     add("--out_dir", help="where the pictures go; default: the first run")
     add("--pretrained", default=PRETRAINED, help="the pipeline that the run was made with")
-    add("--pictures", type=int, default=72, help="hacking: pictures of each of the six categories")
+    add("--pictures", type=int, help="of each of the six categories; hacking: 72, front: 216")
     add("--device", default="auto", help="cuda, cpu, mps, or auto: the best there is")
     args = parser.parse_args()
-    if args.what == "figures" and len(args.runs) != 1:
-        die("figures takes the directory of one tiny run")
+    if args.what in ("figures", "front") and len(args.runs) != 1:
+        die(f"{args.what} takes the directory of one tiny run")
     if args.what == "hacking" and len(args.runs) < 2:
         die("hacking takes the directory of a tiny run and stages 2 that were trained on it")
+    if args.pictures is None:
+        args.pictures = 216 if args.what == "front" else 72
     if args.pictures < 1:
         die(f"--pictures must be positive, got {args.pictures}")
     args.out_dir = args.out_dir or args.runs[0]
@@ -440,6 +539,11 @@ def main():
     if args.what == "hacking":
         path = f"{args.out_dir}/hacking.png"
         checked(draw_hacking, run, stages_2, args.pretrained, args.pictures, path, device)
+        return
+    if args.what == "front":
+        if not os.path.exists(f"{args.out_dir}/results/long.json"):
+            die(f"{args.out_dir}/results/long.json is not there; make long leaves one in its run")
+        checked(draw_front, run, args.pretrained, args.pictures, args.out_dir, device)
         return
     draw_sampler(f"{args.out_dir}/sampler.png")
     draw_subinterval(f"{args.out_dir}/subinterval.png")

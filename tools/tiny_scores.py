@@ -23,6 +23,7 @@ from tiny import CATEGORIES, SIZE, captions, check, detect
 PRETRAINED = PRESETS["tiny"]["pretrained"]
 TEACHER_CFG = PRESETS["tiny"]["teacher_cfg"]
 FIRST_SEED = 10**6  # far from the seeds that sample.py begins with
+NEW_SEEDS = 10**7  # of the scoring of the long run: nothing else draws from these
 BATCH = 72  # pictures at once
 
 
