@@ -11,7 +11,7 @@ THREADS = $(if $(filter 1,$(PROCESSES)),2,1)
 TORCHRUN = OMP_NUM_THREADS=$(THREADS) .venv/bin/torchrun --standalone --nproc_per_node=$(PROCESSES)
 
 tiny: .venv/plots
-	$(TORCHRUN) cold_start.py --preset tiny --anneal .5 --variant step_weight --out_dir $(RUN)/cold_start
+	$(TORCHRUN) cold_start.py --preset tiny --out_dir $(RUN)/cold_start
 	$(TORCHRUN) rtdmd_rl.py --preset tiny --cold_start $(RUN)/cold_start --out_dir $(RUN)/rtdmd
 	.venv/bin/python sample.py "a red circle and a blue square" --preset tiny --cold_start $(RUN)/cold_start --rtdmd $(RUN)/rtdmd --num_images 8 --out_dir $(RUN)/samples
 	.venv/bin/python -m tools.scoreboard $(RUN)

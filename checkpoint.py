@@ -59,6 +59,8 @@ GENERATOR_NAMES = (
 FAKE_NAMES = ("fake.pt", "fake_score_net.pt", "fake.safetensors", "fake_score_net.safetensors")
 ROLE_NAMES = {"generator": GENERATOR_NAMES, "fake": FAKE_NAMES}
 CONFIG_NAME = "adapter_config.json"
+SETTINGS_NAME = "settings.json"
+BESIDE = (CONFIG_NAME, SETTINGS_NAME)  # what says how weights are used
 
 # What DDP, torch.compile, peft's own model class and diffusers' pipelines put before a module's
 # name.
@@ -224,7 +226,7 @@ def first_line(error):
 
 def takeable(names, stage):
     """The files of a repository that `find_weights` may look at: of checkpoint-N the last alone."""
-    known = {name.format(stage=stage) for name in (*GENERATOR_NAMES, *FAKE_NAMES, CONFIG_NAME)}
+    known = {name.format(stage=stage) for name in (*GENERATOR_NAMES, *FAKE_NAMES, *BESIDE)}
     folders = ["", f"{stage}/"]
     for folder in list(folders):
         inside = [name[len(folder) :].split("/")[0] for name in names if name.startswith(folder)]
@@ -476,7 +478,6 @@ def settled_alpha(file, given, assumed):
 
 
 # ---- the settings of a run, which travel with its weights ----------------------------------------
-SETTINGS_NAME = "settings.json"
 # What has to be known of a run to draw from its weights, to train on, or to share them.
 SETTINGS = (
     "pretrained", "resolution", "num_steps", "eta", "cfg", "gamma", "lora_rank", "lora_alpha", "variant",

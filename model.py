@@ -33,9 +33,6 @@ for logging in (transformers_logging, diffusers_logging):
     logging.disable_progress_bar()
 # Several adapters on one base is what we want.
 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-for logging in (transformers_logging, diffusers_logging):
-    logging.set_verbosity_error()  # else what the tokenizers cut off is printed, prompt by prompt
-    logging.disable_progress_bar()
 
 # The release's targets. SD3.5's second attention, attn2, is not among them.
 TARGETS = [

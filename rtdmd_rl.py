@@ -1,6 +1,6 @@
 """Stage 2: RTDMD reinforces the 4-step generator (Sec. 3.2, App. G, H, I).
 
-Minimising the KL to the teacher tilted by exp(reward) (Eq. 7, 13) splits into terms, each of which is
+Minimising the KL to the teacher tilted by exp(reward) (Eq. 6, 7) splits into terms, each of which is
 a few lines below:
 
     SubGRPO             on the stochastic steps: advantages times log-probabilities, on a random subset
@@ -508,7 +508,7 @@ def main():
 
         # ---- score the pictures; differentiable rewards give a gradient at their latents (Eq. 15)
         scores, reward_gradient = score(path[K], prompts, metadata, sums, squares)
-        # {k: gradient at path[k]}
+        # {end: gradient at path[end]}
         gradients = {K: reward_gradient} if det_weight else {}
         log.lap("rewards")
 
@@ -527,8 +527,9 @@ def main():
         # ---- both gradients through the student's step. Its input is detached: how the student came
         # there is credited by SubGRPO (App. G.2)
         for b, text in zip(large, large_texts):
-            for k, gradient in gradients.items():
-                inputs = (path[k - 1], level[k - 1], level[k], noise[k - 1], gradient)
+            for end, gradient in gradients.items():
+                start = end - 1
+                inputs = (path[start], level[start], level[end], noise[start], gradient)
                 step_pass(*rows_of(inputs, b), *text)
         log.lap("last_step")
 

@@ -958,6 +958,13 @@ def test_what_can_only_be_a_path_is_never_looked_up_on_the_hub(hub, capsys, wher
     assert "no such file or directory" in one_line(capsys) and hub.asked == []
 
 
+def test_what_says_how_weights_are_used_is_fetched_with_them(hub):
+    """settings.json: else a repository's steps and eta would silently be the defaults."""
+    here = ["rtdmd/generator_ema.pt", "rtdmd/settings.json", "rtdmd/adapter_config.json"]
+    hub.files = [*here, "rtdmd/log.jsonl", "settings.json", "README.md"]
+    assert checkpoint.takeable(hub.files, "rtdmd") == [*here, "settings.json"]
+
+
 def test_a_folder_here_comes_before_a_repository_of_its_name(hub, tmp_path):
     lora = random_lora(5)
     write(tmp_path / "owner/name/generator_ema.pt", tensors_of(lora))

@@ -827,13 +827,13 @@ STAGE_2 = [
     ),
     Fault(
         "stage 2: the last step starts one state early",
-        "(path[k - 1], level[k - 1], level[k]",
-        "(path[k - 2], level[k - 1], level[k]",
+        "(path[start], level[start], level[end]",
+        "(path[start - 1], level[start], level[end]",
     ),
     Fault(
         "stage 2: the last step at the wrong level",
-        "(path[k - 1], level[k - 1], level[k]",
-        "(path[k - 1], level[k - 2], level[k]",
+        "(path[start], level[start], level[end]",
+        "(path[start], level[start - 1], level[end]",
     ),
     Fault(
         "stage 2: the last step is the base's own",
@@ -1207,6 +1207,11 @@ FILES = [
         "find_weights: the fake score of another folder",
         "path = first_file(os.path.dirname(path), names)",
         "path = first_file(where, names)",
+    ),
+    Fault(
+        "download: without the settings",
+        "BESIDE = (CONFIG_NAME, SETTINGS_NAME)",
+        "BESIDE = (CONFIG_NAME,)",
     ),
     Fault(
         "find_weights: a default place is looked up on the hub",
