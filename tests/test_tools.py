@@ -600,3 +600,8 @@ def test_the_long_run_needs_positive_numbers(flag, monkeypatch, capsys):
         long.arguments()
     assert end.value.code == 2
     assert f"{flag} must" in capsys.readouterr().err
+
+
+def test_the_first_figures_captions_are_of_the_tiny_world():
+    known = {row["prompt"] for split in ("train", "test") for row in tiny.captions(split)}
+    assert set(plots.FRONT_CAPTIONS) <= known

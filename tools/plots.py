@@ -419,10 +419,10 @@ def draw_hacking(run, stages_2, pretrained, n, path, device):
 
 # ---- the first picture of the README -------------------------------------------------------------
 FRONT_CAPTIONS = (
-    "a red circle above a blue square",
+    "a circle above a square",
     "a green triangle",
     "two circles",
-    "a yellow square left of a red triangle",
+    "a square left of a triangle",
     "a blue circle and a green square",
     "three triangles",
 )
