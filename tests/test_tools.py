@@ -21,7 +21,7 @@ import rtdmd_rl
 import sample
 import tiny
 from gaussian import close
-from helpers import BASE, CPU, TINY, Code, good, here, listing, load, tiny_base
+from helpers import BASE, CPU, ROOT, TINY, Code, good, here, listing, load, tiny_base
 from tools import ablations, bench, fake_quality, long, plots, scoreboard, tiny_scores
 
 ON_CPU = ["--device", "cpu"]
@@ -605,3 +605,49 @@ def test_the_long_run_needs_positive_numbers(flag, monkeypatch, capsys):
 def test_the_first_figures_captions_are_of_the_tiny_world():
     known = {row["prompt"] for split in ("train", "test") for row in tiny.captions(split)}
     assert set(plots.FRONT_CAPTIONS) <= known
+
+
+def test_the_first_figure_is_drawn_from_a_run_and_the_long_runs_numbers(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run.cold, folder / "cold_start")
+    shutil.copytree(run.rl, folder / "rtdmd")
+    flags = ["front", folder, "--pictures", 1, "--out_dir", tmp_path, *ON_CPU]
+    status, _, err = here(plots, *flags)
+    assert status == 2 and "long.json is not there" in err
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "assets/results/long.json", tmp_path / "results")
+    good(here(plots, *flags))
+    width, height = Image.open(tmp_path / "front.png").size
+    assert width >= 6 * 96 and height >= 3 * 96
+    curves = json.loads((tmp_path / "results/steps.json").read_text())["curves"]
+    guided, plain = curves.values()
+    assert [point["evaluations"] for point in plain] == [1, 2, 4, 8, 16, 50]
+    assert [point["evaluations"] for point in guided] == [2, 4, 8, 16, 32, 100]
+
+
+def test_the_long_run_scores_the_chosen_files_of_finished_runs(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(long, "GUIDANCE", (1.0, 2.0))
+    for seed in "01":
+        shutil.copytree(run.cold, tmp_path / seed / "cold_start")
+        shutil.copytree(run.rl, tmp_path / seed / "rtdmd")
+        here_is = tmp_path / seed / "rtdmd"
+        shutil.copy(here_is / "generator_ema.pt", here_is / "generator_ema_500.pt")
+        for stage, lines in (("cold_start", 3000), ("rtdmd", 500)):
+            text = json.dumps(log_with([0.5], [0.4])[0]) + "\n"
+            (tmp_path / seed / stage / "log.jsonl").write_text(lines * text)
+    # Nothing is trained: the logs are as long as the runs.
+    monkeypatch.setattr(long.subprocess, "run", None)
+    good(here(long, tmp_path, "--seeds", 2, "--epochs", 500, "--pictures", 1, *ON_CPU))
+    content = json.loads((tmp_path / "long.json").read_text())
+    assert content["chosen"] == {"0": 500, "1": 500} and content["pictures_a_row"] == 6
+    names = [name.split(",")[0] for name in content["rows"]]
+    assert names == ["teacher", "teacher", "AC-DMD", "RTDMD"]
+    first, second = content["rows"]["AC-DMD, 4 steps"]
+    assert first != second  # the same weights, other pictures
+
+
+def test_a_training_of_the_long_run_that_fails_ends_it_in_one_line(tmp_path, capfd):
+    with pytest.raises(SystemExit) as end:
+        long.train(SimpleNamespace(run=str(tmp_path), epochs=1, device="nonsense"), 0)
+    assert end.value.code == 1
+    assert "cold_start.py ended early" in capfd.readouterr().err

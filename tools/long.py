@@ -91,7 +91,10 @@ def train(args, seed):
                 command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
             )
         if done.returncode or steps_done(out) < length:
-            die(f"seed {seed}: {program} ended early, see {out}.log; the same command goes on")
+            die(
+                f"seed {seed}: {program} ended early, see {out}.log; the same command goes on",
+                status=1,
+            )
         note(f"seed {seed}: {program} done")
 
 
