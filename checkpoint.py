@@ -77,8 +77,9 @@ def find_weights(where, stage, role="generator", must=True, quiet=False):
 
     where: a file, a directory in one of the known layouts, or a hub repository owner/name. stage:
     "cold_start" or "rtdmd". role: "generator", or "fake", which is looked for beside the generator
-    alone and, for a kept generator_ema_N.pt, under the same N, so that the two are of one moment. quiet: without the notes, where they were printed
-    before. Returns None, or with `must` dies with one line, where there is none.
+    alone and, for a kept generator_ema_N.pt, under the same N, so that the two are of one moment.
+    quiet: without the notes, where they were printed before. Returns None, or with `must` dies with
+    one line, where there is none.
     """
     place = where
     if not os.path.exists(where) and is_hub_id(where):
@@ -567,7 +568,8 @@ SAVE_MINUTES = 20  # without a checkpoint
 FREE = {
     "out_dir", "device", "micro_batch", "steps", "epochs", "cache_text", "preset", "paper",
     "pretrained", "cold_start", "prompts", "reward_path", "sample_every", "save_every",
-    "keep_every", "eval_rewards", "eval_every", "eval_prompts", "compile", "graphs", "wandb", "low_memory",
+    "keep_every", "eval_rewards", "eval_every", "eval_prompts", "compile", "graphs", "wandb",
+    "low_memory",
 }  # fmt: skip
 
 
@@ -596,8 +598,7 @@ class Run:
         agree_on_a_checkpoint(args.out_dir, bool(paths), transformer.device)
         self.start = self.load(paths) if paths else 0
         if self.start == 0:
-            decisive = {name: value for name, value in self.flags().items() if name not in FREE}
-            write_settings(args, hashed(decisive))
+            write_settings(args, hashed(decisive(self.flags())))
 
     def flags(self):
         """What must be the same when the run goes on: flags, and hashes of what they name."""
@@ -612,10 +613,9 @@ class Run:
             die(
                 f"{paths[0]} is not a checkpoint of this program, or of another version of it{hint}"
             )
-        free = FREE - {"steps"} if flags.get("anneal") else FREE  # where rates fall to 0 by the end
         changed = []
-        for name, value in self.flags().items():
-            if name not in free and flags[name] != value:
+        for name, value in decisive(self.flags()).items():
+            if flags[name] != value:
                 changed.append(f"--{name} {flags[name]} -> {value}")
         if changed:
             die(
@@ -686,6 +686,12 @@ class Run:
         for name, thing in files.items():
             written[f"{out_dir}/{name}"] = as_bytes(torch.save, thing)
         write_atomically(written)
+
+
+def decisive(flags):
+    """Those of a run's flags that decide its result; --steps too, where rates fall to 0 by the end."""
+    free = FREE - {"steps"} if flags.get("anneal") else FREE
+    return {name: value for name, value in flags.items() if name not in free}
 
 
 def check_room(out_dir, state, checkpoints):

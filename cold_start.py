@@ -7,8 +7,8 @@ One frozen transformer plays three roles, told apart by the LoRA adapter that is
     fake       "fake"        the velocity of what the student draws at the moment (the "fake score")
 
 A step of training (Algorithm 1, first half): the student draws k of its 4 steps, to x_s at noise
-level s. Every step, fake learns the velocity of x_s noised further, to a level t > s. Every 10 steps the student moves x_s to where the
-teacher, not fake, would have put it.
+level s. Every step, fake learns the velocity of x_s noised further, to a level t > s. Every 10 steps
+the student moves x_s to where the teacher, not fake, would have put it.
 
 Read from top to bottom: flags, losses, loop. The sampler is in cps.py, the transformer and its
 adapters in model.py; common.py and checkpoint.py are plumbing.

@@ -130,7 +130,8 @@ def as_teacher(args, but_for=()):
 def generator_files(args):
     """{adapter: path of its file}, of --cold_start and --rtdmd; stage 1 comes first.
 
-    Dies where one is not there, or where they are not of one training; the teacher, which needs no more than their settings, does without.
+    Dies where one is not there, or where they are not of one training. The teacher, which needs no
+    more than their settings, does without.
     """
     files = {}
     for adapter, stage in ADAPTERS.items():

@@ -27,7 +27,14 @@ import torch
 from checkpoint import settings_of
 from common import Parser, die, make_out_dir, note, parse, setup, write_atomically
 from tiny import CATEGORIES
-from tools.tiny_scores import PRETRAINED, evaluate, generator_of, load_tiny, report_captions
+from tools.tiny_scores import (
+    PRETRAINED,
+    evaluate,
+    generator_of,
+    load_tiny,
+    report_captions,
+    steps_done,
+)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -204,11 +211,7 @@ def score(args, row, seed, device):
 def is_finished(args, row, out):
     """Whether the log of a stage has its last step."""
     last = args.steps if row.program == STAGE_1 else args.epochs
-    try:
-        with open(f"{out}/log.jsonl") as log:
-            return os.path.exists(f"{out}/generator_ema.pt") and len(log.readlines()) == last
-    except OSError:
-        return False
+    return steps_done(out) == last
 
 
 # ---- all of them ---------------------------------------------------------------------------------

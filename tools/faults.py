@@ -1716,7 +1716,7 @@ HOUSE = [
     ),
     Fault(
         "settings: not written",
-        "            write_settings(args, hashed(decisive))\n",
+        "            write_settings(args, hashed(decisive(self.flags())))\n",
         "            pass\n",
         "checkpoint.py",
     ),

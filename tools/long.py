@@ -21,7 +21,7 @@ from cps import sigmas
 from sample import teacher_levels
 from tiny import CATEGORIES
 from tools.plots import read_log
-from tools.scoreboard import machine_name
+from tools.scoreboard import machine_name, markdown
 from tools.tiny_scores import (
     FIRST_SEED,
     NEW_SEEDS,
@@ -30,11 +30,13 @@ from tools.tiny_scores import (
     generator_of,
     load_tiny,
     report_captions,
+    steps_done,
 )
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+STEPS = 3000  # of stage 1
 STAGE_1 = (
-    "--batch_size 256 --micro_batch 256 --steps 3000 --anneal .5 --variant step_weight "
+    f"--batch_size 256 --micro_batch 256 --steps {STEPS} --anneal .5 --variant step_weight "
     "--sample_every 0 --save_every 1000"
 )
 STAGE_2 = (
@@ -66,19 +68,12 @@ def arguments():
 
 
 # ---- training ------------------------------------------------------------------------------------
-def steps_done(folder):
-    """How many lines a run's log has."""
-    if not os.path.exists(f"{folder}/generator_ema.pt"):
-        return 0
-    return len(read_log(folder))
-
-
 def train(args, seed):
     """Both stages of one seed, each unless it is there; dies where one fails."""
     cold, rl = f"{args.run}/{seed}/cold_start", f"{args.run}/{seed}/rtdmd"
     start = f"--cold_start {cold} --epochs {args.epochs} --keep_every {KEEP_EVERY}"
     for program, out, length, flags in (
-        ("cold_start.py", cold, 3000, STAGE_1),
+        ("cold_start.py", cold, STEPS, STAGE_1),
         ("rtdmd_rl.py", rl, args.epochs, f"{STAGE_2} {start}"),
     ):
         if steps_done(out) >= length:
@@ -181,16 +176,16 @@ def score(args, device):
 def table_of(rows):
     """Mean and standard deviation over seeds, in markdown; the checker in %."""
     names = [name for name in next(iter(rows.values()))[0] if name not in CATEGORIES]
-    lines = [" | ".join(["", *names]), " | ".join(["---"] * (len(names) + 1))]
+    lines = []
     for title, of_seeds in rows.items():
-        cells = [title]
+        line = {"": title}
         for name in names:
             scale = 100 if name == "checker" else 1
             values = [scale * numbers[name] for numbers in of_seeds]
             deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.fmean(values):.4g} ± {deviation:.2g}")
-        lines.append(" | ".join(cells))
-    return "\n".join(f"| {line} |" for line in lines)
+            line[name] = f"{statistics.fmean(values):.4g} ± {deviation:.2g}"
+        lines.append(line)
+    return markdown(lines)
 
 
 def main():

@@ -27,6 +27,7 @@ from tools.tiny_scores import (
     NEW_SEEDS,
     PRETRAINED,
     evaluate,
+    evaluations,
     generator_of,
     load_tiny,
     report_captions,
@@ -478,8 +479,8 @@ def teacher_curves(base, clips, n, path):
             levels = sigmas(steps, base.shift)
             numbers, _ = evaluate(base, clips, rows, [], levels, 0.0, cfg, NEW_SEEDS)
             del numbers["images_per_s"]
-            evaluations = steps if cfg == 1 else 2 * steps
-            curves[title].append({"steps": steps, "evaluations": evaluations, **numbers})
+            point = {"steps": steps, "evaluations": evaluations(levels, cfg), **numbers}
+            curves[title].append(point)
     content = {"pictures_a_point": len(rows), "curves": curves}
     write_atomically({path: json.dumps(content, indent=1).encode()})
     return curves

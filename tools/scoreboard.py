@@ -23,6 +23,7 @@ from tools.tiny_scores import (
     PRETRAINED,
     TEACHER_CFG,
     evaluate,
+    evaluations,
     generator_of,
     load_tiny,
     report_captions,
@@ -42,10 +43,9 @@ class Line(NamedTuple):
     minutes: float  # how long the training of this stage took
 
     def start(self):
-        """The first columns; guidance takes two evaluations of the transformer a step."""
+        """The first columns."""
         steps = len(self.levels) - 1
-        evaluations = steps if self.cfg == 1 else 2 * steps
-        return {"name": self.name, "steps": steps, "NFE": evaluations}
+        return {"name": self.name, "steps": steps, "NFE": evaluations(self.levels, self.cfg)}
 
 
 def arguments():
@@ -115,7 +115,7 @@ def scoreboard(run, pretrained, n, device):
         "rows": table,
     }
     write_atomically({f"{run}/report.json": json.dumps(content, indent=1).encode()})
-    print_table(table)
+    print(markdown(table), flush=True)
     if plots.pyplot is None:
         note(f"no {run}/report.png: {plots.MISSING}")
     else:
@@ -133,17 +133,17 @@ def teacher_grids(pretrained, n, device):
             numbers, _ = evaluate(base, clips, rows, [], levels, 0.0, TEACHER_CFG)
             table.append({**line.start(), **numbers})
     print(f"{len(rows)} pictures a row, {machine_name(device)}, torch {torch.__version__}\n")
-    print_table(table)
+    print(markdown(table), flush=True)
 
 
 # ---- what is shown -------------------------------------------------------------------------------
-def print_table(rows):
-    """Dicts with the same keys, as a table in markdown."""
-    print("| " + " | ".join(rows[0]) + " |")
-    print("|---" * len(rows[0]) + "|")
+def markdown(rows):
+    """Dicts with the same keys -> a table in markdown; numbers have three digits."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
     for row in rows:
         cells = [value if isinstance(value, str) else f"{value:.3g}" for value in row.values()]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def machine_name(device):

@@ -9,6 +9,7 @@ The last three are there because a reward can be hacked by drawing one good pict
 """
 
 import math
+import os
 import time
 
 import torch
@@ -44,6 +45,21 @@ def generator_of(base, cold_start, rtdmd=None):
         if where:
             files[adapter] = find_weights(where, stage)
     return load_generator(base, files)
+
+
+def evaluations(levels, cfg):
+    """How often the transformer is evaluated for a picture; guidance takes two evaluations a step."""
+    steps = len(levels) - 1
+    return steps if cfg == 1 else 2 * steps
+
+
+def steps_done(run):
+    """How many lines the log of a run has; 0 where no weights are saved yet."""
+    try:
+        with open(f"{run}/log.jsonl") as log:
+            return len(log.readlines()) if os.path.exists(f"{run}/generator_ema.pt") else 0
+    except OSError:
+        return 0
 
 
 def report_captions(n):
