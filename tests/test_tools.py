@@ -389,6 +389,8 @@ def in_this_process(monkeypatch):
     rows = ablations.TABLES
     few = {"table3": rows["table3"][:2], "table4": rows["table4"][:2], "fake": rows["fake"][:2]}
     monkeypatch.setattr(ablations, "TABLES", few)
+    few_claims = {"table3": ablations.CLAIMS["table3"][:1]}
+    monkeypatch.setattr(ablations, "CLAIMS", few_claims)
     monkeypatch.setattr(ablations, "ThreadPoolExecutor", InThisThread)
     monkeypatch.setattr(ablations.subprocess, "run", run)
     return commands
@@ -422,6 +424,7 @@ def test_ablations_at_a_size_of_nothing(in_this_process, tmp_path):
     assert len(new) == 5  # one reference is enough
     assert {command[command.index("--seed") + 1] for command in new} == {"1"}
     assert {row[1] for row in cells_of(tmp_path / "table4.md")} == {"2"}
+    assert "| consistency helps |" in (tmp_path / "table3.md").read_text()
 
     assert "another size" in refused(ablations, *SIZES, *where, "--steps", 3)
 
@@ -440,7 +443,65 @@ def test_a_run_that_fails_costs_its_own_row(in_this_process, tmp_path, monkeypat
 def test_a_cell_is_the_mean_and_its_standard_error():
     assert ablations.cell([]) == ""
     assert ablations.cell([0.5]) == "0.5"
-    assert ablations.cell([1.0, 3.0]) == "2 +- 1"  # standard deviation 1.41, over 2 ** .5
+    assert ablations.cell([1.0, 3.0]) == "2 ± 1"  # standard deviation 1.41, over 2 ** .5
+
+
+def test_a_verdict_is_the_paired_t_test():
+    # mean 2, standard error .316: 2.78 of them are .88
+    assert ablations.verdict([1.0, 2.0, 2.0, 2.0, 3.0]) == "+2 ± 0.32: holds"
+    assert ablations.verdict([-1.0, -2.0, -2.0, -2.0, -3.0]) == "-2 ± 0.32: fails"
+    # mean 1, deviation 2, so the interval is 1 +- t * 2 / sqrt(n): n = 18 is the first without zero
+    spread = [-1.0, 3.0, -1.0, 3.0, 1.0]
+    assert ablations.verdict(spread) == "+1 ± 0.89: not resolved (18 seeds)"
+    assert ablations.verdict([1.0]) == "one seed"
+    assert "1 000 seeds or more" in ablations.verdict([1.0, -1.0])
+
+
+@pytest.mark.parametrize("n, exact", [(2, 12.706), (5, 2.776), (11, 2.228), (21, 2.086)])
+def test_students_t(n, exact):
+    assert ablations.student(n) == pytest.approx(exact, abs=0.025)
+
+
+@pytest.mark.parametrize("table", ablations.CLAIMS)
+def test_every_claim_is_about_rows_of_its_table(table):
+    names = [row.name for row in ablations.TABLES[table]]
+    for claim in ablations.CLAIMS[table]:
+        assert {claim.better, claim.worse} <= set(names), claim
+
+
+def test_a_claim_compares_equal_seeds():
+    def row(name, *checkers):
+        seeds = {str(i): {"checker": c} for i, c in enumerate(checkers) if c is not None}
+        return {"name": name, "seeds": seeds}
+
+    claim = ablations.Claim("a before b", "a", "b", ("checker",))
+    content = {"table": "table3", "rows": [row("a", 0.9, 0.5, 0.6), row("b", None, 0.4, 0.5)]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ablations.CLAIMS, "table3", [claim])
+        line = ablations.claims_of(content).splitlines()[2]
+    assert line.startswith("| a before b | +10 ±")
+
+
+def test_jobs_take_the_gpus_in_turn(monkeypatch, tmp_path):
+    seen = []
+
+    def run(_command, env, **_):
+        seen.append(env.get("CUDA_VISIBLE_DEVICES"))
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(ablations.subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    words = ["ablations.py", "students", *SIZES, "--out_dir", tmp_path, "--jobs", 4, "--seeds", 2]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    args = ablations.arguments()
+    (tmp_path / "runs").mkdir()
+    ablations.run_all(args, torch.device("cuda"))
+    assert set(seen) == {"0", "1"}
+    assert len(seen) == 8  # K = 1, 2, 4 and where stage 2 starts, of two seeds each
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    seen.clear()
+    ablations.run_all(args, torch.device("cpu"))
+    assert set(seen) == {None}
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@
     python -m tools.ablations letter --jobs 7           # the paper's letter, one choice at a time
 
 A row is a program and its flags. Each run is a process with a directory of its own in out_dir/runs;
-what is there already is left alone, so that the same command goes on. The tables are out_dir/TABLE.md,
-and on the screen.
+what is there already is left alone, so that the same command goes on. Several GPUs take the runs in
+turn. The tables are out_dir/TABLE.md, and on the screen; TABLE.json has every run's numbers. Under
+a table stand the orderings that the paper claims (CLAIMS), each with what the runs say of it.
 
 All rows of a table make the same number of updates on the same number of pictures, from the same
 prompts in the same order, and start from the same weights (stage 2: from the same stage 1 for each
@@ -15,10 +16,13 @@ the diversity are all held out and hacking can show in them.
 
 import json
 import os
+import queue
 import re
 import shlex
+import statistics
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -26,6 +30,7 @@ import torch
 
 from checkpoint import settings_of
 from common import Parser, die, make_out_dir, note, parse, setup, write_atomically
+from cps import sigmas
 from tiny import CATEGORIES
 from tools.tiny_scores import (
     PRETRAINED,
@@ -49,6 +54,7 @@ class Row(NamedTuple):
     paper: str = ""
 
 
+SIZES = ("steps", "epochs", "batch_size", "pictures")  # flags that have to be equal in all runs
 STAGE_1 = "cold_start.py"
 STAGE_2 = "rtdmd_rl.py"
 FAKE = "tools/fake_quality.py"
@@ -88,6 +94,11 @@ TABLES = {
         Row("gamma .1", FAKE, "--gamma .1"),
         Row("another long training", FAKE, "--decay --stream 'reference again'"),
     ],
+    "students": [
+        Row("K = 1", STAGE_1, "--num_steps 1 --anneal .5 --variant step_weight"),
+        Row("K = 2", STAGE_1, "--num_steps 2 --anneal .5 --variant step_weight"),
+        Row("K = 4", STAGE_1, "--anneal .5 --variant step_weight"),
+    ],
     "letter": [
         Row("stage 1 by default", STAGE_1),
         Row("printed_std", STAGE_1, "--variant printed_std"),
@@ -108,7 +119,52 @@ NOTES = {
     "fake": "Relative rms error in % of the fake velocity at noise levels t > s, after half as many "
     "steps as stage 1 in the other tables, against that of a long training (ten times the steps, rate "
     "decayed to 0), on new pictures of one frozen generator, the cold start of seed 0.",
+    "students": "Stage 1 of students with so many steps, with the flags of the long run.",
     "letter": "The paper's letter, one choice at a time, the others by default.",
+}
+
+
+# ---- what the paper says of its tables -----------------------------------------------------------
+class Claim(NamedTuple):
+    """An ordering of two rows of a table: better is above worse in these measures."""
+
+    text: str
+    better: str
+    worse: str
+    measures: tuple = ("checker", "clipscore", "judge")
+
+
+FIRST = "AC-DMD, gamma .01, eta .9"
+BOTH = "SubGRPO M=2 + L_det"
+CLAIMS = {
+    "table3": [
+        Claim("consistency helps", FIRST, "A-DMD (gamma 0)"),
+        Claim("gamma .01 before .1", FIRST, "AC-DMD, gamma .1"),
+        Claim("gamma .01 before .005", FIRST, "AC-DMD, gamma .005"),
+        Claim("gamma .01 before .001", FIRST, "AC-DMD, gamma .001"),
+        Claim("AC-DMD before DMD2", FIRST, "DMD2"),
+        Claim("eta .9 before 0", FIRST, "AC-DMD, eta 0"),
+        Claim("eta .9 before .5", FIRST, "AC-DMD, eta .5"),
+    ],
+    "table4": [
+        Claim("stage 2 improves the cold start", BOTH, "cold start"),
+        Claim("SubGRPO, M = 2, before GRPO", "SubGRPO M=2", "GRPO"),
+        Claim("SubGRPO, M = 1, before GRPO", "SubGRPO M=1", "GRPO"),
+        Claim("M = 2 before M = 1", "SubGRPO M=2", "SubGRPO M=1"),
+        Claim("M = 2 before M = 1, with L_det", BOTH, "SubGRPO M=1 + L_det"),
+        Claim("SubGRPO before GRPO, with L_det", BOTH, "GRPO + L_det"),
+        Claim("L_det helps GRPO", "GRPO + L_det", "GRPO"),
+        Claim("L_det helps M = 1", "SubGRPO M=1 + L_det", "SubGRPO M=1"),
+        Claim("L_det helps M = 2", BOTH, "SubGRPO M=2"),
+        Claim("SubGRPO helps L_det", BOTH, "L_det alone"),
+        Claim("shared noise helps", BOTH, "the same, noise not shared"),
+        Claim(
+            "the anchor prevents hacking",
+            BOTH,
+            "SubGRPO M=2 + L_det, no DM",
+            ("checker", "judge", "place_bits"),
+        ),
+    ],
 }
 
 
@@ -122,7 +178,7 @@ def arguments():
     add("--epochs", type=int, default=90, help="epochs of stage 2")
     add("--batch_size", type=int, default=128, help="pictures a step; an epoch: in groups of 8")
     add("--pictures", type=int, default=216, help="pictures scored of each of the six categories")
-    add("--jobs", type=int, default=1, help="processes at once; they share one GPU")
+    add("--jobs", type=int, default=1, help="processes at once; they share the GPUs")
     add("--device", default="auto", help="cuda, cpu, mps, or auto: the best there is")
     parser.set_defaults(preset="tiny")
     args = parse(parser)
@@ -176,14 +232,16 @@ def is_there(args, row, seed):
     return os.path.exists(f"{folder(args, row, seed)}/{name}")
 
 
-def train(args, row, seed):
+def train(args, row, seed, gpu):
     """Run one row's program; what it prints goes to a file beside its directory."""
     out = folder(args, row, seed)
-    if is_there(args, row, seed):
+    if is_there(args, row, seed) or is_finished(args, row, out):
         return
     threads = max(1, os.cpu_count() // args.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": ROOT}
-    with open(f"{out}.log", "w") as log:
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    with open(f"{out}.log", "a") as log:
         done = subprocess.run(
             command(args, row, seed), env=environment, stdout=log, stderr=subprocess.STDOUT
         )
@@ -201,9 +259,10 @@ def score(args, row, seed, device):
         adapters = generator_of(base, out)
     else:
         adapters = generator_of(base, folder(args, START, seed), out)
-    eta = settings_of(f"{out}/generator_ema.pt")["eta"]
+    settings = settings_of(f"{out}/generator_ema.pt")
+    levels = sigmas(settings["num_steps"], base.shift)
     rows = report_captions(args.pictures)
-    numbers, _ = evaluate(base, clips, rows, adapters, base.levels(4), eta)
+    numbers, _ = evaluate(base, clips, rows, adapters, levels, settings["eta"])
     write_atomically({f"{out}/numbers.json": json.dumps(numbers, indent=1).encode()})
     os.remove(f"{out}/ckpt.pt")  # the run is over: its adapters are enough
 
@@ -215,16 +274,19 @@ def is_finished(args, row, out):
 
 
 # ---- all of them ---------------------------------------------------------------------------------
-def waves(args, seed):
-    """Lists of rows; those of one need those of the lists before."""
+def waves(args):
+    """Lists of (row, seed); those of one need those of the lists before. Seed 0 of all rows first."""
     rows = [row for table in args.tables for row in TABLES[table]]
     stage_1 = [START, *(row for row in rows if row.program == STAGE_1)]
     stage_2 = [row for row in rows if row.program == STAGE_2]
     fake = [row for row in rows if row.program == FAKE]
-    if seed > 0:  # one reference, and one other to compare it with
-        fake = [row for row in fake if "--decay" not in row.flags]
-    reference = [REFERENCE] if fake and seed == 0 else []
-    return [without_doubles(wave) for wave in (stage_1, stage_2, reference, fake)]
+    seeds = range(args.seeds)
+    yield [(row, seed) for seed in seeds for row in without_doubles(stage_1)]
+    yield [(row, seed) for seed in seeds for row in without_doubles(stage_2)]
+    if fake:
+        yield [(REFERENCE, 0)]
+    # one reference, and one other to compare it with
+    yield [(row, seed) for seed in seeds for row in fake if seed == 0 or "--decay" not in row.flags]
 
 
 def without_doubles(rows):
@@ -232,15 +294,25 @@ def without_doubles(rows):
 
 
 def run_all(args, device):
-    """Run and score what is missing: seed 0 of all rows, then seed 1, and so on."""
+    """Run and score what is missing, args.jobs runs at once."""
+    places = queue.SimpleQueue()  # a GPU's number for each job
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    for job in range(args.jobs):
+        places.put(job % gpus if gpus else None)
+    scoring = threading.Lock()
+
+    def run(row_and_seed):
+        gpu = places.get()
+        train(args, *row_and_seed, gpu)
+        places.put(gpu)
+        with scoring:
+            score(args, *row_and_seed, device)
+
     pool = ThreadPoolExecutor(args.jobs)
     try:
-        for seed in range(args.seeds):
-            for wave in waves(args, seed):
-                for _ in pool.map(lambda row, seed=seed: train(args, row, seed), wave):
-                    pass
-                for row in wave:
-                    score(args, row, seed, device)
+        for wave in waves(args):
+            for _ in pool.map(run, wave):
+                pass
     except KeyboardInterrupt:
         pool.shutdown(cancel_futures=True)
         die("stopped; the same command goes on", status=1)
@@ -249,7 +321,7 @@ def run_all(args, device):
 def same_sizes(args):
     """Die where out_dir holds runs of other sizes, which would be taken for these."""
     path = f"{args.out_dir}/sizes.json"
-    sizes = {name: getattr(args, name) for name in ("steps", "epochs", "batch_size", "pictures")}
+    sizes = {name: getattr(args, name) for name in SIZES}
     if os.path.exists(path):
         with open(path) as file:
             there = json.load(file)
@@ -259,55 +331,103 @@ def same_sizes(args):
 
 
 # ---- the tables ----------------------------------------------------------------------------------
-def numbers_of(args, row):
-    """{seed: numbers} of the runs of a row that are there."""
-    found = {}
-    for seed in range(args.seeds):
-        if is_there(args, row, seed):
-            with open(f"{folder(args, row, seed)}/numbers.json") as file:
-                found[seed] = json.load(file)
-    return found
+def collected(args, table):
+    """What is there of a table -> its content, as TABLE.json has it."""
+    sizes = {name: getattr(args, name) for name in SIZES}
+    rows = []
+    for row in TABLES[table]:
+        found = {}
+        for seed in range(args.seeds):
+            if is_there(args, row, seed):
+                with open(f"{folder(args, row, seed)}/numbers.json") as file:
+                    numbers = json.load(file)
+                numbers.pop("images_per_s", None)
+                found[str(seed)] = {name: round(value, 6) for name, value in numbers.items()}
+        rows.append({"name": row.name, "flags": row.flags, "paper": row.paper, "seeds": found})
+    return {"table": table, **sizes, "rows": rows}
+
+
+def scaled(numbers, name):
+    """One number of a run as the tables show it: the checker in %."""
+    return 100 * numbers[name] if name == "checker" else numbers[name]
 
 
 def cell(values):
     """Mean and standard error over seeds."""
-    values = torch.tensor(values, dtype=torch.float64)
-    if len(values) == 0:
+    if not values:
         return ""
     if len(values) == 1:
-        return f"{values.item():.3g}"
-    return f"{values.mean():.3g} +- {values.std() / len(values) ** 0.5:.2g}"
+        return f"{values[0]:.3g}"
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.fmean(values):.3g} ± {error:.2g}"
 
 
-def table_of(args, table):
-    """One table in markdown, with what stands below it."""
-    rows = TABLES[table]
-    of_rows = [numbers_of(args, row) for row in rows]
-    first = of_rows[0]
-    any_numbers = next((n for found in of_rows for n in found.values()), {})
-    names = [name for name in any_numbers if name not in (*CATEGORIES, "images_per_s")]
-    paired = "clipscore" in names
-    head = [table, "seeds", *(name.replace("_", " ") for name in names)]
-    if paired:
-        head.append("CLIPScore less the first row's, same seed")
-    head.append("the paper")
-    lines = [" | ".join(head), " | ".join(["---"] * len(head))]
-    for row, found in zip(rows, of_rows):
-        cells = [row.name, str(len(found))]
-        for name in names:
-            scale = 100 if name == "checker" else 1
-            cells.append(cell([scale * numbers[name] for numbers in found.values()]))
-        if paired:
-            both = [seed for seed in found if seed in first]
-            gains = [found[seed]["clipscore"] - first[seed]["clipscore"] for seed in both]
-            cells.append(cell(gains))
-        lines.append(" | ".join([*cells, row.paper]))
-    table_lines = "\n".join(f"| {line} |" for line in lines)
+def table_of(content):
+    """One table in markdown, with what stands below it. content: as from `collected`."""
+    rows = content["rows"]
+    any_numbers = next((n for row in rows for n in row["seeds"].values()), {})
+    names = [name for name in any_numbers if name not in CATEGORIES]
+    lines = [[content["table"], "seeds", *(name.replace("_", " ") for name in names), "the paper"]]
+    lines.append(["---"] * len(lines[0]))
+    for row in rows:
+        of_seeds = row["seeds"].values()
+        cells = [cell([scaled(numbers, name) for numbers in of_seeds]) for name in names]
+        lines.append([row["name"], str(len(of_seeds)), *cells, row["paper"]])
     return (
-        f"{table_lines}\n\n{NOTES[table]} Mean +- standard error over seeds, checker in %. "
-        f"{args.steps} steps of stage 1, {args.epochs} epochs of stage 2, {args.batch_size} pictures "
-        f"each; scored on {6 * args.pictures} new pictures.\n"
+        f"{in_markdown(lines)}\n\n{NOTES[content['table']]} Mean ± standard error over seeds, checker "
+        f"in %. {content['steps']} steps of stage 1, {content['epochs']} epochs of stage 2, "
+        f"{content['batch_size']} pictures each; scored on {6 * content['pictures']} new pictures.\n"
     )
+
+
+def in_markdown(lines):
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+# Student's t: a mean of n values lies, in 95 % of cases, within so many standard errors.
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+
+def student(n):
+    return STUDENT.get(n, 1.96 + 2.72 / (n - 1))  # beyond the table within .02
+
+
+def verdict(differences):
+    """What paired differences (better row less worse, a value a seed) say of a claim.
+
+    holds or fails: zero is outside of the 95 % interval of their mean. Otherwise the number of seeds
+    is said with which this difference and this spread would be outside.
+    """
+    n = len(differences)
+    if n < 2:
+        return "one seed"
+    mean, deviation = statistics.fmean(differences), statistics.stdev(differences)
+    text = f"{mean:+.2g} ± {deviation / n**0.5:.2g}"
+    if abs(mean) > student(n) * deviation / n**0.5:
+        return f"{text}: {'holds' if mean > 0 else 'fails'}"
+    for more in range(n + 1, 1000):
+        if abs(mean) > student(more) * deviation / more**0.5:
+            return f"{text}: not resolved ({more} seeds)"
+    return f"{text}: not resolved (1 000 seeds or more)"
+
+
+def claims_of(content):
+    """The claims about a table, and what its runs say, in markdown."""
+    measures = ("checker", "clipscore", "judge", "place_bits")
+    seeds_of = {row["name"]: row["seeds"] for row in content["rows"]}
+    lines = [["claim", *(name.replace("_", " ") for name in measures)], ["---"] * 5]
+    for claim in CLAIMS.get(content["table"], ()):
+        better, worse = seeds_of[claim.better], seeds_of[claim.worse]
+        both = [seed for seed in better if seed in worse]
+        cells = []
+        for name in measures:
+            if name not in claim.measures:
+                cells.append("")
+                continue
+            pairs = [scaled(better[s], name) - scaled(worse[s], name) for s in both]
+            cells.append(verdict(pairs))
+        lines.append([claim.text, *cells])
+    return in_markdown(lines) + "\n"
 
 
 def main():
@@ -317,8 +437,13 @@ def main():
     same_sizes(args)
     run_all(args, device)
     for table in args.tables:
-        text = table_of(args, table)
-        write_atomically({f"{args.out_dir}/{table}.md": text.encode()})
+        content = collected(args, table)
+        text = table_of(content)
+        if table in CLAIMS:
+            text += "\n" + claims_of(content)
+        path = f"{args.out_dir}/{table}"
+        data = json.dumps(content, indent=1)
+        write_atomically({f"{path}.md": text.encode(), f"{path}.json": data.encode()})
         print("\n" + text, flush=True)
 
 
