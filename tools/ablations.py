@@ -238,7 +238,8 @@ def train(args, row, seed, gpu):
     if is_there(args, row, seed) or is_finished(args, row, out):
         return
     threads = max(1, os.cpu_count() // args.jobs)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": ROOT}
+    path = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     with open(f"{out}.log", "a") as log:
