@@ -18,7 +18,8 @@ import torch
 from cold_start import generator_loss
 from gaussian import close
 from helpers import BASE, ROOT, TINY, good, here, load, log_of
-from tools import long
+from tiny import CATEGORIES
+from tools import ablations, long
 
 # docs/mutants.md is written by tools.mutants.
 PAGES = {
@@ -251,6 +252,31 @@ def test_the_long_runs_differences_are_those_of_assets():
         gains = [scale * (ours[name] - theirs[name]) for ours, theirs in pairs]
         error = statistics.stdev(gains) / len(gains) ** 0.5
         assert f"{statistics.fmean(gains):+.{digits}f} | {error:.{digits}f} |" in text
+
+
+def test_the_gaps_to_the_teacher_are_those_of_assets():
+    text = PAGES["docs/results.md"].split("<!-- gaps -->")[1].split("<!-- /gaps -->")[0]
+    _, _, *written = rows_of(text)
+    (teacher,) = (rows for name, rows in long_rows().items() if "50 steps" in name)
+    assert [name for name, *_ in written] == ["AC-DMD, 4 steps", "RTDMD, 4 steps"]
+    for name, *cells in written:
+        expected = []
+        for category in CATEGORIES:
+            pairs = zip(long_rows()[name], teacher)
+            gains = [100 * (ours[category] - theirs[category]) for ours, theirs in pairs]
+            error = statistics.stdev(gains) / len(gains) ** 0.5
+            expected.append(f"{statistics.fmean(gains):+.1f} ± {error:.1f}")
+        assert cells == expected
+
+
+@pytest.mark.parametrize("table", ["students", "table3", "table4", "letter"])
+def test_the_ablations_are_those_of_assets(table):
+    text = PAGES["docs/results.md"].split(f"<!-- {table} -->\n")[1].split(f"<!-- /{table} -->")[0]
+    content = json.loads((ROOT / f"assets/results/{table}.json").read_text())
+    made = ablations.table_of(content)
+    if table in ablations.CLAIMS:
+        made += "\n" + ablations.claims_of(content)
+    assert text == made
 
 
 def test_the_curves_table_is_the_one_in_assets():

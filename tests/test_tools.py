@@ -677,6 +677,9 @@ def test_the_first_figure_is_drawn_from_a_run_and_the_long_runs_numbers(run, tmp
     assert status == 2 and "long.json is not there" in err
     (tmp_path / "results").mkdir()
     shutil.copy(ROOT / "assets/results/long.json", tmp_path / "results")
+    status, _, err = here(plots, *flags)
+    assert status == 2 and "students.json is not there" in err
+    shutil.copy(ROOT / "assets/results/students.json", tmp_path / "results")
     good(here(plots, *flags))
     width, height = Image.open(tmp_path / "front.png").size
     assert width >= 6 * 96 and height >= 3 * 96

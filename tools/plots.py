@@ -3,10 +3,12 @@
     python -m tools.plots curves out/cold_start out/rtdmd     # every number of their log.jsonl
     python -m tools.plots figures out/tiny --out_dir assets   # sampler.png, subinterval.png, subgrpo.png
     python -m tools.plots hacking out/tiny out/tiny/rtdmd out/hacked --out_dir assets
-    python -m tools.plots front assets/tiny/adapters --out_dir assets   # front.png, results/steps.json
+    python -m tools.plots front assets/tiny/adapters --out_dir assets   # front.png
 
 curves: a panel a number, a colour a run -> curves.png in the first run's directory. hacking: several
-stages 2 on one stage 1, side by side. report.png is drawn by tools/scoreboard.
+stages 2 on one stage 1, side by side. front: with the numbers of results/long.json (tools.long), of
+results/students.json (tools.ablations students) and of the teacher in results/steps.json, which is
+measured where it is not there. report.png is drawn by tools/scoreboard.
 """
 
 import json
@@ -435,13 +437,16 @@ TEACHER_STEPS = (1, 2, 4, 8, 16, 50)
 def draw_front(run, pretrained, n, out_dir, device):
     """Teacher, AC-DMD and RTDMD on the same captions and seeds; below, quality over evaluations.
 
-    run: holds cold_start/ and rtdmd/. The students' numbers are those of out_dir/results/long.json, the
-    teacher's are measured here, n pictures a category, into out_dir/results/steps.json.
+    run: holds cold_start/ and rtdmd/. n: pictures a category for the teacher's numbers, where
+    out_dir/results/steps.json is not there.
     """
-    with open(f"{out_dir}/results/long.json", encoding="utf-8") as file:
-        students = json.load(file)["rows"]
+    long_run = json_of(f"{out_dir}/results/long.json")["rows"]
+    students = json_of(f"{out_dir}/results/students.json")["rows"]
     base, clips = load_tiny(pretrained, device)
-    curves = teacher_curves(base, clips, n, f"{out_dir}/results/steps.json")
+    path = f"{out_dir}/results/steps.json"
+    if not os.path.exists(path):
+        measure_teacher(base, clips, n, path)
+    teacher = json_of(path)["curves"]
     stacked = generator_of(base, f"{run}/cold_start", f"{run}/rtdmd")
     sheet = {}
     for name, adapters, levels, eta, cfg in (
@@ -462,11 +467,20 @@ def draw_front(run, pretrained, n, out_dir, device):
     ):
         each = width / 3
         place = ((i * each + 0.65) / width, 0.5 / height, (each - 0.75) / width, 2.1 / height)
-        draw_quality(figure.add_axes(place), name, label, curves, students)
+        axes = figure.add_axes(place)
+        draw_quality(axes, name, teacher, students, long_run)
+        axes.set_ylabel(label)
+        if name == "checker":
+            axes.legend(frameon=False, fontsize=7, loc="lower right")
     save(figure, f"{out_dir}/front.png")
 
 
-def teacher_curves(base, clips, n, path):
+def json_of(path):
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def measure_teacher(base, clips, n, path):
     """The teacher's numbers with and without guidance, by steps, on the student's noise levels -> path."""
     curves = {}
     rows = report_captions(n)
@@ -483,27 +497,39 @@ def teacher_curves(base, clips, n, path):
             curves[title].append(point)
     content = {"pictures_a_point": len(rows), "curves": curves}
     write_atomically({path: json.dumps(content, indent=1).encode()})
-    return curves
 
 
-def draw_quality(axes, name, label, curves, students):
-    """One number over evaluations of the transformer a picture: lines of the teacher, points of ours."""
+def draw_quality(axes, name, teacher, students, long_run):
+    """One number over evaluations of the transformer a picture; means and deviations over seeds.
+
+    teacher: {title: points}, as in steps.json; students: the rows of K = 1, 2, 4; long_run: {title:
+    numbers of the seeds}.
+    """
     scale = 100 if name == "checker" else 1
-    for (title, points), color in zip(curves.items(), COLORS[::5]):
+
+    def of_seeds(numbers):
+        return torch.tensor([scale * of_seed[name] for of_seed in numbers])
+
+    for (title, points), color in zip(teacher.items(), COLORS[::5]):
         x = [point["evaluations"] for point in points]
         y = [scale * point[name] for point in points]
         axes.plot(x, y, color=color, marker=".", label=title)
+
+    runs = [of_seeds(row["seeds"].values()) for row in students]
+    x = [int(row["name"].removeprefix("K = ")) for row in students]
+    y = [values.mean() for values in runs]
+    errors = [values.std() for values in runs]
+    axes.errorbar(x, y, errors, color=COLORS[2], marker=".", label="AC-DMD, 1 000 steps")
+
     for title, color in (("AC-DMD, 4 steps", COLORS[2]), ("RTDMD, 4 steps", COLORS[1])):
-        values = torch.tensor([scale * numbers[name] for numbers in students[title]])
+        values = of_seeds(long_run[title])
+        label = f"{title.split(',')[0]}, long run"
         axes.errorbar(
-            [4], values.mean(), values.std(), color=color, marker="o", linestyle="", label=title
+            [4], values.mean(), values.std(), color=color, marker="o", linestyle="", label=label
         )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axes.set_xlabel("evaluations a picture")
-    axes.set_ylabel(label)
-    if name == "checker":
-        axes.legend(frameon=False, fontsize=7, loc="lower right")
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -542,8 +568,11 @@ def main():
         checked(draw_hacking, run, stages_2, args.pretrained, args.pictures, path, device)
         return
     if args.what == "front":
-        if not os.path.exists(f"{args.out_dir}/results/long.json"):
-            die(f"{args.out_dir}/results/long.json is not there; make long leaves one in its run")
+        for name, maker in (("long", "make long"), ("students", "tools.ablations students")):
+            if not os.path.exists(f"{args.out_dir}/results/{name}.json"):
+                die(
+                    f"{args.out_dir}/results/{name}.json is not there; {maker} leaves one in its run"
+                )
         checked(draw_front, run, args.pretrained, args.pictures, args.out_dir, device)
         return
     draw_sampler(f"{args.out_dir}/sampler.png")
