@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -34,15 +35,13 @@ from common import (
     flags_given,
     in_range,
     is_rank_0,
+    listen_to_signals,
     note,
     stop,
     sync,
     write_atomically,
 )
-
-# Where the stages write unless told otherwise. These two are never taken for a hub repository:
-# whoever registered an owner named `out` would otherwise decide what is drawn in an empty folder.
-DEFAULT_PLACES = {"cold_start": "out/cold_start", "rtdmd": "out/rtdmd"}
+from hub import files_on_hub, first_line, in_words, is_hub_id
 
 # File names in the order in which they are preferred. {stage}.safetensors is of an export of ours,
 # and comes before the folder {stage}/ of the same export because it needs no alpha. generator.pt is
@@ -66,7 +65,6 @@ BESIDE = (CONFIG_NAME, SETTINGS_NAME)  # what says how weights are used
 # name.
 PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "transformer.")
 ADAPTER_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")
 KEPT_GENERATOR = re.compile(r"generator_ema_(\d+)\.pt")  # of --keep_every
 
@@ -96,11 +94,6 @@ def find_weights(where, stage, role="generator", must=True, quiet=False):
     if path is None and must:
         die(f"{where or repr(where)}: {what_is_there(place)}; {what_was_sought(stage, role)}")
     return path
-
-
-def is_hub_id(where):
-    """Whether a name that is no path here may be looked up on the hub: never a default."""
-    return HUB_ID.fullmatch(where) is not None and where not in DEFAULT_PLACES.values()
 
 
 def search(place, stage, quiet):
@@ -156,10 +149,10 @@ def what_is_there(place):
     """What a place holds, for the message that it does not hold what was looked for."""
     if not os.path.exists(place):
         return "no such file or directory"
-    return "holds " + shortened(sorted(os.listdir(place)))
+    return "holds " + few_of(sorted(os.listdir(place)))
 
 
-def shortened(names, most=8):
+def few_of(names, most=8):
     """The first few of many names as one string."""
     if not names:
         return "nothing"
@@ -184,45 +177,22 @@ def download(where, stages, quiet=False):
     is fetched. Dies with one line where there is no such repository, no permission, no network and
     nothing cached, or nothing to take.
     """
-    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
 
-    gated = f"{where} is gated: accept the licence on huggingface.co/{where}, then hf auth login"
     try:
-        names = HfApi().list_repo_files(where)
-    except GatedRepoError:
-        die(gated)
-    except RepositoryNotFoundError:
-        die(
-            f"{where}: nothing of that name on this machine, and no such repository on the hub "
-            "(a private one: hf auth login)"
-        )
-    except Exception as e:  # no network in one of many ways: what the cache has is still good
-        try:
+        names = files_on_hub(where)
+        if names is None:
             return snapshot_download(where, local_files_only=True)
-        except Exception:
-            die(
-                f"{where}: nothing of that name on this machine or in the hub's cache, "
-                f"and the hub cannot be asked ({first_line(e)})"
-            )
-    allowed = {name for stage in stages for name in takeable(names, stage)}
-    wanted = [name for name in names if name in allowed]
-    if not any(name.endswith((".pt", ".safetensors", ".bin")) for name in wanted):
-        die(f"{where}, a hub repository, holds {shortened(names)}; {what_was_sought(stages[0])}")
-    try:
+        allowed = {name for stage in stages for name in takeable(names, stage)}
+        wanted = [name for name in names if name in allowed]
+        if not any(name.endswith((".pt", ".safetensors", ".bin")) for name in wanted):
+            die(f"{where}, a hub repository, holds {few_of(names)}; {what_was_sought(stages[0])}")
         new = [name for name in wanted if not isinstance(try_to_load_from_cache(where, name), str)]
         if new and not quiet:
-            note(f"downloading {shortened(new)} from huggingface.co/{where}")
+            note(f"downloading {few_of(new)} from huggingface.co/{where}")
         return snapshot_download(where, allow_patterns=wanted)
-    except GatedRepoError:  # whose list of files is open
-        die(gated)
-    except Exception as e:  # lost network, full disk
-        die(f"{where}: cannot be downloaded from the hub ({first_line(e)})", status=1)
-
-
-def first_line(error):
-    """What an exception says, short enough for one line of ours."""
-    return (str(error) or repr(error)).splitlines()[0][:120]
+    except Exception as e:
+        die(f"{where}: nothing of that name on this machine; {in_words(e, where)}")
 
 
 def takeable(names, stage):
@@ -485,17 +455,27 @@ SETTINGS = (
     "seed",
 )  # fmt: skip
 # Those that are the defaults of whatever uses the weights.
-SAMPLING = {"pretrained": str, "resolution": int, "num_steps": int, "eta": float, "cfg": float}
+SAMPLING = {
+    "pretrained": (str,),
+    "resolution": (int, str),
+    "num_steps": (int,),
+    "eta": (int, float),
+    "cfg": (int, float),
+}
 
 
-def write_settings(args, run_id):
+def write_settings(args, run_id, origin):
     """Put the run's settings beside its weights; rank 0 only.
 
     run_id: a hash of all that decides the result. Stage 2's settings name that of its stage 1, too.
+    origin: what `Run.begin_with` says of the run whose weights it began with, or None.
     """
     if not is_rank_0():
         return
     settings = {"program": os.path.basename(sys.argv[0]), "run_id": run_id}
+    settings["command"] = shlex.join(sys.argv)
+    if origin:
+        settings["started_from"] = origin
     if hasattr(args, "cold_start"):
         stage_1 = find_weights(args.cold_start, "cold_start", must=False, quiet=True)
         settings["cold_start_id"] = settings_of(stage_1).get("run_id") if stage_1 else None
@@ -556,9 +536,10 @@ def take_settings(args, path, names=SAMPLING, called=None):
 
 
 def may_be(name, value):
-    """Whether a setting has the type and the range that it must have."""
-    kinds = (int, float) if SAMPLING[name] is float else (SAMPLING[name],)
-    return type(value) in kinds and in_range(name, value)
+    """Whether a setting has a type and a range that it may have."""
+    if name == "resolution" and isinstance(value, str):
+        return re.fullmatch(r"[1-9]\d*x[1-9]\d*", value) is not None
+    return type(value) in SAMPLING[name] and in_range(name, value)
 
 
 # ---- the checkpoints of a run --------------------------------------------------------------------
@@ -568,7 +549,7 @@ SAVE_MINUTES = 20  # without a checkpoint
 FREE = {
     "out_dir", "device", "micro_batch", "steps", "epochs", "cache_text", "preset", "paper",
     "pretrained", "cold_start", "prompts", "reward_path", "sample_every", "save_every",
-    "keep_every", "eval_rewards", "eval_every", "eval_prompts", "compile", "graphs", "wandb",
+    "keep_every", "start_from", "eval_rewards", "eval_every", "eval_prompts", "compile", "graphs", "wandb",
     "low_memory",
 }  # fmt: skip
 
@@ -598,7 +579,12 @@ class Run:
         agree_on_a_checkpoint(args.out_dir, bool(paths), transformer.device)
         self.start = self.load(paths) if paths else 0
         if self.start == 0:
-            write_settings(args, hashed(decisive(self.flags())))
+            origin = self.begin_with(args.start_from) if args.start_from else None
+            identity = decisive(self.flags())
+            if origin:
+                identity["start_from"] = [origin["run_id"], origin["step"]]
+            write_settings(args, hashed(identity), origin)
+        listen_to_signals()
 
     def flags(self):
         """What must be the same when the run goes on: flags, and hashes of what they name."""
@@ -620,7 +606,7 @@ class Run:
         if changed:
             die(
                 f"{paths[0]} was made with other flags ({', '.join(changed)}): repeat them, or choose "
-                "another --out_dir"
+                f"another --out_dir; --start_from {self.args.out_dir} begins that one with these weights"
             )
         for name, thing in self.state.items():
             if hasattr(thing, "load_state_dict"):
@@ -629,6 +615,34 @@ class Run:
                 torch._foreach_copy_([p.data for p in thing], saved[name])
         say_what_changed(paths[0], saved["step"], saved["made_with"], self.made_with)
         return saved["step"]
+
+    def begin_with(self, folder):
+        """Put the weights of another run's checkpoint into state, and nothing else of it.
+
+        The optimisers begin anew, and so do the steps. -> what is known of that run. Dies where it is
+        of another program, model, stage 1, rank or alpha.
+        """
+        path = os.path.join(folder, "ckpt.pt")
+        saved = read(path, "checkpoint")
+        flags = saved.get("flags") if isinstance(saved, dict) and "step" in saved else None
+        if not isinstance(flags, dict) or set(flags) - FREE != set(self.flags()) - FREE:
+            die(f"{path} is not a checkpoint of this program, or of another version of it")
+        for name in ("lora_rank", "lora_alpha", "pretrained or cold_start content"):
+            if flags[name] != self.flags()[name]:
+                die(f"--start_from {folder}: its {name} is {flags[name]}, not {self.flags()[name]}")
+        for name in ("generator", "fake", "ema"):
+            torch._foreach_copy_([p.data for p in self.state[name]], saved[name])
+        changed = []
+        for name, value in decisive(self.flags()).items():
+            if flags[name] != value:
+                changed.append(f"--{name} {flags[name]} -> {value}")
+        note(
+            f"begins with the weights of {folder} after {saved['step']} steps; "
+            f"other flags than there: {', '.join(changed) or 'none'}"
+        )
+        its = settings_of(path)
+        known = {name: its.get(name) for name in ("command", "run_id")}
+        return {**known, "step": saved["step"], "changed": changed}
 
     def save_or_stop(self, step, last):
         """Save if it is time to. After a signal also say how to go on, and exit with status 0.
@@ -710,17 +724,31 @@ def check_room(out_dir, state, checkpoints):
 
 def content_of(rows, transformer):
     """{what: hash} of the frozen weights and the prompts: what the flags do not show."""
-    frozen = []
+    frozen = frozen_content(transformer)
+    return {"pretrained or cold_start content": hashed(frozen), "prompts content": hashed(rows)}
+
+
+def frozen_content(transformer):
+    """[(name, numbers)] of all that is not trained: the first 64 of each, as bf16 rounds them."""
+    found = []
     for name, p in transformer.named_parameters():
         if not p.requires_grad:
-            # the first 64 of each, as bf16 rounds them on any device
-            frozen.append((name, p.flatten()[:64].bfloat16().tolist()))
-    return {"pretrained or cold_start content": hashed(frozen), "prompts content": hashed(rows)}
+            found.append((name, p.flatten()[:64].bfloat16().tolist()))
+    return found
 
 
 def hashed(content):
     """A short hash of plain values."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def hash_of_file(path):
+    """A short hash of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for piece in iter(lambda: file.read(2**20), b""):
+            digest.update(piece)
+    return digest.hexdigest()[:12]
 
 
 def files_of(reward_paths):

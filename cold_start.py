@@ -35,6 +35,7 @@ from common import (
     data_order,
     distance,
     parse,
+    resolution,
     setup,
     shard,
     update,
@@ -82,7 +83,7 @@ def arguments():
     # base model and prompts
     add("--pretrained", help="diffusers directory or hub id of the Stable Diffusion 3 model")
     add("--prompts", default="", help='file with a prompt a line, or jsonl with "prompt"')
-    add("--resolution", type=int, default=512, help="height and width of the pictures in pixels")
+    add("--resolution", type=resolution, default=512, help="side, or height x width as 768x512")
     add("--cfg", type=float, default=4.5, help="guidance scale of the teacher")
     # the adapters
     add("--lora_rank", type=int, default=32, help="rank of the adapters")
@@ -128,6 +129,7 @@ def arguments():
     )
     add("--low_memory", action="store_true", help="for 24 GB: --cache_text, fewer activations")
     # output
+    add("--start_from", default="", metavar="DIR", help="a run whose weights a new run begins with")
     add("--out_dir", default="out/cold_start", help="a run that is in there goes on")
     add("--sample_every", type=int, default=500, help="save a picture grid every so many steps")
     add("--save_every", type=int, default=500, help="save a checkpoint every so many steps")
@@ -395,7 +397,7 @@ def main():
         moved = distance(student_params, ema)
         log(bar, n_pictures, step=step, k=k, **losses, **norms, ema_drift=moved)
         if args.sample_every and (step + 1) % args.sample_every == 0:
-            preview(base, ["generator"], rows, args, f"step_{step + 1}")
+            log.show(preview(base, ["generator"], rows, args, f"step_{step + 1}"), step)
         run.save_or_stop(step + 1, args.steps)
 
     if rank == 0:

@@ -7,14 +7,18 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import sys
+import sysconfig
 import time
+import uuid
 from datetime import timedelta
 
 import torch
@@ -26,13 +30,19 @@ def is_rank_0():
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_first_here():
+    """Whether this process is the first one on its machine, under torchrun and alone."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def die(message, status=2, local=False):
     """End the program with one line on stderr and no traceback.
 
-    Exit status 2 is for bad input, 1 for a failure under way. Under torchrun only rank 0 speaks,
-    unless the trouble is `local`: one rank's alone. Raises SystemExit.
+    Exit status 2 is for bad input, 1 for a failure under way. Under torchrun the first process of each
+    machine speaks, since a file may be missing on one of them; all do if the trouble is `local`, one
+    rank's alone. Raises SystemExit.
     """
-    if local or is_rank_0():
+    if local or is_first_here():
         program = os.path.basename(sys.argv[0])
         one_line = " ".join(str(message).split())
         print(f"{program}: error: {one_line}", file=sys.stderr, flush=True)
@@ -59,6 +69,11 @@ FROM_1 = (
     "batch_size", "micro_batch", "steps", "epochs", "num_steps", "generator_every", "resolution",
     "lora_rank", "save_every", "prompts_per_epoch", "ema_every", "num_images", "eval_every",
 )  # fmt: skip
+# Flags that are paths; a ~ at their beginning is the user's home directory.
+PLACES = {
+    "out_dir", "pretrained", "prompts", "metadata", "cold_start", "rtdmd", "eval_prompts", "start_from",
+    "scores",
+}  # fmt: skip
 RANGES = {
     "eta": (0, 1),
     "ema": (0, 1),
@@ -98,6 +113,9 @@ def parse(parser, presets=None, paper=None):
     if asked.paper and paper:
         parser.set_defaults(**paper)
     args = parser.parse_args()
+    for name in PLACES & set(vars(args)):  # no shell does it behind an equals sign
+        if getattr(args, name):
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
     for name, value in vars(args).items():
         if not in_range(name, value):
             low, high = RANGES.get(name, (0, math.inf))
@@ -114,6 +132,23 @@ def in_range(name, value):
     """Whether a flag may have this value: numbers have ranges, and nan lies in none."""
     low, high = RANGES.get(name, (0, math.inf))
     return not isinstance(value, (int, float)) or low <= value <= high
+
+
+def resolution(text):
+    """The value of --resolution: 512 for a square, "768x512" for height x width."""
+    words = text.lower().split("x")
+    if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a side like 512 nor like 768x512")
+    if len(words) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} has more than height x width")
+    height, width = int(words[0]), int(words[-1])
+    return height if height == width else f"{height}x{width}"
+
+
+def sides(size):
+    """A value of --resolution -> (height, width)"""
+    height, _, width = str(size).partition("x")
+    return int(height), int(width or height)
 
 
 def flags_given():
@@ -148,7 +183,9 @@ def setup(args, training=True):
             )
         torch.cuda.set_device(device)
     if training:
-        listen_to_signals()
+        if device.type == "cuda" and args.compile:
+            check_compiler()
+        end_on_signals()
         if world > 1:
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=10))
@@ -188,6 +225,37 @@ def make_out_dir(out_dir, subfolder, rank):
         die(f"cannot write to --out_dir {out_dir}: {e.strerror}")
 
 
+def check_compiler():
+    """Die where what torch.compile needs on a GPU is not there: Triton, a C compiler, Python's headers."""
+    if importlib.util.find_spec("triton") is None:
+        missing = "the package triton"
+    elif not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang", "cc")))):
+        missing = "a C compiler (gcc or clang; CC names another)"
+    elif not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
+        missing = "Python.h (the package python3-dev)"
+    else:
+        return
+    die(f"--compile needs {missing}, which is not on this machine: install it, or give --compile 0")
+
+
+SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP")
+    if hasattr(signal, name)  # Windows has no SIGHUP
+]
+
+
+def end_on_signals():
+    """Before the first step a signal ends the program with one line: there is nothing to save."""
+
+    def end(number, frame):
+        die("stopped by a signal before the first step: nothing is lost", status=128 + number)
+
+    stop.update(asked=False, agreed=False)
+    for number in SIGNALS:
+        signal.signal(number, end)
+
+
 def listen_to_signals():
     """After a signal the step under way is finished, then `save_or_stop` saves and ends the run.
 
@@ -195,11 +263,13 @@ def listen_to_signals():
     """
 
     def ask(number, frame):
+        if is_rank_0() and not stop["asked"]:
+            # not through print, which may be at work just now
+            os.write(2, b"\nstopping: the step under way is finished and saved first\n")
         stop["asked"] = True
 
-    stop.update(asked=False, agreed=False)
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(name, ask)
+    for number in SIGNALS:
+        signal.signal(number, ask)
 
 
 def shard(n, rank, world):
@@ -355,7 +425,7 @@ class Log:
         if start > 0 and os.path.exists(self.path):
             self.forget_from(start)
         self.file = open(self.path, "ab" if start > 0 else "wb", buffering=0)
-        self.board = wandb_board(args) if args.wandb else None
+        self.board = wandb_board(args, start) if args.wandb else None
         self.flat_epochs = 0
         self.on_gpu = device.type == "cuda"
         self.laps = []
@@ -434,6 +504,13 @@ class Log:
         if self.board:
             self.board.log(line, step=line["step"])
 
+    def show(self, picture, step):
+        """Hand a picture file to Weights & Biases, too."""
+        if not self.silent and self.board:
+            import wandb
+
+            self.board.log({"samples": wandb.Image(picture)}, step=step)
+
     def warn_of_flat_groups(self, numbers):
         flat = numbers.get("flat_groups") == 1
         self.flat_epochs = self.flat_epochs + 1 if flat else 0
@@ -446,13 +523,27 @@ class Log:
             )
 
 
-def wandb_board(args):
-    """A run of Weights & Biases; dies with what to do where that cannot be."""
+def wandb_board(args, start):
+    """A run of Weights & Biases; dies with what to do where that cannot be.
+
+    Its id lies in out_dir, so that a run that goes on does so there, too.
+    """
+    path = f"{args.out_dir}/wandb_id"
+    if start == 0 or not os.path.exists(path):
+        write_atomically({path: uuid.uuid4().hex[:8].encode()})
+    with open(path) as file:
+        run_id = file.read()
     try:
         import wandb
 
-        name = os.path.basename(args.out_dir)
-        return wandb.init(project=args.wandb, name=name, dir=args.out_dir, config=vars(args))
+        return wandb.init(
+            project=args.wandb,
+            id=run_id,
+            resume="allow",
+            name=os.path.basename(args.out_dir),
+            dir=args.out_dir,
+            config=vars(args),
+        )
     except Exception as e:  # not installed, not logged in, no network
         reason = str(e).splitlines()[0][:200]
         die(
@@ -464,9 +555,22 @@ def wandb_board(args):
 # ---- files ---------------------------------------------------------------------------------------
 def sync(path):
     """Flush a file, or a directory's list of names, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    mode = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR  # Windows flushes no read-only ones
+    descriptor = os.open(path, mode)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def reserve(path, n_bytes):
+    """Make a file of this size, or keep one that is there; raises OSError where the disk has no room."""
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "rb+") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+            return
+        file.seek(0, os.SEEK_END)  # macOS and Windows: what is written has its room
+        missing = n_bytes - file.tell()
+        while missing > 0:
+            missing -= file.write(bytes(min(missing, 2**24)))
 
 
 def as_bytes(save, *inputs, **options):

@@ -8,31 +8,48 @@ negative, cfg)` the teacher with guidance.
 import gc
 import hashlib
 import os
+import re
 import warnings
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils import make_image_grid
+from huggingface_hub.utils import logging as hub_logging
 from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from checkpoint import read_adapter, settled_alpha
-from common import all_reduce, as_bytes, die, is_rank_0, note, seeded_rng, write_atomically
+from common import (
+    all_reduce,
+    as_bytes,
+    die,
+    is_rank_0,
+    note,
+    reserve,
+    seeded_rng,
+    sides,
+    write_atomically,
+)
 from cps import at_least_float32, rollout, sigmas
+from hub import files_on_hub, in_words, is_hub_id
 
 # Before anything is loaded, the models of rewards too: else there are progress bars, and what the
 # tokenizers cut off is printed, prompt by prompt.
+hub_logging.set_verbosity_error()
 for logging in (transformers_logging, diffusers_logging):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-# Several adapters on one base is what we want.
-warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+# Several adapters on one base is what we want; of the others nothing is for a user of ours to do.
+for beginning in ("Already found a `peft_config`", "The `local_dir_use_symlinks`"):
+    warnings.filterwarnings("ignore", message=beginning)
 
 # The release's targets. SD3.5's second attention, attn2, is not among them.
 TARGETS = [
@@ -151,40 +168,67 @@ def load_pipeline(pretrained, device, transformer_waits=False):
     from diffusers import StableDiffusion3Pipeline
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    here = os.path.isdir(pretrained)
+    if not here and not is_hub_id(pretrained):
+        die(f"--pretrained {pretrained}: no such directory, nor a hub id (owner/name)")
     try:
+        names = files_under(pretrained) if here else files_on_hub(pretrained)
         index = StableDiffusion3Pipeline.load_config(pretrained)
         absent = {}
         for name in ("text_encoder_3", "tokenizer_3"):  # some come without T5, which has to be said
             if not (index.get(name) or [None])[0]:
                 absent[name] = None
-        pipe = StableDiffusion3Pipeline.from_pretrained(pretrained, dtype=dtype, **absent)
+        pipe = StableDiffusion3Pipeline.from_pretrained(
+            pretrained, dtype=dtype, variant=variant_of(names), **absent
+        )
         encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
         for module in (pipe.transformer, pipe.vae, *encoders):
             if module is not None:
                 waits = module is pipe.transformer and transformer_waits
                 module.requires_grad_(False).eval().to("cpu" if waits else device)
     except Exception as e:  # a directory can be wrong in a dozen ways
-        reason = str(e).splitlines()[0][:200]
         die(
-            f"--pretrained {pretrained} cannot be loaded; it must be a pipeline directory or "
-            f"a hub id ({reason})",
+            f"--pretrained {pretrained}, which must be a pipeline of Stable Diffusion 3, cannot be "
+            f"loaded: {in_words(e, pretrained)}",
             local=isinstance(e, torch.cuda.OutOfMemoryError),
         )
     pipe.transformer.lora_layers = []  # kept by adopt_layers, for set_adapters
     return pipe
 
 
+def files_under(folder):
+    """The names of all files in a directory, as a hub repository would list them."""
+    found = []
+    for place, _, names in os.walk(folder):
+        found += [os.path.relpath(os.path.join(place, name), folder) for name in names]
+    return found
+
+
+def variant_of(names):
+    """ "fp16" for a base whose transformer is there in that variant alone, else None.
+
+    names: of its files, as from `files_under`; None where they are not known.
+    """
+    weights = [
+        name for name in names or () if re.match(r"transformer[/\\].*\.(safetensors|bin)", name)
+    ]
+    if weights and all(".fp16." in name for name in weights):
+        return "fp16"
+    return None
+
+
 def latent_shape(pipe, resolution):
-    """(C, h, w) of the latents of a square picture; dies where its side does not fit the model."""
+    """(C, h, w) of a picture's latents; dies where one of its sides does not fit the model."""
     unit = pipe.vae_scale_factor * pipe.transformer.config.patch_size
     most = unit * pipe.transformer.config.pos_embed_max_size
-    if resolution % unit or resolution > most:
+    height, width = sides(resolution)
+    if height % unit or width % unit or max(height, width) > most:
         die(
             f"--resolution {resolution} must be divisible by {unit} and at most {most} for "
             "this model's VAE and patches"
         )
-    side = resolution // pipe.vae_scale_factor
-    return pipe.transformer.config.in_channels, side, side
+    channels = pipe.transformer.config.in_channels
+    return channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
 
 
 def text_tokens(tokenizer):
@@ -516,15 +560,15 @@ class TextEncoder:
     def __init__(self, pipe, max_sequence_length):
         self.pipe = pipe
         self.max_sequence_length = max_sequence_length
+        # On a CPU one by one: a prompt's encoding does not depend on its company, to the last bit,
+        # and so a resumed run is exact.
+        self.at_once = TEXT_BATCH if pipe.vae.device.type == "cuda" else 1
         self.cache = {}
 
     def __call__(self, prompts):
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.cache]
-        # On a CPU one by one: a prompt's encoding does not depend on its company, to the last bit,
-        # and so a resumed run is exact.
-        n = TEXT_BATCH if self.pipe.vae.device.type == "cuda" else 1
-        for i in range(0, len(new), n):
-            batch = new[i : i + n]
+        for i in range(0, len(new), self.at_once):
+            batch = new[i : i + self.at_once]
             embeds, pooled = encoded(self.pipe, batch, self.max_sequence_length)
             self.cache.update(zip(batch, zip(embeds, pooled)))
         found = [self.cache[prompt] for prompt in prompts]
@@ -553,9 +597,7 @@ class TextTable:
         width = embeds.numel() + pooled.numel()
         n_bytes = len(self.rows) * width * embeds.element_size()
         try:
-            # all of it now: a memory map over a full disk ends in a bus error
-            with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "rb") as file:
-                os.posix_fallocate(file.fileno(), 0, n_bytes)
+            reserve(path, n_bytes)  # all of it: a memory map over a full disk ends in a bus error
         except OSError as e:
             die(f"--cache_text needs {n_bytes / 1e9:.1f} GB for {path} ({e.strerror})")
         size = len(self.rows) * width
@@ -646,11 +688,35 @@ def save_grid(pictures, path, columns=8):
     arrays = VaeImageProcessor.pt_to_numpy(pictures.detach().float())
     images = VaeImageProcessor.numpy_to_pil(arrays)
     columns = min(columns, len(images))
-    size = images[0].size
-    images += [Image.new("RGB", size, "white")] * (-len(images) % columns)
+    width, height = images[0].size
+    images += [Image.new("RGB", (width, height), "white")] * (-len(images) % columns)
+    wide = max(64, width)
+    images = [image.resize((wide, round(height * wide / width))) for image in images]
     rows = len(images) // columns
-    grid = make_image_grid(images, rows, columns, resize=max(64, size[0]))
+    grid = make_image_grid(images, rows, columns)
     write_atomically({path: as_bytes(grid.save, format="png")})
+
+
+def as_saved(pictures):
+    """Pictures in [0,1] rounded to what a PNG holds, 256 values, on the CPU."""
+    return ((pictures * 255).round() / 255).cpu()
+
+
+def save_picture(picture, path, text):
+    """One picture [3,H,W] in [0,1] -> a PNG of its size, with text {name: value} in it."""
+    pixels = (picture * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    chunks = PngInfo()
+    for name, value in text.items():
+        chunks.add_text(name, str(value))
+    image = Image.fromarray(pixels)
+    write_atomically({path: as_bytes(image.save, format="png", pnginfo=chunks)})
+
+
+def read_picture(path):
+    """A PNG -> (picture [3,H,W] in [0,1], its text {name: str}); raises OSError or ValueError."""
+    with Image.open(path) as image:
+        pixels = torch.from_numpy(np.array(image.convert("RGB")))
+        return pixels.permute(2, 0, 1) / 255, dict(getattr(image, "text", {}))
 
 
 @torch.no_grad()
@@ -658,10 +724,10 @@ def save_grid(pictures, path, columns=8):
 def preview(base, adapters, rows, args, name):
     """Eight fixed prompts and seeds through the generator as it is now; rank 0 only.
 
-    They go to out_dir/samples/name.png.
+    They go to out_dir/samples/name.png, whose path is returned.
     """
     if not is_rank_0():
-        return
+        return None
     levels = base.levels(args.num_steps)
     rng = seeded_rng(base.device, "preview", args.seed)
     text = base.encode([rows[i * len(rows) // 8]["prompt"] for i in range(8)])
@@ -669,4 +735,6 @@ def preview(base, adapters, rows, args, name):
     noise = [torch.randn(shape, generator=rng, device=base.device) for _ in levels]
     student = base.velocity(adapters, text)
     path = rollout(student, noise[0], levels, args.num_steps, args.eta, noise[1:])
-    save_grid(base.decode(path[-1]), f"{args.out_dir}/samples/{name}.png")
+    picture = f"{args.out_dir}/samples/{name}.png"
+    save_grid(base.decode(path[-1]), picture)
+    return picture

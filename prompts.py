@@ -100,41 +100,73 @@ def note_templates(rows, args):
 def load_prompts(path, metadata=""):
     """-> list of {"prompt": str, "metadata": dict}
 
-    path: a prompt a line, or .jsonl with "prompt" and whatever a reward needs; "" gives
-    geneval_prompts(). metadata: a second such .jsonl, in which to look the prompts up. Raises
+    path: a prompt a line; or a line of JSON each, with "prompt" and whatever a reward needs; or one
+    JSON list of texts or of such objects. The content decides, and a name that ends in .jsonl. ""
+    gives geneval_prompts(). metadata: a second such file, in which to look the prompts up. Raises
     ValueError, one line that names file and line.
     """
     if metadata:
         return looked_up(load_prompts(path), metadata)
     if not path:
         return geneval_prompts()
+    if path.endswith(TABLES):
+        raise ValueError(f"--prompts {path}: a table is not read; save its prompts, one a line")
     try:
         with open(path, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file]
+            text = file.read()
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or "it is not UTF-8 text"
         raise ValueError(f"cannot read --prompts {path}: {reason}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line:
-            rows.append(row_of(line, number, path))
+    whole = None if path.endswith(".jsonl") else from_json(text)
+    if path.endswith(".json") and whole is None:
+        raise ValueError(f"--prompts {path}: is no JSON; a prompt a line goes into a .txt")
+    if isinstance(whole, (list, dict)):
+        entries = whole if isinstance(whole, list) else [whole]
+        numbered = list(enumerate(entries, 1))
+        unit = "entry"
+    else:
+        lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
+        lines = [(number, line) for number, line in lines if line]
+        as_json = path.endswith(".jsonl") or (lines and isinstance(from_json(lines[0][1]), dict))
+        parse = from_json if as_json else not_json
+        numbered = [(number, parse(line)) for number, line in lines]
+        unit = "line"
+    rows = [
+        row_of(entry, number, f"--prompts {path}, {unit} {number}") for number, entry in numbered
+    ]
     if not rows:
         raise ValueError(f"--prompts {path} is empty: it needs a prompt a line")
     return rows
 
 
-def row_of(line, number, path):
-    """One line of a file -> {"prompt", "metadata"}; ValueError where it holds no prompt."""
+TABLES = (".csv", ".tsv", ".parquet", ".xlsx", ".arrow")
+
+
+def from_json(text):
+    """What a text says in JSON; None where it is no JSON."""
     try:
-        content = json.loads(line) if path.endswith(".jsonl") else {"prompt": line}
-        prompt = content["prompt"]
-        fine = prompt.strip() and prompt.encode()  # half a surrogate pair is no text
-    except Exception:  # not JSON, not an object, no text under "prompt"
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def not_json(line):
+    """A line of plain text, and None where it is a JSON object or list among such lines."""
+    return None if isinstance(from_json(line), (dict, list)) else line
+
+
+def row_of(entry, number, place):
+    """A text, or an object with one under "prompt" -> {"prompt", "metadata"}; ValueError for others."""
+    content = {"prompt": entry} if isinstance(entry, str) else entry
+    prompt = content.get("prompt") if isinstance(content, dict) else None
+    try:
+        fine = isinstance(prompt, str) and prompt.strip() and prompt.encode()
+    except UnicodeEncodeError:  # half a surrogate pair is no text
         fine = False
     if not fine:
         raise ValueError(
-            f"--prompts {path}, line {number}: needs a JSON object with a non-empty text "
-            'under "prompt"'
+            f'{place}: needs a text, or a JSON object with a non-empty text under "prompt", and all '
+            "of a file alike"
         )
     # "line", so that a reward that does not like it can say which
     return {"prompt": prompt, "metadata": {**content, "line": number}}

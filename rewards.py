@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tiny
 from common import die
+from hub import files_on_hub, in_words, is_hub_id
 from prompts import COCO, COLORS, NUMBERS, RELATIONS, each
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -687,17 +688,25 @@ def geneval_soft(path, device, dtype, clip_l):
 
 
 # ---- text in pictures ----------------------------------------------------------------------------
+# Pairs of quotation marks, those that nothing else looks like first.
 QUOTES = (
     r'"([^"]+)"',
-    r"\u201c([^\u201d]+)\u201d",
-    r"(?<!\w)['\u2018](.+?)['\u2019](?!\w)",  # no apostrophe within a word
+    r"[\u201c\u201d\u201e]([^\u201c\u201d\u201e]+)[\u201c\u201d]",  # English, German, Polish
+    r"\u00ab([^\u00bb]+)\u00bb|\u00bb([^\u00ab]+)\u00ab",  # French, Russian; Danish
+    r"[\u300c\u300e]([^\u300d\u300f]+)[\u300d\u300f]",  # Japanese, Chinese
+    r"\u2039([^\u203a]+)\u203a",
+    # Single ones, which are apostrophes too: not within a word, not '90s, and not the 'n' of rock 'n' roll.
+    r"(?<!\w)['\u2018](?!\d0s\b)(?![nN]['\u2019])(.+?)['\u2019](?!\w)",
 )
 
 
 def quoted(prompt):
     """The text that a prompt wants to see written, i.e. what it has in quotes first, or None."""
-    found = re.search("|".join(QUOTES), prompt)
-    return next(filter(None, found.groups())) if found else None
+    for pattern in QUOTES:
+        found = re.search(pattern, prompt)
+        if found:
+            return next(filter(None, found.groups()))
+    return None
 
 
 def letters(text):
@@ -962,6 +971,8 @@ def build(weights, device, paths=(), dtype=torch.float32, batch=0):
                 f"give --reward_path {name}=DIRECTORY"
             )
         try:
+            if given is None and is_hub_id(place):
+                files_on_hub(place)  # once, before a library asks for file after file
             score = loader(place, str(device), dtype, clip_l)
         except Exception as e:  # a directory can be wrong in a dozen ways
             raise ValueError(cannot_load(name, place, hub, e)) from None
@@ -995,7 +1006,7 @@ def parse_paths(paths):
 
 def cannot_load(name, place, hub, error):
     """Why a reward cannot be loaded, and what to do, in one line."""
-    reason = " ".join(str(error).split())[:150]
+    reason = in_words(error, place)
     if isinstance(error, KeyError):
         reason = f"no {error} in it"
     what = f"download {hub or 'it'} and give --reward_path {name}=PATH"

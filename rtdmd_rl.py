@@ -29,7 +29,7 @@ from tqdm import tqdm
 import cold_start
 import cps
 import variants
-from checkpoint import DEFAULT_PLACES, Run, find_weights, take_settings
+from checkpoint import Run, find_weights, take_settings
 from cold_start import HERE, fake_score_loss, generator_loss, renoise_time, steps_back
 from common import (
     Log,
@@ -43,12 +43,14 @@ from common import (
     distance,
     is_rank_0,
     parse,
+    resolution,
     seeded_rng,
     setup,
     shard,
     update,
 )
 from cps import at_least_float32, cps_step, log_prob, rollout
+from hub import DEFAULT_PLACES
 from model import graphed, load_base, note_prompts, preview, save_grid
 from prompts import load_prompts
 from rewards import build_for, move, parse_weights
@@ -115,7 +117,7 @@ def arguments():
     )
     add("--pretrained", help="diffusers directory or hub id of the Stable Diffusion 3 model")
     add("--prompts", default="", help='file with a prompt a line, or jsonl with "prompt"')
-    add("--resolution", type=int, default=512, help="height and width of the pictures in pixels")
+    add("--resolution", type=resolution, default=512, help="side, or height x width as 768x512")
     add("--cfg", type=float, default=4.5, help="guidance scale of the teacher")
     # the adapters
     add("--lora_rank", type=int, default=32, help="rank of the new adapters")
@@ -193,6 +195,7 @@ def arguments():
     )
     add("--low_memory", action="store_true", help="for 24 GB: --cache_text, fewer activations")
     # output
+    add("--start_from", default="", metavar="DIR", help="a run whose weights a new run begins with")
     add("--out_dir", default="out/rtdmd", help="a run that is in there goes on")
     add("--sample_every", type=int, default=25, help="save a picture grid every so many epochs")
     add("--save_every", type=int, default=500, help="save a checkpoint every so many epochs")
@@ -567,7 +570,7 @@ def main():
         numbers.update(ema_drift=distance(student_params, ema), grad_fake=grad_fake)
         log(bar, n_pictures, step=epoch, S=S, **numbers, grad_generator=grad_student)
         if args.sample_every and (epoch + 1) % args.sample_every == 0:
-            preview(base, STUDENT, rows, args, f"epoch_{epoch + 1}")
+            log.show(preview(base, STUDENT, rows, args, f"epoch_{epoch + 1}"), epoch)
         run.save_or_stop(epoch + 1, args.epochs)
 
     if rank == 0:

@@ -4,23 +4,42 @@
     python sample.py "a photo of two cats" --num_images 8      # out/cold_start and out/rtdmd on SD3.5-M
     python sample.py "a photo of two cats" --cold_start Harahan/SD35M-RTDMD --rtdmd Harahan/SD35M-RTDMD
     python sample.py "a photo of two cats" --teacher           # the base, as diffusers draws it
+    python sample.py --like out/samples/00003.png              # that picture again, to the byte
 
 Each picture has its own seed (seed + its index), so that it does not depend on the batch size. Base
 model, resolution, steps and eta are those that the adapters were trained with: a run's settings lie
-beside its weights.
+beside its weights. What it takes to draw a picture again stands as text in its PNG.
 """
 
 import argparse
 import os
+import re
 import time
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from tqdm import tqdm
 
-from checkpoint import DEFAULT_PLACES, check_pair, find_weights, take_settings
-from common import Parser, checked, die, flags_given, parse, setup
+from checkpoint import (
+    check_pair,
+    find_weights,
+    frozen_content,
+    hash_of_file,
+    hashed,
+    take_settings,
+)
+from common import Parser, checked, die, flags_given, parse, resolution, setup
 from cps import rollout, sigmas
-from model import StableDiffusion3, graphed, note_prompts, save_grid
+from hub import DEFAULT_PLACES, first_line
+from model import (
+    StableDiffusion3,
+    as_saved,
+    graphed,
+    note_prompts,
+    read_picture,
+    save_grid,
+    save_picture,
+)
 from prompts import load_prompts
 
 SD35M = "stabilityai/stable-diffusion-3.5-medium"
@@ -67,7 +86,7 @@ def flags(description):
     add("--steps", type=int, default=4, help="sampling steps; teacher: 50")
     add("--eta", type=float, default=0.9, help="new noise of a step, 0 to 1; teacher: 0, Euler")
     add("--cfg", type=float, default=1.0, help="guidance scale, 1 is none; teacher: its run's")
-    add("--resolution", type=int, default=512, help="height and width in pixels")
+    add("--resolution", type=resolution, default=512, help="side, or height x width as 768x512")
     # the machine
     add("--batch_size", type=int, default=8, help="pictures at once; does not change them")
     add("--device", default="cuda", help="cuda, cpu, mps, or auto: the best there is")
@@ -77,7 +96,12 @@ def flags(description):
 
 
 def arguments():
-    args = parse(flags("Draw pictures with the 4-step generator, or with its teacher."), PRESETS)
+    parser = flags("Draw pictures with the 4-step generator, or with its teacher.")
+    parser.add_argument("--like", default="", metavar="PNG", help="draw this picture of ours again")
+    args = parse(parser, PRESETS)
+    if args.like:
+        for name, value in like(args.like).items():
+            setattr(args, name, value)
     check_prompt(args)
     return args
 
@@ -114,8 +138,10 @@ def settled(args, files):
         called = {}
     else:
         args = argparse.Namespace(**vars(args))
-    for path in list(files.values())[-1:]:
-        take_settings(args, path, names, called)
+    if files:
+        take_settings(args, list(files.values())[-1], names, called)
+    elif not args.teacher:  # adapters that are merged into the base
+        take_settings(args, os.path.join(args.pretrained, "model_index.json"), names[1:], called)
     return args
 
 
@@ -209,7 +235,9 @@ def integrate(v, noise, levels, eta):
 def load_base(args, device):
     """The base model that the flags name."""
     compiled = bool(args.compile) and device.type == "cuda"
-    return StableDiffusion3(args.pretrained, device, args.resolution, compile=compiled)
+    base = StableDiffusion3(args.pretrained, device, args.resolution, compile=compiled)
+    base.encode.at_once = 1  # so that a picture depends on its own prompt alone, to the last bit
+    return base
 
 
 def renderer(base, adapters, args):
@@ -232,34 +260,134 @@ def renderer(base, adapters, args):
     return levels, render
 
 
-def draw_all(base, adapters, rows, args, look=None):
-    """Draw every row into args.out_dir: 00000.png and so on, and grid.png with the first ones.
+def draw_all(base, adapters, rows, args, origin, first_number=0, share=(0, 1), look=None):
+    """Draw the rows into args.out_dir, each with what it takes to draw it again as text in its PNG.
 
-    look(pictures [B,3,H,W], their rows) is called with each batch.
+    origin: as from `origin_of`. Files are numbered from first_number on. share: (rank, processes); a
+    batch is drawn by one of them. look(pictures [B,3,H,W] as the files have them, place of the first,
+    their rows) is called with each batch; with it a batch that is there already is read, not drawn.
     """
-    device = base.device
     levels, render = renderer(base, adapters, args)
-    recorded = bool(args.compile) and device.type == "cuda"
+    recorded = bool(args.compile) and base.device.type == "cuda"
     os.makedirs(args.out_dir, exist_ok=True)
     batch_size = min(args.batch_size, len(rows))
-    shown = []
-    start = time.time()
-    for first in range(0, len(rows), batch_size):
+    places = range(0, len(rows), batch_size)[share[0] :: share[1]]
+    for first in tqdm(places, desc="batches", disable=None if share[0] == 0 else True):
         batch = rows[first : first + batch_size]
-        prompts = [row["prompt"] for row in batch]
-        if recorded:  # a recorded pass knows one batch size
-            prompts += prompts[-1:] * (batch_size - len(batch))
-        seeds = range(args.seed + first, args.seed + first + len(prompts))
-        noise = noise_of(seeds, base.latent_shape, levels, args.eta, device)
-        pictures = render(noise, *base.encode(prompts))[: len(batch)]
+        # a recorded pass knows one batch size
+        at_once = batch_size if recorded else len(batch)
+        paths = [picture_path(args, first_number + first + i) for i in range(len(batch))]
+        texts = []
+        for i, row in enumerate(batch):
+            own = {"prompt": row["prompt"], "seed": args.seed + first + i, "at once": at_once}
+            texts.append({**origin, **own})
+        pictures = read_all(paths, texts) if look is not None else None
+        if pictures is None:
+            prompts = [row["prompt"] for row in batch]
+            prompts += prompts[-1:] * (at_once - len(batch))
+            pictures = draw_batch(base, render, levels, prompts, args.seed + first, args)
+            for picture, path, text in zip(pictures, paths, texts):
+                save_picture(picture, path, text)
         if look is not None:
-            look(pictures, batch)
-        for i, picture in enumerate(pictures, first):
-            save_grid(picture[None], f"{args.out_dir}/{i:05d}.png")
-        shown += list(pictures[: MOST_IN_GRID - len(shown)].cpu())
+            look(pictures[: len(batch)].to(base.device), first, batch)
+
+
+def draw_batch(base, render, levels, prompts, seed, args):
+    """One picture for each prompt, from seed, seed + 1 and so on -> as files have them [B,3,H,W]."""
+    seeds = range(seed, seed + len(prompts))
+    noise = noise_of(seeds, base.latent_shape, levels, args.eta, base.device)
+    return as_saved(render(noise, *base.encode(prompts)))
+
+
+def picture_path(args, number):
+    return f"{args.out_dir}/{number:05d}.png"
+
+
+def read_all(paths, texts):
+    """The pictures of these files [B,3,H,W], or None unless all are there with these texts."""
+    pictures = []
+    for path, text in zip(paths, texts):
+        picture, its_text = read_picture(path) if os.path.exists(path) else (None, None)
+        if its_text != {name: str(value) for name, value in text.items()}:
+            return None
+        pictures.append(picture)
+    return torch.stack(pictures)
+
+
+def save_first(args, first_number, count):
+    """grid.png: the first ones of `count` pictures."""
+    shown = range(first_number, first_number + min(count, MOST_IN_GRID))
+    pictures = torch.stack([read_picture(picture_path(args, number))[0] for number in shown])
     columns = min(8, max(4, args.num_images))
-    save_grid(torch.stack(shown), f"{args.out_dir}/grid.png", columns)
-    print(f"{len(rows)} pictures in {time.time() - start:.1f} s -> {args.out_dir}/grid.png")
+    save_grid(pictures, f"{args.out_dir}/grid.png", columns)
+
+
+def next_number(out_dir):
+    """The number of the first picture of a call: those of earlier calls stay."""
+    names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
+    numbers = [int(name[:5]) for name in names if re.fullmatch(r"\d{5}\.png", name)]
+    return max(numbers, default=-1) + 1
+
+
+# ---- the same picture again ----------------------------------------------------------------------
+def origin_of(base, files, args):
+    """{name: value} of all but prompt and seed that decides a picture; no path is among it.
+
+    base: without adapters yet.
+    """
+    adapters = []
+    for adapter, path in files.items():
+        adapters.append(f"{ADAPTERS[adapter]} {hash_of_file(path)}")
+    return {
+        "base": hashed(frozen_content(base.transformer)),
+        "adapters": ", ".join(adapters),
+        "alpha": args.lora_alpha or "",
+        "drawn by": "teacher" if args.teacher else "student",
+        "steps": args.steps,
+        "eta": args.eta,
+        "shift": base.shift,
+        "guidance": args.cfg,
+        "resolution": args.resolution,
+    }
+
+
+def like(path):
+    """The flags that draw a picture of ours again, from the text in its PNG -> {name: value}."""
+    try:
+        _, text = read_picture(path)
+        return {
+            "prompt": text["prompt"],
+            "seed": int(text["seed"]),
+            "teacher": text["drawn by"] == "teacher",
+            "steps": int(text["steps"]),
+            "eta": float(text["eta"]),
+            "cfg": float(text["guidance"]),
+            "resolution": resolution(text["resolution"]),
+            "lora_alpha": float(text["alpha"]) if text["alpha"] else None,
+            "batch_size": int(text["at once"]),
+        }
+    except (KeyError, ValueError):
+        die(f"--like {path}: is no picture of sample.py or tools.evaluate")
+    except OSError as e:
+        die(f"--like {path}: cannot be read ({first_line(e)})")
+
+
+def draw_like(base, adapters, args, origin, number):
+    """The picture of --like once more; dies where base or adapters are not those it was drawn with."""
+    _, text = read_picture(args.like)
+    for name, value in origin.items():
+        if text.get(name) != str(value):
+            die(
+                f"--like {args.like}: was drawn with {name} {text.get(name) or 'none'}, and here it is "
+                f"{value or 'none'}; name the right ones with --pretrained, --cold_start and --rtdmd"
+            )
+    levels, render = renderer(base, adapters, args)
+    # as many at once as then: sums of other shapes are rounded otherwise
+    prompts = [args.prompt] * args.batch_size
+    picture = draw_batch(base, render, levels, prompts, args.seed, args)[0]
+    path = picture_path(args, number)
+    save_picture(picture, path, text)
+    print(f"{args.like} again -> {path}")
 
 
 def main():
@@ -267,11 +395,25 @@ def main():
     rows = rows_to_draw(args)
     device, _, _ = setup(args, training=False)
     files = generator_files(args)
-    args = settled(args, files)
+    if not args.like:
+        args = settled(args, files)
     base = load_base(args, device)
-    adapters = [] if args.teacher else load_generator(base, files, args.lora_alpha)
+    if args.teacher:
+        files = {}
+    origin = origin_of(base, files, args)
+    adapters = load_generator(base, files, args.lora_alpha)
     note_prompts(base, rows[:: args.num_images])  # each once, however many pictures it gets
-    draw_all(base, adapters, rows, args)
+    number = next_number(args.out_dir)
+    start = time.time()
+    if args.like:
+        draw_like(base, adapters, args, origin, number)
+        return
+    draw_all(base, adapters, rows, args, origin, number)
+    save_first(args, number, len(rows))
+    print(
+        f"{len(rows)} pictures in {time.time() - start:.1f} s -> {picture_path(args, number)} and on, "
+        f"{args.out_dir}/grid.png"
+    )
 
 
 if __name__ == "__main__":

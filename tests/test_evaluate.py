@@ -78,7 +78,7 @@ def test_teacher_and_student_are_evaluated_side_by_side_on_the_same_prompts_and_
     # the pictures are those of sample.py: the student's, and with --teacher the teacher's
     names = [line["image"] for line in lines]
     weights = flags[: flags.index("--prompts")]
-    weights += ["--prompts", prompts, "--num_images", 2, "--out_dir"]
+    weights += ["--prompts", prompts, "--num_images", 2, "--batch_size", 4, "--out_dir"]
     good(here(sample, *weights, tmp_path / "student"))
     good(here(sample, *weights, tmp_path / "teacher", "--teacher"))
     assert same_files(tmp_path / "student", tmp_path / "out", names)

@@ -21,15 +21,16 @@ ALLOWED = {
     "tiny": set(),
     "common": set(),
     "prompts": {"common"},
-    "checkpoint": {"common"},
+    "hub": {"common"},
+    "checkpoint": {"common", "hub"},
     "variants": {"common", "cps"},
-    "model": {"checkpoint", "common", "cps"},
-    "rewards": {"common", "prompts", "tiny"},
+    "model": {"checkpoint", "common", "cps", "hub"},
+    "rewards": {"common", "hub", "prompts", "tiny"},
     "cold_start": {"checkpoint", "common", "cps", "model", "prompts", "variants"},
     "rtdmd_rl": {
-        "checkpoint", "cold_start", "common", "cps", "model", "prompts", "rewards", "variants",
+        "checkpoint", "cold_start", "common", "cps", "hub", "model", "prompts", "rewards", "variants",
     },
-    "sample": {"checkpoint", "common", "cps", "model", "prompts"},
+    "sample": {"checkpoint", "common", "cps", "hub", "model", "prompts"},
 }  # fmt: skip
 TOOLS = [f"tools/{path.stem}" for path in ROOT.glob("tools/[!_]*.py")]
 READABLE = sorted([*ALLOWED, *TOOLS])

@@ -134,7 +134,10 @@ def small_base():
     """What of a base model its adapters need, around a fresh small transformer."""
     transformer = fresh()
     load_adapter = functools.partial(model.load_adapter, transformer)
-    return SimpleNamespace(transformer=transformer, load_adapter=load_adapter)
+    encode = SimpleNamespace(at_once=1)
+    return SimpleNamespace(
+        transformer=transformer, load_adapter=load_adapter, encode=encode, shift=3.0
+    )
 
 
 def files_of(cold_start, rtdmd):
@@ -915,11 +918,11 @@ def hub(monkeypatch, tmp_path):
     )
     lora = random_lora()
 
-    def list_repo_files(self, repo):
+    def model_info(self, repo, timeout):
         record.asked.append(repo)
         if record.error:
             raise record.error
-        return record.files
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in record.files])
 
     def snapshot_download(repo, allow_patterns=None, local_files_only=False):
         record.fetched.append((repo, allow_patterns, local_files_only))
@@ -927,7 +930,7 @@ def hub(monkeypatch, tmp_path):
             write(tmp_path / "hub" / name, tensors_of(lora))
         return str(tmp_path / "hub")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
     record.truth = merged((lora, 8))
@@ -1202,7 +1205,7 @@ def imported(path):
 def test_common_and_checkpoint_are_below_everything_else_and_nothing_imports_tools():
     ours = {path.stem for path in ROOT.glob("*.py")}
     assert imported(ROOT / "common.py") & ours == set()
-    assert imported(ROOT / "checkpoint.py") & ours == {"common"}
+    assert imported(ROOT / "checkpoint.py") & ours == {"common", "hub"}
     assert not [
         path.name
         for path in ROOT.glob("*.py")

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 import sample
 from checkpoint import settings_of
-from common import Parser, die, parse, setup
+from common import Parser, die, parse, setup, sides
 from model import text_tokens
 from tools.plots import read_log
 
@@ -109,10 +109,11 @@ def forward_flops(pretrained, resolution):
         config = SD3Transformer2DModel.load_config(pretrained, subfolder="transformer")
         transformer = SD3Transformer2DModel.from_config(config)
         vae = AutoencoderKL.load_config(pretrained, subfolder="vae")
-        side = resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+        unit = 2 ** (len(vae["block_out_channels"]) - 1)
+        height, width = (side // unit for side in sides(resolution))
         tokens = prompt_tokens(pretrained)
         inputs = {
-            "hidden_states": torch.zeros(1, config["in_channels"], side, side),
+            "hidden_states": torch.zeros(1, config["in_channels"], height, width),
             "encoder_hidden_states": torch.zeros(1, tokens, config["joint_attention_dim"]),
             "pooled_projections": torch.zeros(1, config["pooled_projection_dim"]),
             "timestep": torch.zeros(1),

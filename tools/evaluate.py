@@ -3,8 +3,10 @@
     python -m tools.evaluate --prompts FILE --rewards clipscore,geneval              # the student
     python -m tools.evaluate --prompts FILE --rewards clipscore,geneval --compare    # beside the teacher
     python -m tools.evaluate --prompts FILE --rewards clipscore --teacher            # the teacher alone
+    torchrun --nproc_per_node=8 -m tools.evaluate --prompts FILE --rewards clipscore  # on 8 GPUs
 
-What is drawn, and with what, is said as for sample.py. Rewards may need metadata: either --prompts is a
+What is drawn, and with what, is said as for sample.py. Called again, it draws what is missing: a picture
+that is there, with the same text in its PNG, is read. Scores do not depend on the number of processes. Rewards may need metadata: either --prompts is a
 .jsonl that has it, or --metadata names one in which the prompts are looked up. `tools.export --scores
 out/evaluation/scores.jsonl` puts the means into a model card.
 """
@@ -14,6 +16,7 @@ import math
 import os
 
 import torch
+import torch.distributed as dist
 
 from common import checked, die, parse, setup, write_atomically
 from model import note_prompts
@@ -27,7 +30,9 @@ from sample import (
     generator_files,
     load_base,
     load_generator,
+    origin_of,
     rows_to_draw,
+    save_first,
     settled,
 )
 
@@ -63,18 +68,35 @@ def load_rewards(args, rows, device):
     return checked(build_for, rows, args.rewards, device, args.reward_path, dtype)
 
 
-def scores_of(base, adapters, rows, args, rewards):
-    """Draw all rows into args.out_dir -> {reward: [score of each row]}"""
-    scores = {reward.name: [] for reward in rewards}
+def scores_of(base, adapters, rows, args, origin, rewards, share):
+    """Draw all rows into args.out_dir -> {reward: [score of each row]}, on every process.
+
+    What is scored is what the files hold, so that pictures of an earlier call count the same.
+    share: (rank, processes).
+    """
+    mine = {}  # {place of a batch: {reward: its scores}}
 
     @torch.no_grad()
-    def score(pictures, batch):
+    def score(pictures, first, batch):
         prompts = [row["prompt"] for row in batch]
         metadata = [row["metadata"] for row in batch]
+        mine[first] = {}
         for reward in rewards:
-            scores[reward.name] += reward(pictures, prompts, metadata).tolist()
+            mine[first][reward.name] = reward(pictures, prompts, metadata).tolist()
 
-    draw_all(base, adapters, rows, args, score)
+    draw_all(base, adapters, rows, args, origin, share=share, look=score)
+    of_all = [None] * share[1]
+    if share[1] > 1:
+        dist.all_gather_object(of_all, mine)
+    else:
+        of_all = [mine]
+    batches = {first: scores for found in of_all for first, scores in found.items()}
+    scores = {reward.name: [] for reward in rewards}
+    for first in sorted(batches):
+        for name in scores:
+            scores[name] += batches[first][name]
+    if share[0] == 0:
+        save_first(args, 0, len(rows))
     return scores
 
 
@@ -166,21 +188,31 @@ def print_line(first, cells):
 def main():
     args = arguments()
     rows = rows_to_draw(args, args.metadata)
-    device, _, _ = setup(args, training=False)
+    device, rank, world = setup(args, training=False)
+    if world > 1:
+        dist.init_process_group("gloo")  # scores are gathered, and nothing else
     files = generator_files(args)
     args = settled(args, files)
-    base = load_base(args, device)
     rewards = load_rewards(args, rows, device)
-    adapters = [] if args.teacher else load_generator(base, files, args.lora_alpha)
+    base = load_base(args, device)
+    if args.teacher:
+        files = {}
+    share = (rank, world)
+    origin = origin_of(base, files, args)
+    teacher = as_teacher(args)
+    teacher.out_dir = os.path.join(args.out_dir, "teacher")
+    teacher_origin = origin_of(base, {}, teacher)
+    adapters = load_generator(base, files, args.lora_alpha)
     note_prompts(base, rows[:: args.num_images])  # each once, however many pictures it gets
     who = "teacher" if args.teacher else "student"
-    results = {who: scores_of(base, adapters, rows, args, rewards)}
+    results = {who: scores_of(base, adapters, rows, args, origin, rewards, share)}
     if args.compare:
-        teacher = as_teacher(args)
-        teacher.out_dir = os.path.join(args.out_dir, "teacher")
-        results["teacher"] = scores_of(base, [], rows, teacher, rewards)
-    write_scores(rows, args.seed, results, os.path.join(args.out_dir, "scores.jsonl"))
-    print_means(rows, results)
+        results["teacher"] = scores_of(base, [], rows, teacher, teacher_origin, rewards, share)
+    if rank == 0:
+        write_scores(rows, args.seed, results, os.path.join(args.out_dir, "scores.jsonl"))
+        print_means(rows, results)
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

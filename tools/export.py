@@ -25,20 +25,20 @@ import torch.nn.functional as F
 
 from checkpoint import (
     CONFIG_NAME,
-    DEFAULT_PLACES,
     FREE,
     SETTINGS_NAME,
-    is_hub_id,
     read,
     read_adapter,
     settings_of,
 )
-from common import Parser, chosen_device, die, parse
+from common import Parser, chosen_device, die, parse, resolution, sides
 from cps import sigmas
+from hub import DEFAULT_PLACES, is_hub_id
 from model import StableDiffusion3
 from sample import ADAPTERS, PRESETS, generator_files, load_generator, settled
 from tools.evaluate import mean_and_error, with_error
 
+LOCAL = ("command", "started_from")  # of a run's settings: they may hold paths of this machine
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -58,7 +58,7 @@ def arguments():
     add("--scores", default="", metavar="FILE", help="scores.jsonl of tools.evaluate, for the card")
     add("--steps", type=int, default=4, help="sampling steps, for card and settings")
     add("--eta", type=float, default=0.9, help="new noise of a step, for card and settings")
-    add("--resolution", type=int, default=512, help="picture size, for card and settings")
+    add("--resolution", type=resolution, default=512, help="side, or height x width as 768x512")
     add("--device", default="auto", help="cuda, cpu, mps, or auto: the best there is")
     parser.set_defaults(teacher=False)
     args = parse(parser, PRESETS)
@@ -145,7 +145,7 @@ def write_lora(base, files, args, folder):
         save_published(transformer, adapter, source, os.path.join(folder, stage))
         loaded = transformer.peft_config[adapter]
         settings = {
-            **settings_of(source),
+            **{name: value for name, value in settings_of(source).items() if name not in LOCAL},
             **sampling_settings(args),
             "lora_rank": loaded.r,
             "lora_alpha": loaded.lora_alpha,
@@ -252,6 +252,7 @@ def usage(base, stages, args):
     if not args.merged:
         lora = f'pipe.load_lora_weights("DIR")  # {" and ".join(stages)} in one file\n'
     levels = ", ".join(f"{sigma:.3g}" for sigma in sigmas(args.steps, base.shift))
+    height, width = sides(args.resolution)
     base_place = ""
     if place == "BASE":
         base_place = " BASE is the base model's directory or repository."
@@ -270,8 +271,8 @@ image = pipe(
     "a photo of a cat",
     num_inference_steps={args.steps},
     guidance_scale=1.0,
-    height={args.resolution},
-    width={args.resolution},
+    height={height},
+    width={width},
     max_sequence_length={base.encode.max_sequence_length},
     generator=pipe.scheduler.generator,  # of the noise that it starts from
 ).images[0]

@@ -19,12 +19,12 @@ from checkpoint import (
     GENERATOR_NAMES,
     checkpoint_folders,
     download,
-    is_hub_id,
+    few_of,
     read_adapter,
-    shortened,
     what_was_sought,
 )
 from common import die
+from hub import is_hub_id
 
 STAGES = ("cold_start", "rtdmd")
 # The published files: 24 blocks with 8 projections each, less the last block's to_add_out. B is as
@@ -68,7 +68,7 @@ def adapter_files(where):
     if not paths:
         there = "no such file or directory"
         if os.path.isdir(where):
-            there = "holds " + shortened(sorted(os.listdir(where)))
+            there = "holds " + few_of(sorted(os.listdir(where)))
         die(f"{where}: {there}; {what_was_sought('cold_start')}")
     return paths
 

@@ -1,0 +1,108 @@
+"""The hub: asked once what a repository holds, and what to do where it cannot be had, in one line.
+
+Nothing is looked up there but what a user, or a preset, names as owner/name.
+"""
+
+import errno
+import re
+
+import torch
+
+from common import note
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Where the stages write unless told otherwise. These two are never taken for a hub repository:
+# whoever registered an owner named `out` would otherwise decide what is drawn in an empty folder.
+DEFAULT_PLACES = {"cold_start": "out/cold_start", "rtdmd": "out/rtdmd"}
+PATIENCE = 10  # seconds that the hub has for its answer
+LONGEST = 200  # characters of somebody else's message
+
+
+def is_hub_id(where):
+    """Whether a name that is no path here may be looked up on the hub: never a default."""
+    return HUB_ID.fullmatch(where) is not None and where not in DEFAULT_PLACES.values()
+
+
+def files_on_hub(where):
+    """The names of a repository's files, or None where the hub cannot be asked.
+
+    Then nothing else in this process asks it, and the cache is all there is: a library would try each
+    file again and again. Raises what huggingface_hub raises where there is no such repository, or no
+    permission (`in_words`).
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        info = HfApi().model_info(where, timeout=PATIENCE)
+        return [file.rfilename for file in info.siblings or ()]
+    except RepositoryNotFoundError:  # GatedRepoError is one, too
+        raise
+    except HfHubHTTPError as e:
+        reason = f"it answers {e.response.status_code}"
+    except OfflineModeIsEnabled:
+        return None  # as the user asked
+    except Exception as e:  # no network, in one of many ways
+        reason = first_line(e)
+    if not constants.HF_HUB_OFFLINE:
+        note(f"the hub cannot be asked ({reason}): its cache on this machine is used")
+        constants.HF_HUB_OFFLINE = True
+    return None
+
+
+def in_words(error, where):
+    """What went wrong with the files of `where`, a path or a repository, and what to do: one line.
+
+    error: an exception of any of the libraries; the one that it came from decides.
+    """
+    from huggingface_hub import errors
+
+    chain = list(causes(error))
+    kinds = [type(e) for e in chain]
+
+    def among(*classes):
+        return any(issubclass(kind, classes) for kind in kinds)
+
+    if among(errors.GatedRepoError):
+        return f"{where} is gated: accept the licence on huggingface.co/{where}, then hf auth login"
+    if among(errors.RepositoryNotFoundError):
+        return f"no such repository on the hub; if {where} is private: hf auth login"
+    if among(torch.cuda.OutOfMemoryError):
+        return f"no room on the GPU ({shortened(error)})"
+    if any(getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for e in chain):
+        return "the disk is full; HF_HOME moves the hub's cache"
+    if among(errors.RemoteEntryNotFoundError):
+        return f"the repository lacks a file ({shortened(error)})"
+    if among(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        return f"the hub cannot be asked, and its cache has no whole copy of {where}"
+    return shortened(error)
+
+
+def causes(error):
+    """An exception and those that it came from."""
+    seen = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return seen
+
+
+def first_line(error):
+    """What an exception says first."""
+    text = str(error).strip() or repr(error)
+    return cut(text.splitlines()[0])
+
+
+def shortened(error):
+    """What an exception says, as one line of whole words."""
+    return cut(" ".join(str(error).split()) or repr(error))
+
+
+def cut(text):
+    if len(text) <= LONGEST:
+        return text
+    return text[:LONGEST].rsplit(" ", 1)[0] + " ..."
