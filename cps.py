@@ -169,22 +169,71 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
     is imported.
     """
 
+    # Where one of these is on in a model's config, its grid is another one: a ValueError.
+    NOT_OURS = (
+        "shift_terminal",
+        "invert_sigmas",
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+    )
+
     @register_to_config
-    def __init__(self, num_train_timesteps: int = 1000, shift: float = 3.0, eta: float = 0.9):
-        super().__init__(num_train_timesteps=num_train_timesteps, shift=shift)
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 3.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int | None = 256,
+        max_image_seq_len: int | None = 4096,
+        invert_sigmas: bool = False,
+        shift_terminal: float | None = None,
+        use_karras_sigmas: bool | None = False,
+        use_exponential_sigmas: bool | None = False,
+        use_beta_sigmas: bool | None = False,
+        time_shift_type: str = "exponential",
+        stochastic_sampling: bool = False,
+        eta: float = 0.9,
+    ):
+        for name in self.NOT_OURS:
+            if self.config[name]:
+                raise ValueError(f"CPSScheduler has no {name}, which this model's scheduler has")
+        given = {name: value for name, value in self.config.items() if name[0] != "_"}
+        del given["eta"]
+        super().__init__(**given)
         self.generator = None
+
+    @classmethod
+    def _get_compatibles(cls):
+        """Of diffusers' mixin, which knows diffusers' own classes alone."""
+        return [cls]
 
     def set_timesteps(
         self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None
     ):
-        """Noise levels: `sigmas` as given (ending in 0 or not), else ours for num_inference_steps.
+        """Noise levels: `sigmas` as given (ending in 0 or not), or `timesteps`, 1000 times as large.
 
-        They are shifted by mu if the config says so: then that is the one shift.
+        Else ours for num_inference_steps. They are shifted by mu if the config says so: then that is
+        the one shift. Raises ValueError where the arguments contradict each other, where levels do not
+        fall from at most 1.
         """
+        if sigmas is not None and timesteps is not None:
+            raise ValueError("give sigmas or timesteps, not both")
         dynamic = mu is not None and self.config.use_dynamic_shifting
-        if sigmas is None:
+        if timesteps is not None:
+            sigmas = [t / self.config.num_train_timesteps for t in timesteps]
+        elif sigmas is None:
+            if num_inference_steps is None:
+                raise ValueError("give num_inference_steps, sigmas or timesteps")
             sigmas = default_sigmas(num_inference_steps, 1 if dynamic else self.config.shift)
         levels = [float(sigma) for sigma in sigmas if sigma > 0]
+        if num_inference_steps not in (None, len(levels)):
+            raise ValueError(f"{num_inference_steps} steps, but {len(levels)} levels above 0")
+        falls = all(above > below for above, below in zip(levels, levels[1:]))
+        if not levels or levels[0] > 1 or not falls:
+            raise ValueError(f"noise levels must fall from at most 1, got {levels}")
         if dynamic:
             levels = [self.time_shift(mu, 1.0, sigma) for sigma in levels]
         self.num_inference_steps = len(levels)

@@ -116,6 +116,7 @@ def test_every_command_parses(command, tmp_path, monkeypatch):
     module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
     # no run is there whose settings would be looked up, and no hub
     monkeypatch.setattr(module, "find_weights", lambda *_, **__: "", raising=False)
+    monkeypatch.setattr(module, "like", lambda path: {"prompt": "x"}, raising=False)
     monkeypatch.setattr(sys, "argv", words[script:])
     monkeypatch.chdir(tmp_path)
     module.arguments()

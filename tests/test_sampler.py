@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import cps
 import sample
@@ -231,3 +232,52 @@ def test_times_stay_inside_the_sub_interval():
         assert renoise_time(s, u).tolist() == pytest.approx(
             [min(max(s + 0.01 + (0.99 - s) * w, 0.02), 0.98) for w in u.tolist()]
         )
+
+
+# ---- the scheduler's interface, as diffusers' own tests ask for it
+def test_a_scheduler_that_was_saved_is_the_same(tmp_path):
+    scheduler = CPSScheduler(eta=0.5)
+    scheduler.save_pretrained(tmp_path)
+    loaded = CPSScheduler.from_pretrained(tmp_path)
+    config = dict(scheduler.config)
+    del config["_use_default_values"]
+    assert config == dict(loaded.config)
+
+
+def test_a_scheduler_is_compatible_with_itself():
+    scheduler = CPSScheduler()
+    assert scheduler.compatibles == [CPSScheduler]
+    assert dict(CPSScheduler.from_config(scheduler.config).config) == dict(scheduler.config)
+
+
+@pytest.mark.parametrize("name", CPSScheduler.NOT_OURS)
+def test_a_config_with_another_grid_is_refused(name):
+    config = FlowMatchEulerDiscreteScheduler(**{name: 0.1}).config  # as true as a terminal shift
+    with pytest.raises(ValueError, match=name):
+        CPSScheduler.from_config(config)
+
+
+def test_timesteps_and_sigmas_are_honoured():
+    scheduler = CPSScheduler()
+    scheduler.set_timesteps(timesteps=[1000, 500])
+    assert scheduler.sigmas.tolist() == [1.0, 0.5, 0.0]
+    assert scheduler.timesteps.tolist() == [1000, 500]
+    scheduler.set_timesteps(2, sigmas=[1.0, 0.5])
+    assert scheduler.sigmas.tolist() == [1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"num_inference_steps": 4, "timesteps": [1000, 500]},
+        {"num_inference_steps": 3, "sigmas": [1.0, 0.5]},
+        {"timesteps": [1000], "sigmas": [1.0]},
+        {"timesteps": [500, 1000]},
+        {"sigmas": [2.0, 1.0]},
+        {"sigmas": [0.0]},
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(arguments):
+    with pytest.raises(ValueError, match=r"steps|sigmas|levels"):
+        CPSScheduler().set_timesteps(**arguments)

@@ -18,6 +18,7 @@ machine is written into it: a base model that is a directory is left out, unless
 import contextlib
 import json
 import os
+import shlex
 import shutil
 
 import torch
@@ -31,7 +32,7 @@ from checkpoint import (
     read_adapter,
     settings_of,
 )
-from common import Parser, chosen_device, die, parse, resolution, sides
+from common import Parser, chosen_device, die, note, parse, resolution, sides
 from cps import sigmas
 from hub import DEFAULT_PLACES, is_hub_id
 from model import StableDiffusion3
@@ -222,6 +223,8 @@ def front_matter(args):
     tags = "rtdmd, few-step" if args.merged else "lora, rtdmd, few-step"
     return f"""---
 license: other
+license_name: stabilityai-ai-community
+license_link: https://huggingface.co/stabilityai/stable-diffusion-3.5-medium/blob/main/LICENSE.md
 {base_model}library_name: diffusers
 pipeline_tag: text-to-image
 tags: [{tags}]
@@ -445,7 +448,13 @@ def main():
         base = StableDiffusion3(args.pretrained, device, args.resolution)
         load_generator(base, files, args.lora_alpha)
         export(base, files, args, folder)
-    print(f"{args.out_dir}: {', '.join(sorted(os.listdir(args.out_dir)))}", flush=True)
+    if not public_name(args):
+        note(
+            f"the base model {args.pretrained} is a directory of this machine, so the export does not "
+            "name it: --base_model ID does"
+        )
+    print(f"{args.out_dir}: {', '.join(sorted(os.listdir(args.out_dir)))}")
+    print(f"to publish it: hf upload OWNER/NAME {shlex.quote(args.out_dir)}", flush=True)
 
 
 if __name__ == "__main__":

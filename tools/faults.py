@@ -1344,8 +1344,8 @@ DRAWING = [
     ),
     Fault(
         "sample: every batch has the first one's seeds",
-        "range(args.seed + first, args.seed + first + len(prompts))",
-        "range(args.seed, args.seed + len(prompts))",
+        "levels, prompts, args.seed + first, args)",
+        "levels, prompts, args.seed, args)",
         SAMPLE,
     ),
     Fault(
@@ -1368,20 +1368,20 @@ DRAWING = [
     ),
     Fault(
         "sample: files are numbered anew in every batch",
-        "enumerate(pictures, first)",
-        "enumerate(pictures)",
+        "picture_path(args, first_number + first + i)",
+        "picture_path(args, first_number + i)",
         SAMPLE,
     ),
     Fault(
         "evaluate: --compare's teacher has the student's adapters",
-        "scores_of(base, [], rows, teacher, rewards)",
-        "scores_of(base, adapters, rows, teacher, rewards)",
+        "scores_of(base, [], rows, teacher, teacher_origin",
+        "scores_of(base, adapters, rows, teacher, teacher_origin",
         EVALUATE,
     ),
     Fault(
         "sample: --teacher has the student's adapters",
-        "[] if args.teacher else load_generator(base, files, args.lora_alpha)",
-        "load_generator(base, files, args.lora_alpha)",
+        "    if args.teacher:\n        files = {}\n    origin",
+        "    origin",
         SAMPLE,
     ),
     Fault("sample: the teacher takes 28 steps", '"steps": 50', '"steps": 28', SAMPLE),
@@ -1716,7 +1716,7 @@ HOUSE = [
     ),
     Fault(
         "settings: not written",
-        "            write_settings(args, hashed(decisive(self.flags())))\n",
+        "            write_settings(args, hashed(identity), origin)\n",
         "            pass\n",
         "checkpoint.py",
     ),
@@ -1823,5 +1823,103 @@ FAULTS = [
             "image",
             "ocr",
         ),
+    ),
+    # ---- troubles that users have reported
+    Fault(
+        "hub: asked again for every file", "        constants.HF_HUB_OFFLINE = True\n", "", "hub.py"
+    ),
+    Fault(
+        "hub: a gated repository is a missing one",
+        "among(errors.GatedRepoError)",
+        "False",
+        "hub.py",
+    ),
+    Fault("hub: no limit to its patience", "timeout=PATIENCE", "timeout=60", "hub.py"),
+    Fault(
+        "hub: the outermost error decides",
+        "chain = list(causes(error))",
+        "chain = [error]",
+        "hub.py",
+    ),
+    Fault("base: fp16 weights beside others", "and all(", "and any(", "model.py"),
+    Fault("prompts: a list is a line", "isinstance(whole, (list, dict))", "False", "prompts.py"),
+    Fault(
+        "prompts: JSON among plain lines is drawn",
+        "None if isinstance(from_json(line), (dict, list)) else line",
+        "line",
+        "prompts.py",
+    ),
+    Fault("ocr: '90s opens a quotation", r"(?!\d0s\b)", "", "rewards.py"),
+    Fault(
+        "die: the first process of all speaks alone",
+        "if local or is_first_here():",
+        "if local or is_rank_0():",
+        "common.py",
+    ),
+    Fault(
+        "signals: nothing listens before the first step",
+        "        end_on_signals()\n",
+        "",
+        "common.py",
+    ),
+    Fault(
+        "--resolution: height and width swapped",
+        "return int(height), int(width or height)",
+        "return int(width or height), int(height)",
+        "common.py",
+    ),
+    Fault("grid: a picture is made square", "round(height * wide / width)", "wide", "model.py"),
+    Fault(
+        "start_from: the average is not taken",
+        'for name in ("generator", "fake", "ema"):',
+        'for name in ("generator", "fake"):',
+        "checkpoint.py",
+    ),
+    Fault(
+        "start_from: another alpha is taken",
+        '("lora_rank", "lora_alpha", "pretrained',
+        '("lora_rank", "pretrained',
+        "checkpoint.py",
+    ),
+    Fault(
+        "start_from: run_id is that without it",
+        "            if origin:\n                identity",
+        "            if False:\n                identity",
+        "checkpoint.py",
+    ),
+    Fault(
+        "like: as many at once as now", "[args.prompt] * args.batch_size", "[args.prompt]", SAMPLE
+    ),
+    Fault("like: other weights are taken", "if text.get(name) != str(value):", "if False:", SAMPLE),
+    Fault("pictures: a call begins at 0 again", "max(numbers, default=-1) + 1", "0", SAMPLE),
+    Fault(
+        "evaluate: what is there is drawn again",
+        "read_all(paths, texts) if look is not None else None",
+        "None",
+        SAMPLE,
+    ),
+    Fault(
+        "evaluate: another seed's picture is taken",
+        "if its_text != {name: str(value) for name, value in text.items()}:",
+        "if its_text is None:",
+        SAMPLE,
+    ),
+    Fault(
+        "evaluate: what is scored is not what is saved",
+        "return as_saved(render(",
+        "return (render(",
+        SAMPLE,
+    ),
+    Fault(
+        "scheduler: timesteps are ignored",
+        "if timesteps is not None:\n            sigmas",
+        "if False:\n            sigmas",
+        "cps.py",
+    ),
+    Fault(
+        "wandb: a run that goes on is a new one",
+        "if start == 0 or not os.path.exists(path):",
+        "if True:",
+        "common.py",
     ),
 ]

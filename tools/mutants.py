@@ -363,6 +363,8 @@ def main():
                     flush=True,
                 )
                 write_results(Path(args.out_dir), {"unfinished": place}, lines)
+            pool.close()  # terminating it while a process ends can wait for ever
+            pool.join()
     import torch
 
     survivors = [line["name"] for line in lines if line["result"] == "SURVIVED"]

@@ -3,6 +3,7 @@
     python -m tools.plots curves out/cold_start out/rtdmd     # every number of their log.jsonl
     python -m tools.plots figures out/tiny --out_dir assets   # sampler.png, subinterval.png, subgrpo.png
     python -m tools.plots hacking out/tiny out/tiny/rtdmd out/hacked --out_dir assets
+    python -m tools.plots kept out/tiny                       # kept.png: a row a kept file (--keep_every)
     python -m tools.plots front assets/tiny/adapters --out_dir assets   # front.png
 
 curves: a panel a number, a colour a run -> curves.png in the first run's directory. hacking: several
@@ -20,7 +21,7 @@ import torch
 
 import rtdmd_rl
 import variants
-from checkpoint import read
+from checkpoint import KEPT_GENERATOR, read, settings_of
 from common import Parser, as_bytes, checked, die, make_out_dir, seeded_rng, setup, write_atomically
 from cps import renoise, rollout, sigmas
 from sample import draw, teacher_levels
@@ -420,6 +421,42 @@ def draw_hacking(run, stages_2, pretrained, n, path, device):
     save(figure, path)
 
 
+@torch.no_grad()
+def draw_kept(run, pretrained, path, device):
+    """How the pictures of six captions changed over both stages of a tiny run -> path.
+
+    A row is a kept file (--keep_every) or a stage's last one; the seeds are the same in all.
+    """
+    rows = {}
+    stage_1 = f"{run}/cold_start"
+    for stage in ("cold_start", "rtdmd"):
+        folder = f"{run}/{stage}"
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        found = [match for match in map(KEPT_GENERATOR.fullmatch, names) if match]
+        files = [(f"after {m[1]}", m[0]) for m in sorted(found, key=lambda m: int(m[1]))]
+        if "generator_ema.pt" in names:
+            files.append(("at the end", "generator_ema.pt"))
+        for when, name in files:
+            base, _ = load_tiny(pretrained, device)
+            weights = f"{folder}/{name}"
+            of_both = (weights,) if stage == "cold_start" else (stage_1, weights)
+            adapters = generator_of(base, *of_both)
+            settings = settings_of(weights)
+            levels = sigmas(settings.get("num_steps", 4), base.shift)
+            v = base.velocity(adapters, base.encode(list(FRONT_CAPTIONS)))
+            seeds = range(len(FRONT_CAPTIONS))
+            latents = draw(v, seeds, base.latent_shape, levels, settings.get("eta", 0.9), device)
+            rows[f"{stage}\n{when}"] = base.decode(latents)
+    if not rows:
+        die(f"{run}: holds no cold_start/ or rtdmd/ with weights")
+    head = 0.8
+    width = TEXT + len(FRONT_CAPTIONS) * CELL + 0.05
+    figure = new_figure(width, head + len(rows) * CELL + 0.05)
+    picture_sheet(figure, rows, head, FRONT_CAPTIONS)
+    save(figure, path)
+    print(path)
+
+
 # ---- the first picture of the README -------------------------------------------------------------
 FRONT_CAPTIONS = (
     "a circle above a square",
@@ -536,14 +573,15 @@ def draw_quality(axes, name, teacher, students, long_run):
 def arguments():
     parser = Parser("Curves of runs, and the pictures of the README.")
     add = parser.add_argument
-    add("what", choices=("curves", "figures", "hacking", "front"), help="what to draw")
+    choices = ("curves", "figures", "hacking", "kept", "front")
+    add("what", choices=choices, help="what to draw")
     add("runs", nargs="+", metavar="RUN", help="curves: any runs; else a tiny run, then stages 2")
     add("--out_dir", help="where the pictures go; default: the first run")
     add("--pretrained", default=PRETRAINED, help="the pipeline that the run was made with")
     add("--pictures", type=int, help="of each of the six categories; hacking: 72, front: 216")
     add("--device", default="auto", help="cuda, cpu, mps, or auto: the best there is")
     args = parser.parse_args()
-    if args.what in ("figures", "front") and len(args.runs) != 1:
+    if args.what in ("figures", "kept", "front") and len(args.runs) != 1:
         die(f"{args.what} takes the directory of one tiny run")
     if args.what == "hacking" and len(args.runs) < 2:
         die("hacking takes the directory of a tiny run and stages 2 that were trained on it")
@@ -566,6 +604,9 @@ def main():
     if args.what == "hacking":
         path = f"{args.out_dir}/hacking.png"
         checked(draw_hacking, run, stages_2, args.pretrained, args.pictures, path, device)
+        return
+    if args.what == "kept":
+        checked(draw_kept, run, args.pretrained, f"{args.out_dir}/kept.png", device)
         return
     if args.what == "front":
         for name, maker in (("long", "make long"), ("students", "tools.ablations students")):

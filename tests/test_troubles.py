@@ -1,0 +1,412 @@
+"""Troubles that users of such software run into: other platforms, other formats, one directory for all."""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+import cold_start
+import common
+import model
+import rtdmd_rl
+import sample
+from helpers import BASE, COLD, RL, ROOT, TINY, good, here, load, log_of, same_files, shell
+from prompts import load_prompts
+from rewards import quoted
+from tools import evaluate
+
+DRAW = ["a red circle", *BASE[:4]]
+ONE_STEP = [*BASE, "--steps", 1, "--batch_size", 2, "--generator_every", 1]
+
+
+# ---- prompts in any format -----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "name, text, prompts",
+    [
+        ("a.json", '["a red circle", "a blue square"]', ["a red circle", "a blue square"]),
+        ("a.json", '[{"prompt": "x", "tag": "y"}, "z"]', ["x", "z"]),
+        ("a.json", '{"prompt": "one"}', ["one"]),
+        ("a.txt", '{"prompt": "x"}\n\n{"prompt": "y"}\n', ["x", "y"]),
+        ("a.jsonl", '"x"\n{"prompt": "y"}\n', ["x", "y"]),
+        ("a.txt", '"a quoted prompt"\n42\n[a] b\n', ['"a quoted prompt"', "42", "[a] b"]),
+    ],
+)
+def test_prompts_are_understood_wherever_they_come_from(name, text, prompts, tmp_path):
+    (tmp_path / name).write_text(text)
+    assert [row["prompt"] for row in load_prompts(str(tmp_path / name))] == prompts
+
+
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        ("a.txt", 'a cat\n{"prompt": "x"}\n', "line 2"),
+        ("a.txt", 'a cat\n["x", "y"]\n', "line 2"),
+        ("a.json", '["x", 5]', "entry 2"),
+        ("a.json", '["x", ', "is no JSON"),
+        ("a.json", "[]", "is empty"),
+        ("a.csv", "x,y", "a table is not read"),
+        ("a.parquet", "x", "a table is not read"),
+    ],
+)
+def test_a_line_of_another_format_is_refused_by_number(name, text, words, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=words):
+        load_prompts(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "prompt, text",
+    [
+        ("a '90s diner, the owners' neon sign says \"OPEN LATE\"", "OPEN LATE"),
+        ("rock 'n' roll poster that says \"LIVE\"", "LIVE"),
+        ("rock 'n' roll says 'X'", "X"),
+        ("a '90s sign says 'GO'", "GO"),
+        ("the dogs' sign: 'OK'", "OK"),
+        ("a sign \u201cHI\u201d", "HI"),
+        ("ein Schild \u201eHallo\u201c", "Hallo"),
+        ("un panneau \u00abBonjour\u00bb", "Bonjour"),
+        ("et skilt \u00bbHej\u00ab", "Hej"),
+        ("\u300c\u958b\u5e97\u300d", "\u958b\u5e97"),
+        ("the dog's own bowl", None),
+    ],
+)
+def test_the_text_to_be_written_is_found_in_any_quotation_marks(prompt, text):
+    assert quoted(prompt) == text
+
+
+# ---- platforms -----------------------------------------------------------------------------------
+def test_a_system_without_fallocate_and_sighup_trains(tmp_path, monkeypatch):
+    """As macOS has no posix_fallocate, and Windows no SIGHUP."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.setattr(common, "SIGNALS", [signal.SIGTERM, signal.SIGINT])
+    good(here(cold_start, *ONE_STEP, "--cache_text", "--out_dir", tmp_path / "out"))
+    source = (ROOT / "common.py").read_text()
+    assert "signal.SIGHUP" not in source  # only by name, where it is there
+
+
+def test_a_reserved_file_has_its_size_and_keeps_its_content(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    for with_fallocate in (True, False):
+        if not with_fallocate:
+            monkeypatch.delattr(os, "posix_fallocate")
+        path.write_bytes(b"abc")
+        common.reserve(str(path), 2**24 + 5)
+        assert path.stat().st_size == 2**24 + 5
+        assert path.read_bytes()[:3] == b"abc"
+
+
+@pytest.mark.parametrize("missing", ["triton", "gcc", "Python.h"])
+def test_what_the_compiler_needs_is_looked_for_before_the_model_is_loaded(
+    missing, monkeypatch, capsys
+):
+    there = {name: name != missing for name in ("triton", "gcc", "Python.h")}
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: there["triton"] or None)
+    monkeypatch.setattr(common.shutil, "which", lambda name: there["gcc"] or None)
+    monkeypatch.setattr(common.os.path, "exists", lambda path: there["Python.h"])
+    with pytest.raises(SystemExit) as end:
+        common.check_compiler()
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert missing in err
+    assert "--compile 0" in err
+
+
+def test_a_home_directory_behind_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    good(here(cold_start, *ONE_STEP, "--out_dir=~/run"))
+    assert (tmp_path / "run/generator_ema.pt").exists()
+
+
+# ---- several machines ----------------------------------------------------------------------------
+def test_die_speaks_once_a_machine(monkeypatch, capsys):
+    for rank, local_rank, speaks in (("0", "0", 1), ("1", "1", 0), ("8", "0", 1), ("9", "1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(SystemExit):
+            common.die("something")
+        assert capsys.readouterr().err.count("something") == speaks
+
+
+# ---- signals -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_while_texts_are_encoded_ends_the_program_at_once(name, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"a red circle {i}\n" for i in range(200000)))
+    flags = [*ONE_STEP, "--prompts", prompts, "--cache_text", "--out_dir", tmp_path / "out"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "cold_start.py", *map(str, flags)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(tmp_path / "out/text.bin")
+    time.sleep(1)
+    start = time.time()
+    process.send_signal(getattr(signal, name))
+    _, err = process.communicate(timeout=60)
+    assert time.time() - start < 20
+    assert process.returncode == 128 + getattr(signal, name)
+    assert "stopped by a signal before the first step" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out/ckpt.pt").exists()
+
+
+def wait_for(path):
+    for _ in range(600):
+        if path.exists():
+            return
+        time.sleep(0.1)
+    raise TimeoutError(path)
+
+
+# ---- one directory for several calls -------------------------------------------------------------
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Two calls into one directory -> it."""
+    folder = tmp_path_factory.mktemp("drawn")
+    good(here(sample, *DRAW, "--num_images", 3, "--out_dir", folder))
+    flags = ["--num_images", 2, "--seed", 7, "--steps", 3, "--eta", 0.5, "--resolution", "32x48"]
+    good(here(sample, "two bl\u00fce squares", *BASE[:4], *flags, "--out_dir", folder))
+    return folder
+
+
+def test_a_second_call_leaves_the_pictures_of_the_first(drawn):
+    names = sorted(path.name for path in drawn.glob("*.png"))
+    assert names == [*(f"{i:05d}.png" for i in range(5)), "grid.png"]
+    assert Image.open(drawn / "00004.png").size == (48, 32)
+
+
+def test_a_picture_carries_what_it_takes_to_draw_it_again(drawn):
+    _, text = model.read_picture(drawn / "00004.png")
+    assert text["prompt"] == "two bl\u00fce squares"
+    expected = {"seed": "8", "steps": "3", "eta": "0.5", "resolution": "32x48", "guidance": "1.0"}
+    assert {name: text[name] for name in expected} == expected
+    assert not any(os.sep in value for value in text.values())
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_like_draws_a_picture_again_to_the_byte(number, drawn, tmp_path):
+    path = drawn / f"{number:05d}.png"
+    good(here(sample, "--like", path, *BASE[:4], "--out_dir", tmp_path))
+    assert (tmp_path / "00000.png").read_bytes() == path.read_bytes()
+
+
+def test_like_draws_the_teachers_pictures_too(tmp_path):
+    flags = [*DRAW, "--teacher", "--steps", 2, "--num_images", 2]
+    good(here(sample, *flags, "--out_dir", tmp_path / "one"))
+    path = tmp_path / "one/00001.png"
+    good(here(sample, "--like", path, *BASE[:4], "--out_dir", tmp_path / "two"))
+    assert (tmp_path / "two/00000.png").read_bytes() == path.read_bytes()
+
+
+def test_like_refuses_other_weights_and_other_pictures(drawn, tmp_path):
+    like = ["--like", drawn / "00000.png", *BASE[:4], "--out_dir", tmp_path]
+    status, _, err = here(sample, *like, "--rtdmd", "")
+    assert status == 2
+    assert "was drawn with adapters cold_start" in err
+    status, _, err = here(sample, "--like", drawn / "grid.png", *like[2:])
+    assert status == 2
+    assert "is no picture of sample.py" in err
+    status, _, err = here(sample, "--like", tmp_path / "none.png", *like[2:])
+    assert status == 2
+    assert "cannot be read" in err
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_kept_files_drawn_again_give_the_runs_own_pictures(tmp_path):
+    flags = [*BASE[:4], "--steps", 2, "--batch_size", 4, "--generator_every", 1, "--lr", 0.01]
+    run = ["--sample_every", 1, "--keep_every", 1, "--ema", 0, "--out_dir", tmp_path / "run"]
+    good(here(cold_start, *flags, *run))
+    rows = load_prompts(cold_start.PRESETS["tiny"]["prompts"])
+    for step in (1, 2):
+        base = model.StableDiffusion3(str(TINY), torch.device("cpu"), 32)
+        base.load_adapter("generator", str(tmp_path / f"run/generator_ema_{step}.pt"))
+        args = argparse.Namespace(num_steps=4, eta=0.9, seed=0, out_dir=str(tmp_path))
+        (tmp_path / "samples").mkdir(exist_ok=True)
+        model.preview(base, ["generator"], rows, args, "again")
+        again = (tmp_path / "samples/again.png").read_bytes()
+        assert again == (tmp_path / f"run/samples/step_{step}.png").read_bytes()
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+SCORE = [
+    *BASE[:4], "--rewards", "clipscore", "--reward_path", f"clipscore={TINY}/clip",
+    "--num_images", 3, "--batch_size", 4,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """A finished evaluation -> (flags, its directory)"""
+    folder = tmp_path_factory.mktemp("scored")
+    (folder / "prompts.txt").write_text("a red circle\na blue square\ntwo circles\n")
+    flags = [*SCORE, "--prompts", folder / "prompts.txt"]
+    good(here(evaluate, *flags, "--out_dir", folder / "out"))
+    return flags, folder / "out"
+
+
+def test_several_processes_give_the_scores_of_one(scored, tmp_path):
+    flags, one = scored
+    status, out, err = shell(evaluate, *flags, "--out_dir", tmp_path, processes=2)
+    assert status == 0, err
+    assert (tmp_path / "scores.jsonl").read_bytes() == (one / "scores.jsonl").read_bytes()
+    names = [f"{i:05d}.png" for i in range(9)]
+    assert same_files(tmp_path, one, [*names, "grid.png"])
+    assert out.count("clipscore") == 1
+
+
+def test_an_evaluation_draws_what_is_missing(scored, tmp_path, monkeypatch):
+    flags, one = scored
+    shutil.copytree(one, tmp_path / "out")
+    (tmp_path / "out/00005.png").unlink()  # of the second batch of three
+    calls = []
+    draw_batch = sample.draw_batch
+
+    def counted(*inputs):
+        calls.append(1)
+        return draw_batch(*inputs)
+
+    monkeypatch.setattr(sample, "draw_batch", counted)
+    good(here(evaluate, *flags, "--out_dir", tmp_path / "out"))
+    assert len(calls) == 1
+    assert same_files(tmp_path / "out", one, ["scores.jsonl", "00005.png", "grid.png"])
+    # another seed is another picture
+    good(here(evaluate, *flags, "--seed", 1, "--out_dir", tmp_path / "out"))
+    assert len(calls) == 4
+
+
+# ---- a new run from another one's weights --------------------------------------------------------
+@pytest.mark.parametrize("stage", ["cold", "rl"])
+def test_a_run_may_begin_with_another_ones_weights(stage, run, tmp_path):
+    source = run.cold if stage == "cold" else run.rl
+    if stage == "cold":
+        program, flags = cold_start, [*COLD, "--lr", 0, "--fake_lr", 0, "--steps", 1]
+    else:
+        program, flags = rtdmd_rl, [*RL, "--cold_start", run.cold, "--lr", 0, "--fake_lr", 0]
+        flags += ["--epochs", 1]
+    out = tmp_path / "out"
+    status, _, err = here(program, *flags, "--start_from", source, "--out_dir", out)
+    assert status == 0, err
+    assert "begins with the weights of" in err
+    assert "--lr" in err
+    before, after = load(source / "ckpt.pt"), load(out / "ckpt.pt")
+    for name in ("generator", "fake"):
+        assert all(map(torch.equal, before[name], after[name]))
+    assert after["step"] == 1
+    settings = json.loads((out / "settings.json").read_text())
+    origin = settings["started_from"]
+    assert origin["run_id"] == json.loads((source / "settings.json").read_text())["run_id"]
+    assert origin["step"] == before["step"]
+    assert settings["command"].startswith(f"{program.__name__}.py")
+    assert settings["run_id"] != origin["run_id"]
+    assert [line["step"] for line in log_of(out)] == [0]
+
+
+def test_a_run_that_began_so_goes_on_to_the_byte(run, tmp_path):
+    flags = [*COLD, "--start_from", run.cold, "--lr", 1e-4]
+    good(here(cold_start, *flags, "--out_dir", tmp_path / "whole"))
+    good(here(cold_start, *flags, "--steps", 2, "--out_dir", tmp_path / "parts"))
+    good(here(cold_start, *flags, "--out_dir", tmp_path / "parts"))
+    assert same_files(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--lora_rank", 8], "its lora_rank is 32, not 8"),
+        (["--lora_alpha", 8], "its lora_alpha is 64"),
+        (["--start_from", "/nowhere"], "no such file"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(flags, words, run, tmp_path):
+    words_before = [*COLD, "--start_from", run.cold]
+    status, _, err = here(cold_start, *words_before, *flags, "--out_dir", tmp_path / "out")
+    assert status == 2
+    assert words in err
+    assert not (tmp_path / "out/settings.json").exists()
+
+
+def test_other_flags_are_refused_with_the_way_to_go_on(run, tmp_path):
+    shutil.copytree(run.cold, tmp_path / "run")
+    status, _, err = here(cold_start, *COLD, "--lr", 0.5, "--out_dir", tmp_path / "run")
+    assert status == 2
+    assert "--start_from" in err
+
+
+# ---- height x width ------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "text, value", [("512", 512), ("512x512", 512), ("768x512", "768x512"), ("32X48", "32x48")]
+)
+def test_resolutions(text, value):
+    assert common.resolution(text) == value
+    height, width = common.sides(value)
+    assert (height, width) == tuple(
+        int(side) for side in (text.lower() + "x" + text).split("x")[:2]
+    )
+
+
+@pytest.mark.parametrize("text", ["", "x", "512x", "x512", "1x2x3", "-32", "3.5", "0x32", "a"])
+def test_a_resolution_that_is_none(text, tmp_path):
+    flags = [f"--resolution={text}", "--out_dir", tmp_path / "out"]
+    status, _, err = here(cold_start, *ONE_STEP, *flags)
+    assert status == 2
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_that_are_not_square_keep_their_shape(tmp_path):
+    """Training, its previews, the settings, drawing, and stage 2."""
+    flags = [*ONE_STEP, "--sample_every", 1, "--resolution", "32x48"]
+    good(here(cold_start, *flags, "--out_dir", tmp_path / "cold"))
+    assert Image.open(tmp_path / "cold/samples/step_1.png").size == (8 * 64, 43)
+    draw = [*DRAW, "--cold_start", tmp_path / "cold", "--rtdmd", "", "--out_dir", tmp_path / "s"]
+    good(here(sample, *draw))
+    assert Image.open(tmp_path / "s/00000.png").size == (48, 32)
+    flags = [*BASE, "--epochs", 1, "--prompts_per_epoch", 1, "--group_size", 2]
+    flags += ["--cold_start", tmp_path / "cold", "--rewards", "clipscore"]
+    good(here(rtdmd_rl, *flags, "--out_dir", tmp_path / "rl"))
+    assert json.loads((tmp_path / "rl/settings.json").read_text())["resolution"] == "32x48"
+
+
+# ---- Weights & Biases ----------------------------------------------------------------------------
+def test_a_run_that_goes_on_does_so_on_the_board_with_its_pictures(tmp_path, monkeypatch):
+    calls = []
+    logged = []
+    board = SimpleNamespace(log=lambda line, step: logged.append((step, line)))
+
+    def init(**options):
+        calls.append(options)
+        return board
+
+    fake = SimpleNamespace(init=init, Image=lambda path: f"picture {path}")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    flags = [*ONE_STEP, "--sample_every", 1, "--wandb", "project", "--out_dir", tmp_path / "out"]
+    good(here(cold_start, *flags))
+    good(here(cold_start, *flags, "--steps", 2))
+    assert calls[0]["id"] == calls[1]["id"]
+    assert calls[0]["resume"] == "allow"
+    pictures = [line["samples"] for _, line in logged if "samples" in line]
+    assert [os.path.basename(picture) for picture in pictures] == ["step_1.png", "step_2.png"]
+    # a new run in another place is another one
+    good(here(cold_start, *flags[:-1], tmp_path / "other"))
+    assert calls[2]["id"] != calls[0]["id"]
+
+
+# ---- adapters that are merged into the base ------------------------------------------------------
+def test_a_merged_base_draws_with_its_settings(tmp_path):
+    shutil.copytree(TINY, tmp_path / "merged", ignore=shutil.ignore_patterns("adapters"))
+    settings = {"num_steps": 2, "eta": 0.5, "resolution": 32, "pretrained": None, "cfg": 2.0}
+    (tmp_path / "merged/settings.json").write_text(json.dumps(settings))
+    flags = ["--pretrained", tmp_path / "merged", "--cold_start", "", "--rtdmd", ""]
+    good(here(sample, *DRAW, *flags, "--out_dir", tmp_path / "out"))
+    _, text = model.read_picture(tmp_path / "out/00000.png")
+    assert (text["steps"], text["eta"]) == ("2", "0.5")
