@@ -508,3 +508,18 @@ def test_both_stages_run_on_sd3_mediums_kind_of_transformer(tmp_path):
     assert tiny_base(tmp_path / "sd3m", resolution=4 * 192).latent_shape == (4, 384, 384)
     status, _, err = here(cold_start, *base, "--resolution", 4 * 193, "--out_dir", tmp_path / "no")
     assert status == 2 and "at most 768" in err
+
+
+def test_an_export_says_how_to_publish_it_and_what_it_does_not_name(run, tmp_path):
+    flags = ["--preset", "tiny", "--cold_start", run.cold, "--rtdmd", run.rl, "--device", "cpu"]
+    status, out, err = here(export, tmp_path / "one", *flags)
+    assert status == 0, err
+    assert f"hf upload OWNER/NAME {tmp_path / 'one'}" in out
+    assert "--base_model ID does" in err
+    status, out, err = here(export, tmp_path / "two", *flags, "--base_model", "owner/base")
+    assert status == 0
+    assert "--base_model" not in err
+    card = (tmp_path / "two/README.md").read_text()
+    front = card.split("---")[1]
+    for line in ("license_name: stabilityai-ai-community", "base_model: owner/base"):
+        assert line in front.splitlines()

@@ -663,6 +663,26 @@ def test_the_long_run_needs_positive_numbers(flag, monkeypatch, capsys):
     assert f"{flag} must" in capsys.readouterr().err
 
 
+def test_kept_files_are_a_row_each(run, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(run.cold, folder / "cold_start")
+    shutil.copytree(run.rl, folder / "rtdmd")
+    for step in (2, 10):
+        source = folder / "rtdmd/generator_ema.pt"
+        shutil.copy(source, folder / f"rtdmd/generator_ema_{step}.pt")
+    rows = []
+    monkeypatch.setattr(plots, "picture_sheet", lambda _, sheet, *__: rows.extend(sheet))
+    good(here(plots, "kept", folder, *ON_CPU, "--out_dir", tmp_path))
+    assert (tmp_path / "kept.png").exists()
+    assert [row.split("\n") for row in rows] == [
+        ["cold_start", "at the end"],
+        ["rtdmd", "after 2"],
+        ["rtdmd", "after 10"],
+        ["rtdmd", "at the end"],
+    ]
+    assert "holds no cold_start/" in refused(plots, "kept", tmp_path / "none", *ON_CPU)
+
+
 def test_the_first_figures_captions_are_of_the_tiny_world():
     known = {row["prompt"] for split in ("train", "test") for row in tiny.captions(split)}
     assert set(plots.FRONT_CAPTIONS) <= known
