@@ -5,9 +5,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -410,3 +412,26 @@ def test_a_merged_base_draws_with_its_settings(tmp_path):
     good(here(sample, *DRAW, *flags, "--out_dir", tmp_path / "out"))
     _, text = model.read_picture(tmp_path / "out/00000.png")
     assert (text["steps"], text["eta"]) == ("2", "0.5")
+
+
+def test_a_file_missing_on_one_of_two_machines_is_said_there(tmp_path):
+    """Two simulated nodes; the second has no prompts."""
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = []
+    for node, name in enumerate(("prompts.txt", "missing.txt")):
+        torchrun = [
+            Path(sys.executable).with_name("torchrun"), "--nnodes=2", "--nproc_per_node=1",
+            f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}",
+        ]  # fmt: skip
+        flags = [*ONE_STEP, "--prompts", tmp_path / name, "--out_dir", tmp_path / "out"]
+        command = map(str, [*torchrun, "cold_start.py", *flags])
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(subprocess.Popen(list(command), cwd=ROOT, **options))
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert all(process.returncode != 0 for process in processes)
+    assert "cold_start.py: error: cannot read --prompts" in outputs[1]
+    assert "cold_start.py: error: lost the other processes" in outputs[0]
+    assert not (tmp_path / "out/ckpt.pt").exists()
