@@ -500,11 +500,13 @@ def alone(run, tmp_path_factory):
     return t
 
 
-@pytest.mark.parametrize("stage, processes", [("cold", 3), ("rl", 2), ("rl", 3)])
+@pytest.mark.parametrize(
+    "stage, processes", [("cold", 3), ("cold", 8), ("rl", 2), ("rl", 3), ("rl", 8)]
+)
 def test_several_processes_train_the_same_adapters_as_one(run, alone, tmp_path, stage, processes):
-    """Every weight to 1e-5 and the whole to 1 % of the way it went; batches of 5 and 10 pictures, groups split between ranks.
-    Adam divides by the gradient's size: a weight whose gradient is nothing but rounding moves by a learning rate either way, which is
-    why that is 1e-5 here. For the same reason the weights do not show a wrong scale of the gradient; the norms in the log do."""
+    """The whole to 1 % of the way it went, and every weight to what Adam can do with rounding; batches of 5 and 10 pictures, groups split between ranks; of eight, three have none of the five.
+    Adam divides by the gradient's size: a weight whose gradient is nothing but rounding moves by a learning rate either way, in each
+    of four updates at most. For the same reason the weights do not show a wrong scale of the gradient; the norms in the log do."""
     program, flags, *_ = stage_of(run, stage)
     good(
         shell(
@@ -525,7 +527,7 @@ def test_several_processes_train_the_same_adapters_as_one(run, alone, tmp_path, 
         base.add_adapter(name, 32, 64, 0)
         difference = flat(many[name]) - flat(one[name])
         way = flat(one[name]) - flat(base.adapter(name))
-        assert difference.abs().max() < 1e-5 and difference.norm() < 0.01 * way.norm(), (
+        assert difference.abs().max() <= 2 * 4 * 1e-5 and difference.norm() < 0.01 * way.norm(), (
             difference.abs().max(),
             difference.norm() / way.norm(),
         )
