@@ -307,7 +307,10 @@ def read_all(paths, texts):
     """The pictures of these files [B,3,H,W], or None unless all are there with these texts."""
     pictures = []
     for path, text in zip(paths, texts):
-        picture, its_text = read_picture(path) if os.path.exists(path) else (None, None)
+        try:
+            picture, its_text = read_picture(path)
+        except (OSError, ValueError):  # not there, or damaged
+            return None
         if its_text != {name: str(value) for name, value in text.items()}:
             return None
         pictures.append(picture)
@@ -325,7 +328,7 @@ def save_first(args, first_number, count):
 def next_number(out_dir):
     """The number of the first picture of a call: those of earlier calls stay."""
     names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
-    numbers = [int(name[:5]) for name in names if re.fullmatch(r"\d{5}\.png", name)]
+    numbers = [int(name[:-4]) for name in names if re.fullmatch(r"\d{5,}\.png", name)]
     return max(numbers, default=-1) + 1
 
 

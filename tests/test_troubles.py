@@ -187,6 +187,13 @@ def test_a_second_call_leaves_the_pictures_of_the_first(drawn):
     assert Image.open(drawn / "00004.png").size == (48, 32)
 
 
+def test_numbers_go_on_beyond_five_digits(tmp_path):
+    for name in ("00007.png", "100000.png", "grid.png", "1.png"):
+        (tmp_path / name).touch()
+    assert sample.next_number(str(tmp_path)) == 100001
+    assert sample.next_number(str(tmp_path / "none")) == 0
+
+
 def test_a_picture_carries_what_it_takes_to_draw_it_again(drawn):
     _, text = model.read_picture(drawn / "00004.png")
     assert text["prompt"] == "two bl\u00fce squares"
@@ -269,7 +276,7 @@ def test_several_processes_give_the_scores_of_one(scored, tmp_path):
 def test_an_evaluation_draws_what_is_missing(scored, tmp_path, monkeypatch):
     flags, one = scored
     shutil.copytree(one, tmp_path / "out")
-    (tmp_path / "out/00005.png").unlink()  # of the second batch of three
+    (tmp_path / "out/00005.png").write_bytes(b"half a picture")  # of the second batch of three
     calls = []
     draw_batch = sample.draw_batch
 
