@@ -406,14 +406,14 @@ LOSSES = [
 STAGE_1 = [
     Fault(
         "stage 1: the generator learns at the fake's rate",
-        "student_params, lr=args.lr",
-        "student_params, lr=args.fake_lr",
+        "(student_opt, args.lr)",
+        "(student_opt, args.fake_lr)",
         ONE,
     ),
     Fault(
         "stage 1: the fake learns at the generator's rate",
-        "fake_params, lr=args.fake_lr",
-        "fake_params, lr=args.lr",
+        "(fake_opt, args.fake_lr)",
+        "(fake_opt, args.lr)",
         ONE,
     ),
     Fault(
