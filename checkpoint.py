@@ -32,6 +32,7 @@ from common import (
     all_reduce,
     as_bytes,
     die,
+    first_line,
     flags_given,
     in_range,
     is_rank_0,
@@ -41,7 +42,7 @@ from common import (
     sync,
     write_atomically,
 )
-from hub import files_on_hub, first_line, in_words, is_hub_id
+from hub import files_on_hub, in_words, is_hub_id
 
 # File names in the order in which they are preferred. {stage}.safetensors is of an export of ours,
 # and comes before the folder {stage}/ of the same export because it needs no alpha. generator.pt is
@@ -91,6 +92,8 @@ def find_weights(where, stage, role="generator", must=True, quiet=False):
             path = first_file(os.path.dirname(path), names)
         elif os.path.splitext(os.path.basename(path))[0] == "generator" and not quiet:
             note(f"{path} is taken, which is the generator before averaging")
+    if path is not None:
+        refuse_other_stage(path, stage)
     if path is None and must:
         die(f"{where or repr(where)}: {what_is_there(place)}; {what_was_sought(stage, role)}")
     return path
@@ -143,6 +146,15 @@ def refuse_mixed(folder):
             f"{folder}: killed between renaming its two files, which are now of different steps; "
             "the command of that run goes on from its checkpoint"
         )
+
+
+def refuse_other_stage(path, stage):
+    """Die where settings.json says that these weights are of the other stage."""
+    program = settings_of(path).get("program")
+    other = {"cold_start": "rtdmd_rl.py", "rtdmd": "cold_start.py"}[stage]
+    if program == other:
+        flag = "--rtdmd" if stage == "cold_start" else "--cold_start"
+        die(f"{path} was trained by {program}: it goes with {flag}, not with --{stage}")
 
 
 def what_is_there(place):

@@ -4,6 +4,7 @@ How a program speaks and ends is here, too: a user's mistake is one line and exi
 """
 
 import argparse
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -54,6 +55,26 @@ def note(message):
     if is_rank_0():
         one_line = " ".join(str(message).split())
         print(f"note: {one_line}", file=sys.stderr, flush=True)
+
+
+LONGEST = 200  # characters of somebody else's message
+
+
+def first_line(error):
+    """What an exception says first."""
+    text = str(error).strip() or repr(error)
+    return cut(text.splitlines()[0])
+
+
+def shortened(error):
+    """What an exception says, as one line of whole words."""
+    return cut(" ".join(str(error).split()) or repr(error))
+
+
+def cut(text):
+    if len(text) <= LONGEST:
+        return text
+    return text[:LONGEST].rsplit(" ", 1)[0] + " ..."
 
 
 def checked(function, *inputs):
@@ -188,7 +209,10 @@ def setup(args, training=True):
         end_on_signals()
         if world > 1:
             backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=10))
+            try:
+                dist.init_process_group(backend, timeout=timedelta(minutes=10))
+            except (RuntimeError, ValueError) as e:  # one of them has ended before all had met
+                die(f"lost the other processes ({first_line(e)})", status=1, local=True)
     return device, rank, world
 
 
@@ -214,15 +238,25 @@ def chosen_device(args, local_rank):
 
 
 def make_out_dir(out_dir, subfolder, rank):
-    """Make it; dies where nothing can be written into it."""
+    """Make it; dies where nothing can be written into it. What stays empty is removed at the end."""
     try:
-        os.makedirs(os.path.join(out_dir, subfolder), exist_ok=True)
+        for folder in (out_dir, os.path.join(out_dir, subfolder)):
+            if not os.path.isdir(folder):
+                os.makedirs(folder, exist_ok=True)
+                if rank == 0:  # another one may end before this one has begun to write
+                    atexit.register(remove_empty, folder)
         probe = f"{out_dir}/.write_test_{rank}"
         with open(probe, "w"):
             pass
         os.remove(probe)
     except OSError as e:
         die(f"cannot write to --out_dir {out_dir}: {e.strerror}")
+
+
+def remove_empty(folder):
+    """Remove a folder if nothing is in it: a command that was refused leaves none."""
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
 
 
 def check_compiler():
@@ -245,11 +279,11 @@ SIGNALS = [
 ]
 
 
-def end_on_signals():
-    """Before the first step a signal ends the program with one line: there is nothing to save."""
+def end_on_signals(words="stopped by a signal before the first step: nothing is lost"):
+    """From now on a signal ends the program at once, with one line."""
 
     def end(number, frame):
-        die("stopped by a signal before the first step: nothing is lost", status=128 + number)
+        die(words, status=128 + number)
 
     stop.update(asked=False, agreed=False)
     for number in SIGNALS:
@@ -284,9 +318,8 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
             dist.all_reduce(tensor, op)
         except RuntimeError as e:
             # another rank has died; torchrun ends this one too, if it does not end by itself
-            reason = str(e).splitlines()[0][:120]
             die(
-                f"lost the other processes ({reason}); the same command goes on from the last checkpoint",
+                f"lost the other processes ({first_line(e)}); the same command goes on from the last checkpoint",
                 status=1,
                 local=True,
             )
@@ -545,9 +578,8 @@ def wandb_board(args, start):
             config=vars(args),
         )
     except Exception as e:  # not installed, not logged in, no network
-        reason = str(e).splitlines()[0][:200]
         die(
-            f"--wandb {args.wandb}: {reason}; pip install wandb, wandb login, or leave it out: "
+            f"--wandb {args.wandb}: {first_line(e)}; pip install wandb, wandb login, or leave it out: "
             "log.jsonl has the same numbers"
         )
 

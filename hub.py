@@ -8,14 +8,13 @@ import re
 
 import torch
 
-from common import note
+from common import first_line, note, shortened
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Where the stages write unless told otherwise. These two are never taken for a hub repository:
 # whoever registered an owner named `out` would otherwise decide what is drawn in an empty folder.
 DEFAULT_PLACES = {"cold_start": "out/cold_start", "rtdmd": "out/rtdmd"}
 PATIENCE = 10  # seconds that the hub has for its answer
-LONGEST = 200  # characters of somebody else's message
 
 
 def is_hub_id(where):
@@ -89,20 +88,3 @@ def causes(error):
         seen.append(error)
         error = error.__cause__ or error.__context__
     return seen
-
-
-def first_line(error):
-    """What an exception says first."""
-    text = str(error).strip() or repr(error)
-    return cut(text.splitlines()[0])
-
-
-def shortened(error):
-    """What an exception says, as one line of whole words."""
-    return cut(" ".join(str(error).split()) or repr(error))
-
-
-def cut(text):
-    if len(text) <= LONGEST:
-        return text
-    return text[:LONGEST].rsplit(" ", 1)[0] + " ..."

@@ -26,11 +26,12 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from checkpoint import read_adapter, settled_alpha
+from checkpoint import SETTINGS_NAME, read_adapter, settled_alpha
 from common import (
     all_reduce,
     as_bytes,
     die,
+    first_line,
     is_rank_0,
     note,
     reserve,
@@ -146,6 +147,11 @@ class StableDiffusion3:
 
 def load_base(args, device, prompts):
     """The base model as the flags of a stage ask for it, its text encoders freed with --cache_text."""
+    if os.path.exists(os.path.join(args.pretrained, SETTINGS_NAME)):
+        note(
+            f"--pretrained {args.pretrained} is a few-step generator, says its {SETTINGS_NAME}; as the "
+            f"teacher it is guided with --cfg {args.cfg:g}"
+        )
     base = StableDiffusion3(
         args.pretrained,
         device,
@@ -627,8 +633,10 @@ class TextTable:
         try:
             pipe.transformer.to(self.device)
         except torch.cuda.OutOfMemoryError as e:
-            reason = str(e).splitlines()[0][:200]
-            die(f"--pretrained {pretrained}: no room for its transformer ({reason})", local=True)
+            die(
+                f"--pretrained {pretrained}: no room for its transformer ({first_line(e)})",
+                local=True,
+            )
 
     def __call__(self, prompts):
         found = self.table[[self.rows[prompt] for prompt in prompts]].to(self.device)

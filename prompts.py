@@ -131,9 +131,7 @@ def load_prompts(path, metadata=""):
         parse = from_json if as_json else not_json
         numbered = [(number, parse(line)) for number, line in lines]
         unit = "line"
-    rows = [
-        row_of(entry, number, f"--prompts {path}, {unit} {number}") for number, entry in numbered
-    ]
+    rows = [row_of(entry, unit, number, path) for number, entry in numbered]
     if not rows:
         raise ValueError(f"--prompts {path} is empty: it needs a prompt a line")
     return rows
@@ -155,7 +153,7 @@ def not_json(line):
     return None if isinstance(from_json(line), (dict, list)) else line
 
 
-def row_of(entry, number, place):
+def row_of(entry, unit, number, path):
     """A text, or an object with one under "prompt" -> {"prompt", "metadata"}; ValueError for others."""
     content = {"prompt": entry} if isinstance(entry, str) else entry
     prompt = content.get("prompt") if isinstance(content, dict) else None
@@ -165,11 +163,11 @@ def row_of(entry, number, place):
         fine = False
     if not fine:
         raise ValueError(
-            f'{place}: needs a text, or a JSON object with a non-empty text under "prompt", and all '
+            f'--prompts {path}, {unit} {number}: needs a text, or a JSON object with a non-empty text under "prompt", and all '
             "of a file alike"
         )
-    # "line", so that a reward that does not like it can say which
-    return {"prompt": prompt, "metadata": {**content, "line": number}}
+    # the number of its line or entry, so that a reward that does not like it can say which
+    return {"prompt": prompt, "metadata": {**content, unit: number}}
 
 
 def looked_up(rows, path):
@@ -192,5 +190,6 @@ def each(prompts, metadata, wrong):
     for i, (prompt, row) in enumerate(zip(prompts, metadata), 1):
         reason = wrong(prompt, row)
         if reason:
-            place = f"line {row['line']}" if "line" in row else f"prompt {i}"
+            unit = next((unit for unit in ("line", "entry") if unit in row), None)
+            place = f"{unit} {row[unit]}" if unit else f"prompt {i}"
             raise ValueError(f"{place} ({prompt[:60]!r}): {reason}")

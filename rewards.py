@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
 import tiny
-from common import die
+from common import die, shortened
 from hub import files_on_hub, in_words, is_hub_id
 from prompts import COCO, COLORS, NUMBERS, RELATIONS, each
 
@@ -900,7 +900,7 @@ def checker(path, device, dtype, clip_l):
             return None
         return (
             'the checker knows only captions of tiny.py\'s world, with "include" as '
-            "tiny.captions() writes it or without metadata"
+            "tiny.captions() writes it or without metadata; --rewards clipscore:1 leaves it out"
         )
 
     score.wrong = wrong
@@ -1082,7 +1082,7 @@ def guarded(reward):
             different = dict.fromkeys(repr(prompt[:80]) for prompt in prompts)
             some = ", ".join(list(different)[:9])
             die(
-                f"reward {reward.name} failed on {some}: {type(e).__name__}: {str(e)[:200]}",
+                f"reward {reward.name} failed on {some}: {type(e).__name__}: {shortened(e)}",
                 status=1,
                 local=True,
             )

@@ -28,9 +28,19 @@ from checkpoint import (
     hashed,
     take_settings,
 )
-from common import Parser, checked, die, flags_given, parse, resolution, setup
+from common import (
+    Parser,
+    checked,
+    die,
+    end_on_signals,
+    first_line,
+    flags_given,
+    parse,
+    resolution,
+    setup,
+)
 from cps import rollout, sigmas
-from hub import DEFAULT_PLACES, first_line
+from hub import DEFAULT_PLACES
 from model import (
     StableDiffusion3,
     as_saved,
@@ -70,7 +80,7 @@ def flags(description):
     add = parser.add_argument
     # what to draw
     add("prompt", nargs="?", default="", help="what to draw")
-    add("--prompts", default="", help='file with a prompt a line, or jsonl with "prompt"')
+    add("--prompts", default="", help="file: a prompt a line, JSON lines or a JSON list")
     add("--num_images", type=int, default=1, help="pictures of each prompt")
     add("--seed", type=int, default=0, help="picture i is drawn from seed + i")
     # with what
@@ -92,6 +102,7 @@ def flags(description):
     add("--device", default="cuda", help="cuda, cpu, mps, or auto: the best there is")
     add("--compile", type=int, choices=(0, 1), default=0, help="minutes once, then fast")
     add("--out_dir", default="out/samples", help="where grid.png and the pictures go")
+    parser.set_defaults(like="")
     return parser
 
 
@@ -132,7 +143,9 @@ def settled(args, files):
     """
     names = ("pretrained", "resolution", "num_steps", "eta", "cfg")
     called = {"num_steps": "steps", "cfg": "teacher_cfg"}  # a run's cfg is its teacher's
-    if args.teacher:
+    if args.like:  # the picture says all else
+        names = ("pretrained",)
+    if args.teacher and not args.like:
         args = as_teacher(args, flags_given())
         names = ("pretrained", "resolution", "cfg")
         called = {}
@@ -140,7 +153,7 @@ def settled(args, files):
         args = argparse.Namespace(**vars(args))
     if files:
         take_settings(args, list(files.values())[-1], names, called)
-    elif not args.teacher:  # adapters that are merged into the base
+    elif not args.teacher and not args.like:  # adapters that are merged into the base
         take_settings(args, os.path.join(args.pretrained, "model_index.json"), names[1:], called)
     return args
 
@@ -397,9 +410,9 @@ def main():
     args = arguments()
     rows = rows_to_draw(args)
     device, _, _ = setup(args, training=False)
+    end_on_signals("stopped by a signal; what is drawn is there")
     files = generator_files(args)
-    if not args.like:
-        args = settled(args, files)
+    args = settled(args, files)
     base = load_base(args, device)
     if args.teacher:
         files = {}
@@ -414,8 +427,8 @@ def main():
     draw_all(base, adapters, rows, args, origin, number)
     save_first(args, number, len(rows))
     print(
-        f"{len(rows)} pictures in {time.time() - start:.1f} s -> {picture_path(args, number)} and on, "
-        f"{args.out_dir}/grid.png"
+        f"{len(rows)} picture{'s' * (len(rows) > 1)} in {time.time() - start:.1f} s -> "
+        f"{picture_path(args, number)}{' and on' * (len(rows) > 1)}, {args.out_dir}/grid.png"
     )
 
 

@@ -442,3 +442,75 @@ def test_a_file_missing_on_one_of_two_machines_is_said_there(tmp_path):
     assert "cold_start.py: error: cannot read --prompts" in outputs[1]
     assert "cold_start.py: error: lost the other processes" in outputs[0]
     assert not (tmp_path / "out/ckpt.pt").exists()
+
+
+# ---- what a newcomer met -------------------------------------------------------------------------
+def test_weights_of_the_other_stage_are_refused(run, tmp_path):
+    for flag, folder, program in (
+        ("--cold_start", run.rl, "rtdmd_rl.py"),
+        ("--rtdmd", run.cold, "cold_start.py"),
+    ):
+        other = {"--cold_start": "--rtdmd", "--rtdmd": "--cold_start"}[flag]
+        status, _, err = here(sample, *DRAW, flag, folder, other, "", "--out_dir", tmp_path / "out")
+        assert status == 2
+        assert f"was trained by {program}" in err
+        assert other in err
+
+
+def test_like_finds_the_base_that_the_run_was_made_with(run, tmp_path):
+    weights = ["--device", "cpu", "--cold_start", run.cold, "--rtdmd", run.rl]
+    good(here(sample, "a red circle", *weights, "--out_dir", tmp_path))
+    good(here(sample, "--like", tmp_path / "00000.png", *weights, "--out_dir", tmp_path))
+    one, two = ((tmp_path / name).read_bytes() for name in ("00000.png", "00001.png"))
+    assert one == two
+
+
+def test_a_refused_command_leaves_no_folder(tmp_path):
+    flags = [*ONE_STEP, "--prompts", tmp_path / "missing.txt", "--out_dir", tmp_path / "out"]
+    status, _, _ = shell(cold_start, *flags)
+    assert status == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_entry_of_a_list_is_named_as_one(tmp_path, run):
+    (tmp_path / "p.json").write_text('["a circle", "a cat"]')
+    flags = [*BASE, "--epochs", 1, "--cold_start", run.cold, "--prompts", tmp_path / "p.json"]
+    status, _, err = here(rtdmd_rl, *flags, "--out_dir", tmp_path / "out")
+    assert status == 2
+    assert "entry 2 ('a cat')" in err
+    assert "--rewards clipscore:1" in err
+
+
+def test_a_signal_ends_an_evaluation_with_one_line(tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    flags = [*SCORE[:-4], "--num_images", 4000, "--prompts", tmp_path / "p.txt"]
+    flags += ["--out_dir", tmp_path / "out"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.evaluate", *map(str, flags)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(tmp_path / "out/00010.png")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "the same command draws and scores what is missing" in err
+    assert "Traceback" not in err
+
+
+def test_pictures_that_are_not_scored_are_said(scored, tmp_path):
+    flags, one = scored
+    shutil.copytree(one, tmp_path / "out")
+    status, _, err = here(evaluate, *flags, "--num_images", 1, "--out_dir", tmp_path / "out")
+    assert status == 0
+    assert "holds 6 pictures of an earlier call" in err
+
+
+def test_a_few_step_generator_as_the_teacher_is_said(tmp_path):
+    shutil.copytree(TINY, tmp_path / "merged", ignore=shutil.ignore_patterns("adapters"))
+    (tmp_path / "merged/settings.json").write_text("{}")
+    flags = [*ONE_STEP, "--pretrained", tmp_path / "merged", "--out_dir", tmp_path / "out"]
+    status, _, err = here(cold_start, *flags)
+    assert status == 0
+    assert "is a few-step generator" in err

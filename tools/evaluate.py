@@ -18,7 +18,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from common import checked, die, parse, setup, write_atomically
+from common import checked, die, end_on_signals, note, parse, setup, write_atomically
 from model import note_prompts
 from rewards import build_for
 from sample import (
@@ -30,6 +30,7 @@ from sample import (
     generator_files,
     load_base,
     load_generator,
+    next_number,
     origin_of,
     rows_to_draw,
     save_first,
@@ -189,6 +190,7 @@ def main():
     args = arguments()
     rows = rows_to_draw(args, args.metadata)
     device, rank, world = setup(args, training=False)
+    end_on_signals("stopped by a signal; the same command draws and scores what is missing")
     if world > 1:
         dist.init_process_group("gloo")  # scores are gathered, and nothing else
     files = generator_files(args)
@@ -209,6 +211,9 @@ def main():
     if args.compare:
         results["teacher"] = scores_of(base, [], rows, teacher, teacher_origin, rewards, share)
     if rank == 0:
+        others = next_number(args.out_dir) - len(rows)
+        if others > 0:
+            note(f"{args.out_dir} holds {others} pictures of an earlier call, which are not scored")
         write_scores(rows, args.seed, results, os.path.join(args.out_dir, "scores.jsonl"))
         print_means(rows, results)
     if world > 1:

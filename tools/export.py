@@ -32,7 +32,7 @@ from checkpoint import (
     read_adapter,
     settings_of,
 )
-from common import Parser, chosen_device, die, note, parse, resolution, sides
+from common import Parser, chosen_device, die, first_line, note, parse, resolution, sides
 from cps import sigmas
 from hub import DEFAULT_PLACES, is_hub_id
 from model import StableDiffusion3
@@ -61,7 +61,7 @@ def arguments():
     add("--eta", type=float, default=0.9, help="new noise of a step, for card and settings")
     add("--resolution", type=resolution, default=512, help="side, or height x width as 768x512")
     add("--device", default="auto", help="cuda, cpu, mps, or auto: the best there is")
-    parser.set_defaults(teacher=False)
+    parser.set_defaults(teacher=False, like="")
     args = parse(parser, PRESETS)
     if not (args.cold_start or args.rtdmd):
         die("nothing to export: --cold_start or --rtdmd must name weights")
@@ -418,8 +418,7 @@ def new_folder(path):
         yield folder
         os.rename(folder, path)
     except Exception as e:  # safetensors has an error of its own for a full disk
-        reason = (str(e) or repr(e)).splitlines()[0][:200]
-        die(f"cannot export to {path} ({reason})", status=1)
+        die(f"cannot export to {path} ({first_line(e)})", status=1)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
