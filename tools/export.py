@@ -281,7 +281,8 @@ image = pipe(
 ).images[0]
 ```
 
-DIR is this directory or repository.{base_place} The scheduler brings the right noise levels, {levels};
+DIR is this directory or repository.{base_place} Run it where `cps.py` is, or copy that file to where you work.
+That no keys belong to the text encoders is a warning of diffusers that means nothing here. The scheduler brings the right noise levels, {levels};
 with the one that the base comes with, `num_inference_steps={args.steps}` uses others, and no noise.
 Both generators are needed for a picture that comes again: pipelines do not hand theirs to the scheduler.
 """
