@@ -618,7 +618,8 @@ class Run:
         if changed:
             die(
                 f"{paths[0]} was made with other flags ({', '.join(changed)}): repeat them, or choose "
-                f"another --out_dir; --start_from {self.args.out_dir} begins that one with these weights"
+                f"another --out_dir; --start_from {self.args.out_dir} begins that one with these weights, "
+                "if model, rank and alpha are the same"
             )
         for name, thing in self.state.items():
             if hasattr(thing, "load_state_dict"):

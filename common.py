@@ -93,7 +93,7 @@ FROM_1 = (
 # Flags that are paths; a ~ at their beginning is the user's home directory.
 PLACES = {
     "out_dir", "pretrained", "prompts", "metadata", "cold_start", "rtdmd", "eval_prompts", "start_from",
-    "scores",
+    "scores", "like",
 }  # fmt: skip
 RANGES = {
     "eta": (0, 1),
@@ -203,17 +203,22 @@ def setup(args, training=True):
                 local=True,
             )
         torch.cuda.set_device(device)
+    if device.type == "cuda" and getattr(args, "compile", 0):
+        check_compiler()
     if training:
-        if device.type == "cuda" and args.compile:
-            check_compiler()
         end_on_signals()
-        if world > 1:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            try:
-                dist.init_process_group(backend, timeout=timedelta(minutes=10))
-            except (RuntimeError, ValueError) as e:  # one of them has ended before all had met
-                die(f"lost the other processes ({first_line(e)})", status=1, local=True)
+        meet("nccl" if device.type == "cuda" else "gloo")
     return device, rank, world
+
+
+def meet(backend):
+    """Let the processes know each other, if there are several."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    except (RuntimeError, ValueError) as e:  # one of them has ended before all had met
+        die(f"lost the other processes ({first_line(e)})", status=1, local=True)
 
 
 def chosen_device(args, local_rank):
@@ -283,7 +288,9 @@ def end_on_signals(words="stopped by a signal before the first step: nothing is 
     """From now on a signal ends the program at once, with one line."""
 
     def end(number, frame):
-        die(words, status=128 + number)
+        if is_first_here():  # not through print, which may be at work just now
+            os.write(2, f"\n{os.path.basename(sys.argv[0])}: {words}\n".encode())
+        sys.exit(128 + number)
 
     stop.update(asked=False, agreed=False)
     for number in SIGNALS:
@@ -324,6 +331,18 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
                 local=True,
             )
     return tensor
+
+
+def gather(thing):
+    """What every rank has -> a list of them all, on every rank."""
+    if not dist.is_initialized():
+        return [thing]
+    of_all = [None] * dist.get_world_size()
+    try:
+        dist.all_gather_object(of_all, thing)
+    except RuntimeError as e:
+        die(f"lost the other processes ({first_line(e)}); the same command goes on", 1, local=True)
+    return of_all
 
 
 # ---- random numbers and order of prompts: functions of (seed, step), so there is no state to save --

@@ -32,6 +32,7 @@ def files_on_hub(where):
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (
         HfHubHTTPError,
+        HFValidationError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
@@ -39,10 +40,16 @@ def files_on_hub(where):
     try:
         info = HfApi().model_info(where, timeout=PATIENCE)
         return [file.rfilename for file in info.siblings or ()]
-    except RepositoryNotFoundError:  # GatedRepoError is one, too
+    except (RepositoryNotFoundError, HFValidationError):  # GatedRepoError is one of the first, too
         raise
     except HfHubHTTPError as e:
-        reason = f"it answers {e.response.status_code}"
+        status = e.response.status_code
+        if 400 <= status < 500 and status not in (
+            408,
+            429,
+        ):  # asking again, or later, does not help
+            raise
+        reason = f"it answers {status}"
     except OfflineModeIsEnabled:
         return None  # as the user asked
     except Exception as e:  # no network, in one of many ways

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils import make_image_grid
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import logging as hub_logging
 from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
@@ -32,6 +33,7 @@ from common import (
     as_bytes,
     die,
     first_line,
+    is_first_here,
     is_rank_0,
     note,
     reserve,
@@ -179,6 +181,9 @@ def load_pipeline(pretrained, device, transformer_waits=False):
         die(f"--pretrained {pretrained}: no such directory, nor a hub id (owner/name)")
     try:
         names = files_under(pretrained) if here else files_on_hub(pretrained)
+        cached = None if here else try_to_load_from_cache(pretrained, "model_index.json")
+        if names is None and isinstance(cached, str):
+            names = files_under(os.path.dirname(cached))
         index = StableDiffusion3Pipeline.load_config(pretrained)
         absent = {}
         for name in ("text_encoder_3", "tokenizer_3"):  # some come without T5, which has to be said
@@ -218,7 +223,7 @@ def variant_of(names):
     weights = [
         name for name in names or () if re.match(r"transformer[/\\].*\.(safetensors|bin)", name)
     ]
-    if weights and all(".fp16." in name for name in weights):
+    if weights and all(re.search(r"\.fp16[.-]", name) for name in weights):
         return "fp16"
     return None
 
@@ -603,9 +608,11 @@ class TextTable:
         width = embeds.numel() + pooled.numel()
         n_bytes = len(self.rows) * width * embeds.element_size()
         try:
-            reserve(path, n_bytes)  # all of it: a memory map over a full disk ends in a bus error
+            if is_first_here():  # all of it: a memory map over a full disk ends in a bus error
+                reserve(path, n_bytes)
         except OSError as e:
             die(f"--cache_text needs {n_bytes / 1e9:.1f} GB for {path} ({e.strerror})")
+        all_reduce(torch.zeros(1, device=self.device)).item()  # nobody writes before it is there
         size = len(self.rows) * width
         table = torch.from_file(path, shared=True, size=size, dtype=embeds.dtype)
         self.table = table.view(len(self.rows), width)
@@ -722,9 +729,12 @@ def save_picture(picture, path, text):
 
 def read_picture(path):
     """A PNG -> (picture [3,H,W] in [0,1], its text {name: str}); raises OSError or ValueError."""
-    with Image.open(path) as image:
-        pixels = torch.from_numpy(np.array(image.convert("RGB")))
-        return pixels.permute(2, 0, 1) / 255, dict(getattr(image, "text", {}))
+    try:
+        with Image.open(path) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGB")))
+            return pixels.permute(2, 0, 1) / 255, dict(getattr(image, "text", {}))
+    except SyntaxError as e:  # Pillow's word for a damaged one
+        raise ValueError(str(e)) from None
 
 
 @torch.no_grad()

@@ -118,7 +118,8 @@ def load_prompts(path, metadata=""):
         reason = getattr(e, "strerror", None) or "it is not UTF-8 text"
         raise ValueError(f"cannot read --prompts {path}: {reason}") from None
     whole = None if path.endswith(".jsonl") else from_json(text)
-    if path.endswith(".json") and whole is None:
+    first_line = text.strip().split("\n")[0]
+    if path.endswith(".json") and whole is None and not isinstance(from_json(first_line), dict):
         raise ValueError(f"--prompts {path}: is no JSON; a prompt a line goes into a .txt")
     if isinstance(whole, (list, dict)):
         entries = whole if isinstance(whole, list) else [whole]

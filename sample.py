@@ -35,6 +35,7 @@ from common import (
     end_on_signals,
     first_line,
     flags_given,
+    note,
     parse,
     resolution,
     setup,
@@ -111,7 +112,11 @@ def arguments():
     parser.add_argument("--like", default="", metavar="PNG", help="draw this picture of ours again")
     args = parse(parser, PRESETS)
     if args.like:
-        for name, value in like(args.like).items():
+        known = like(args.like)
+        twice = sorted(flags_given() & {*known, "prompts", "num_images"})
+        if args.prompt or twice:
+            die(f"--like says all of a picture: leave out {', '.join(twice) or 'the prompt'}")
+        for name, value in known.items():
             setattr(args, name, value)
     check_prompt(args)
     return args
@@ -354,15 +359,25 @@ def origin_of(base, files, args):
     adapters = []
     for adapter, path in files.items():
         adapters.append(f"{ADAPTERS[adapter]} {hash_of_file(path)}")
+    pipe = base.pipe
+    parts = (
+        base.transformer,
+        pipe.vae,
+        pipe.text_encoder,
+        pipe.text_encoder_2,
+        pipe.text_encoder_3,
+    )
+    content = [frozen_content(part) for part in parts if part is not None]
     return {
-        "base": hashed(frozen_content(base.transformer)),
+        "base": hashed([content, dict(pipe.scheduler.config)]),
         "adapters": ", ".join(adapters),
-        "alpha": args.lora_alpha or "",
+        "alpha": "" if args.lora_alpha is None else args.lora_alpha,
         "drawn by": "teacher" if args.teacher else "student",
+        "device": base.device.type,
         "steps": args.steps,
-        "eta": args.eta,
+        "eta": float(args.eta),
         "shift": base.shift,
-        "guidance": args.cfg,
+        "guidance": float(args.cfg),
         "resolution": args.resolution,
     }
 
@@ -382,7 +397,7 @@ def like(path):
             "lora_alpha": float(text["alpha"]) if text["alpha"] else None,
             "batch_size": int(text["at once"]),
         }
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, argparse.ArgumentTypeError):
         die(f"--like {path}: is no picture of sample.py or tools.evaluate")
     except OSError as e:
         die(f"--like {path}: cannot be read ({first_line(e)})")
@@ -390,7 +405,7 @@ def like(path):
 
 def draw_like(base, adapters, args, origin, number):
     """The picture of --like once more; dies where base or adapters are not those it was drawn with."""
-    _, text = read_picture(args.like)
+    old, text = read_picture(args.like)
     for name, value in origin.items():
         if text.get(name) != str(value):
             die(
@@ -403,6 +418,8 @@ def draw_like(base, adapters, args, origin, number):
     picture = draw_batch(base, render, levels, prompts, args.seed, args)[0]
     path = picture_path(args, number)
     save_picture(picture, path, text)
+    if not torch.equal(picture, old):
+        note(f"{path} is not the same to the last bit: another machine, or other versions")
     print(f"{args.like} again -> {path}")
 
 

@@ -38,6 +38,7 @@ ONE_STEP = [*BASE, "--steps", 1, "--batch_size", 2, "--generator_every", 1]
         ("a.json", '[{"prompt": "x", "tag": "y"}, "z"]', ["x", "z"]),
         ("a.json", '{"prompt": "one"}', ["one"]),
         ("a.txt", '{"prompt": "x"}\n\n{"prompt": "y"}\n', ["x", "y"]),
+        ("a.json", '{"prompt": "x"}\n{"prompt": "y"}\n', ["x", "y"]),
         ("a.jsonl", '"x"\n{"prompt": "y"}\n', ["x", "y"]),
         ("a.txt", '"a quoted prompt"\n42\n[a] b\n', ['"a quoted prompt"', "42", "[a] b"]),
     ],
@@ -228,6 +229,18 @@ def test_like_refuses_other_weights_and_other_pictures(drawn, tmp_path):
     status, _, err = here(sample, "--like", tmp_path / "none.png", *like[2:])
     assert status == 2
     assert "cannot be read" in err
+    whole = (drawn / "00000.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "zeros.png").write_bytes(whole[:-60] + bytes(60))
+    for name in ("half.png", "zeros.png"):
+        status, _, err = here(sample, "--like", tmp_path / name, *like[2:])
+        assert status == 2
+        assert len(err.strip().splitlines()) == 1
+        (tmp_path / name).unlink()
+    for more in (["a prompt"], ["--steps", 3], ["--num_images", 2]):
+        status, _, err = here(sample, *more, *like)
+        assert status == 2
+        assert "leave out" in err
     assert not list(tmp_path.glob("*.png"))
 
 
@@ -310,13 +323,19 @@ def test_a_run_may_begin_with_another_ones_weights(stage, run, tmp_path):
     before, after = load(source / "ckpt.pt"), load(out / "ckpt.pt")
     for name in ("generator", "fake"):
         assert all(map(torch.equal, before[name], after[name]))
+    if stage == "cold":  # its average goes on from the other run's
+        expected = torch._foreach_lerp(before["ema"], before["generator"], 1 - 0.99)
+        assert all(map(torch.allclose, expected, after["ema"]))
+        assert not all(map(torch.equal, before["ema"], before["generator"]))
     assert after["step"] == 1
     settings = json.loads((out / "settings.json").read_text())
     origin = settings["started_from"]
     assert origin["run_id"] == json.loads((source / "settings.json").read_text())["run_id"]
     assert origin["step"] == before["step"]
     assert settings["command"].startswith(f"{program.__name__}.py")
-    assert settings["run_id"] != origin["run_id"]
+    good(here(program, *flags, "--out_dir", tmp_path / "without"))
+    without = json.loads((tmp_path / "without/settings.json").read_text())
+    assert len({settings["run_id"], origin["run_id"], without["run_id"]}) == 3
     assert [line["step"] for line in log_of(out)] == [0]
 
 

@@ -246,7 +246,7 @@ def train(args, row, seed, gpu):
         done = subprocess.run(
             command(args, row, seed), env=environment, stdout=log, stderr=subprocess.STDOUT
         )
-    state = "failed" if done.returncode else "done"
+    state = "failed" if done.returncode else "ended"
     note(f"{row.name}, seed {seed}: {state}, see {out}.log")
 
 
@@ -304,8 +304,10 @@ def run_all(args, device):
 
     def run(row_and_seed):
         gpu = places.get()
-        train(args, *row_and_seed, gpu)
-        places.put(gpu)
+        try:
+            train(args, *row_and_seed, gpu)
+        finally:
+            places.put(gpu)
         with scoring:
             score(args, *row_and_seed, device)
 

@@ -18,7 +18,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from common import checked, die, end_on_signals, note, parse, setup, write_atomically
+from common import checked, die, end_on_signals, gather, meet, note, parse, setup, write_atomically
 from model import note_prompts
 from rewards import build_for
 from sample import (
@@ -86,12 +86,7 @@ def scores_of(base, adapters, rows, args, origin, rewards, share):
             mine[first][reward.name] = reward(pictures, prompts, metadata).tolist()
 
     draw_all(base, adapters, rows, args, origin, share=share, look=score)
-    of_all = [None] * share[1]
-    if share[1] > 1:
-        dist.all_gather_object(of_all, mine)
-    else:
-        of_all = [mine]
-    batches = {first: scores for found in of_all for first, scores in found.items()}
+    batches = {first: scores for found in gather(mine) for first, scores in found.items()}
     scores = {reward.name: [] for reward in rewards}
     for first in sorted(batches):
         for name in scores:
@@ -191,8 +186,7 @@ def main():
     rows = rows_to_draw(args, args.metadata)
     device, rank, world = setup(args, training=False)
     end_on_signals("stopped by a signal; the same command draws and scores what is missing")
-    if world > 1:
-        dist.init_process_group("gloo")  # scores are gathered, and nothing else
+    meet("gloo")  # scores are gathered, and nothing else
     files = generator_files(args)
     args = settled(args, files)
     rewards = load_rewards(args, rows, device)
