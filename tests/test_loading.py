@@ -134,9 +134,14 @@ def small_base():
     """What of a base model its adapters need, around a fresh small transformer."""
     transformer = fresh()
     load_adapter = functools.partial(model.load_adapter, transformer)
-    encode = SimpleNamespace(at_once=1)
+    parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "text_encoder_3"))
     return SimpleNamespace(
-        transformer=transformer, load_adapter=load_adapter, encode=encode, shift=3.0
+        transformer=transformer,
+        load_adapter=load_adapter,
+        encode=SimpleNamespace(at_once=1),
+        shift=3.0,
+        device=torch.device("cpu"),
+        pipe=SimpleNamespace(**parts, scheduler=SimpleNamespace(config={})),
     )
 
 
