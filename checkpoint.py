@@ -94,7 +94,7 @@ def find_weights(where, stage, role="generator", must=True, quiet=False):
             note(f"{path} is taken, which is the generator before averaging")
     if path is not None:
         refuse_other_stage(path, stage)
-    if path is None and must:
+    elif must:
         die(f"{where or repr(where)}: {what_is_there(place)}; {what_was_sought(stage, role)}")
     return path
 
@@ -605,16 +605,8 @@ class Run:
     def load(self, paths):
         """Put the first of the checkpoints into state -> the step to go on with."""
         hint = f"; delete {paths[0]} to go on from the one before it" if paths[1:] else ""
-        saved = read(paths[0], "checkpoint", hint)
-        flags = saved.get("flags") if isinstance(saved, dict) and "step" in saved else None
-        if not isinstance(flags, dict) or set(flags) - FREE != set(self.flags()) - FREE:
-            die(
-                f"{paths[0]} is not a checkpoint of this program, or of another version of it{hint}"
-            )
-        changed = []
-        for name, value in decisive(self.flags()).items():
-            if flags[name] != value:
-                changed.append(f"--{name} {flags[name]} -> {value}")
+        saved = self.read_own(paths[0], hint)
+        changed = self.changes(saved["flags"])
         if changed:
             die(
                 f"{paths[0]} was made with other flags ({', '.join(changed)}): repeat them, or choose "
@@ -629,6 +621,22 @@ class Run:
         say_what_changed(paths[0], saved["step"], saved["made_with"], self.made_with)
         return saved["step"]
 
+    def read_own(self, path, hint=""):
+        """The content of a checkpoint; dies where it is of another program or version."""
+        saved = read(path, "checkpoint", hint)
+        flags = saved.get("flags") if isinstance(saved, dict) and "step" in saved else None
+        if not isinstance(flags, dict) or set(flags) - FREE != set(self.flags()) - FREE:
+            die(f"{path} is not a checkpoint of this program, or of another version of it{hint}")
+        return saved
+
+    def changes(self, flags):
+        """["--name old -> new"] of all that decides the result and differs from a checkpoint's flags."""
+        changed = []
+        for name, value in decisive(self.flags()).items():
+            if flags[name] != value:
+                changed.append(f"--{name} {flags[name]} -> {value}")
+        return changed
+
     def begin_with(self, folder):
         """Put the weights of another run's checkpoint into state, and nothing else of it.
 
@@ -636,19 +644,14 @@ class Run:
         of another program, model, stage 1, rank or alpha.
         """
         path = os.path.join(folder, "ckpt.pt")
-        saved = read(path, "checkpoint")
-        flags = saved.get("flags") if isinstance(saved, dict) and "step" in saved else None
-        if not isinstance(flags, dict) or set(flags) - FREE != set(self.flags()) - FREE:
-            die(f"{path} is not a checkpoint of this program, or of another version of it")
+        saved = self.read_own(path)
+        flags = saved["flags"]
         for name in ("lora_rank", "lora_alpha", "pretrained or cold_start content"):
             if flags[name] != self.flags()[name]:
                 die(f"--start_from {folder}: its {name} is {flags[name]}, not {self.flags()[name]}")
         for name in ("generator", "fake", "ema"):
             torch._foreach_copy_([p.data for p in self.state[name]], saved[name])
-        changed = []
-        for name, value in decisive(self.flags()).items():
-            if flags[name] != value:
-                changed.append(f"--{name} {flags[name]} -> {value}")
+        changed = self.changes(flags)
         note(
             f"begins with the weights of {folder} after {saved['step']} steps; "
             f"other flags than there: {', '.join(changed) or 'none'}"

@@ -181,9 +181,8 @@ def load_pipeline(pretrained, device, transformer_waits=False):
         die(f"--pretrained {pretrained}: no such directory, nor a hub id (owner/name)")
     try:
         names = files_under(pretrained) if here else files_on_hub(pretrained)
-        cached = None if here else try_to_load_from_cache(pretrained, "model_index.json")
-        if names is None and isinstance(cached, str):
-            names = files_under(os.path.dirname(cached))
+        if names is None:
+            names = files_in_cache(pretrained)
         index = StableDiffusion3Pipeline.load_config(pretrained)
         absent = {}
         for name in ("text_encoder_3", "tokenizer_3"):  # some come without T5, which has to be said
@@ -213,6 +212,12 @@ def files_under(folder):
     for place, _, names in os.walk(folder):
         found += [os.path.relpath(os.path.join(place, name), folder) for name in names]
     return found
+
+
+def files_in_cache(repository):
+    """The names of a repository's files that the hub's cache has, or None where it has none."""
+    index = try_to_load_from_cache(repository, "model_index.json")
+    return files_under(os.path.dirname(index)) if isinstance(index, str) else None
 
 
 def variant_of(names):

@@ -150,12 +150,11 @@ def settled(args, files):
     called = {"num_steps": "steps", "cfg": "teacher_cfg"}  # a run's cfg is its teacher's
     if args.like:  # the picture says all else
         names = ("pretrained",)
-    if args.teacher and not args.like:
+    elif args.teacher:
         args = as_teacher(args, flags_given())
         names = ("pretrained", "resolution", "cfg")
         called = {}
-    else:
-        args = argparse.Namespace(**vars(args))
+    args = argparse.Namespace(**vars(args))
     if files:
         take_settings(args, list(files.values())[-1], names, called)
     elif not args.teacher and not args.like:  # adapters that are merged into the base

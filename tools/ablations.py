@@ -32,6 +32,7 @@ from checkpoint import settings_of
 from common import Parser, die, make_out_dir, note, parse, setup, write_atomically
 from cps import sigmas
 from tiny import CATEGORIES
+from tools.scoreboard import markdown
 from tools.tiny_scores import (
     PRETRAINED,
     evaluate,
@@ -370,21 +371,19 @@ def table_of(content):
     rows = content["rows"]
     any_numbers = next((n for row in rows for n in row["seeds"].values()), {})
     names = [name for name in any_numbers if name not in CATEGORIES]
-    lines = [[content["table"], "seeds", *(name.replace("_", " ") for name in names), "the paper"]]
-    lines.append(["---"] * len(lines[0]))
+    lines = []
     for row in rows:
         of_seeds = row["seeds"].values()
-        cells = [cell([scaled(numbers, name) for numbers in of_seeds]) for name in names]
-        lines.append([row["name"], str(len(of_seeds)), *cells, row["paper"]])
+        line = {content["table"]: row["name"], "seeds": str(len(of_seeds))}
+        for name in names:
+            line[name.replace("_", " ")] = cell([scaled(numbers, name) for numbers in of_seeds])
+        line["the paper"] = row["paper"]
+        lines.append(line)
     return (
-        f"{in_markdown(lines)}\n\n{NOTES[content['table']]} Mean ± standard error over seeds, checker "
+        f"{markdown(lines)}\n\n{NOTES[content['table']]} Mean ± standard error over seeds, checker "
         f"in %. {content['steps']} steps of stage 1, {content['epochs']} epochs of stage 2, "
         f"{content['batch_size']} pictures each; scored on {6 * content['pictures']} new pictures.\n"
     )
-
-
-def in_markdown(lines):
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 # Student's t: a mean of n values lies, in 95 % of cases, within so many standard errors.
@@ -418,19 +417,18 @@ def claims_of(content):
     """The claims about a table, and what its runs say, in markdown."""
     measures = ("checker", "clipscore", "judge", "place_bits")
     seeds_of = {row["name"]: row["seeds"] for row in content["rows"]}
-    lines = [["claim", *(name.replace("_", " ") for name in measures)], ["---"] * 5]
+    lines = []
     for claim in CLAIMS.get(content["table"], ()):
         better, worse = seeds_of[claim.better], seeds_of[claim.worse]
         both = [seed for seed in better if seed in worse]
-        cells = []
+        line = {"claim": claim.text}
         for name in measures:
-            if name not in claim.measures:
-                cells.append("")
-                continue
-            pairs = [scaled(better[s], name) - scaled(worse[s], name) for s in both]
-            cells.append(verdict(pairs))
-        lines.append([claim.text, *cells])
-    return in_markdown(lines) + "\n"
+            said = ""
+            if name in claim.measures:
+                said = verdict([scaled(better[s], name) - scaled(worse[s], name) for s in both])
+            line[name.replace("_", " ")] = said
+        lines.append(line)
+    return markdown(lines) + "\n"
 
 
 def main():

@@ -195,9 +195,10 @@ def main():
         files = {}
     share = (rank, world)
     origin = origin_of(base, files, args)
-    teacher = as_teacher(args)
-    teacher.out_dir = os.path.join(args.out_dir, "teacher")
-    teacher_origin = origin_of(base, {}, teacher)
+    if args.compare:
+        teacher = as_teacher(args)
+        teacher.out_dir = os.path.join(args.out_dir, "teacher")
+        teacher_origin = origin_of(base, {}, teacher)
     adapters = load_generator(base, files, args.lora_alpha)
     note_prompts(base, rows[:: args.num_images])  # each once, however many pictures it gets
     who = "teacher" if args.teacher else "student"

@@ -443,10 +443,8 @@ def draw_kept(run, pretrained, path, device):
             adapters = generator_of(base, *of_both)
             settings = settings_of(weights)
             levels = sigmas(settings.get("num_steps", 4), base.shift)
-            v = base.velocity(adapters, base.encode(list(FRONT_CAPTIONS)))
-            seeds = range(len(FRONT_CAPTIONS))
-            latents = draw(v, seeds, base.latent_shape, levels, settings.get("eta", 0.9), device)
-            rows[f"{stage}\n{when}"] = base.decode(latents)
+            eta = settings.get("eta", 0.9)
+            rows[f"{stage}\n{when}"] = six_pictures(base, adapters, levels, eta)
     if not rows:
         die(f"{run}: holds no cold_start/ or rtdmd/ with weights")
     head = 0.8
@@ -491,9 +489,7 @@ def draw_front(run, pretrained, n, out_dir, device):
         ("AC-DMD, 4 steps\n4 evaluations", stacked[:1], sigmas(4, base.shift), 0.9, 1.0),
         ("RTDMD, 4 steps\n4 evaluations", stacked, sigmas(4, base.shift), 0.9, 1.0),
     ):
-        v = base.velocity(adapters, base.encode(list(FRONT_CAPTIONS)), cfg)
-        latents = draw(v, range(len(FRONT_CAPTIONS)), base.latent_shape, levels, eta, device)
-        sheet[name] = base.decode(latents)
+        sheet[name] = six_pictures(base, adapters, levels, eta, cfg)
     head, foot = 0.8, 3.0
     width = TEXT + len(FRONT_CAPTIONS) * CELL + 0.1
     height = head + len(sheet) * CELL + foot
@@ -510,6 +506,13 @@ def draw_front(run, pretrained, n, out_dir, device):
         if name == "checker":
             axes.legend(frameon=False, fontsize=7, loc="lower right")
     save(figure, f"{out_dir}/front.png")
+
+
+def six_pictures(base, adapters, levels, eta, cfg=1.0):
+    """One picture for each of FRONT_CAPTIONS, from seeds 0 to 5 -> [6,3,H,W]"""
+    v = base.velocity(adapters, base.encode(list(FRONT_CAPTIONS)), cfg)
+    seeds = range(len(FRONT_CAPTIONS))
+    return base.decode(draw(v, seeds, base.latent_shape, levels, eta, base.device))
 
 
 def json_of(path):
