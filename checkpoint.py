@@ -269,14 +269,22 @@ class AdapterFile:
         return tensors
 
 
+DIRECTORY = 0x10  # among an entry's attributes in a zip archive
+
+
 def read(path, what, hint=""):
     """torch.load of tensors and plain values alone, with the checksums verified, as it does not.
 
     Dies with one line, to which `hint` is added, where the file is missing, damaged or foreign.
     """
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("a checksum is wrong")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise ValueError("a checksum is wrong")
+                # torch reads nothing of an entry that is marked so, and leaves its tensor to chance
+                if any(entry.external_attr & DIRECTORY for entry in archive.infolist()):
+                    raise ValueError("an entry is marked as a directory")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         die(f"{what} {path}: no such file")
@@ -569,8 +577,8 @@ FREE = {
 class Run:
     """The checkpoints of a run in out_dir: where it begins, and saving it.
 
-    state {name: list of parameters, or optimiser; "keys": names in the published format} is all that
-    has to be saved: random numbers and the order of prompts are functions of (seed, step). A checkpoint
+    state {name: flat tensor of weights, or optimiser; "shapes": {key in the published format: shape of
+    its part of the weights}} is all that has to be saved: random numbers and the order of prompts are functions of (seed, step). A checkpoint
     that is there is put into state, and `start` is the step to go on with. Dies if it is damaged, or of
     another program, model, prompts or flags; and in any case if the disk has no room.
     """
@@ -616,8 +624,8 @@ class Run:
         for name, thing in self.state.items():
             if hasattr(thing, "load_state_dict"):
                 thing.load_state_dict(saved[name])
-            elif name != "keys":
-                torch._foreach_copy_([p.data for p in thing], saved[name])
+            elif name != "shapes":
+                thing.data.copy_(joined(saved[name]))
         say_what_changed(paths[0], saved["step"], saved["made_with"], self.made_with)
         return saved["step"]
 
@@ -650,7 +658,7 @@ class Run:
             if flags[name] != self.flags()[name]:
                 die(f"--start_from {folder}: its {name} is {flags[name]}, not {self.flags()[name]}")
         for name in ("generator", "fake", "ema"):
-            torch._foreach_copy_([p.data for p in self.state[name]], saved[name])
+            self.state[name].data.copy_(joined(saved[name]))
         changed = self.changes(flags)
         note(
             f"begins with the weights of {folder} after {saved['step']} steps; "
@@ -685,6 +693,12 @@ class Run:
         """Whether the files of this step stay, as --keep_every asks."""
         return self.args.keep_every > 0 and step % self.args.keep_every == 0
 
+    def matrices(self, weights):
+        """A flat tensor of weights -> a list of its matrices, on the CPU, each with its own memory."""
+        shapes = self.state["shapes"].values()
+        parts = weights.detach().cpu().split([math.prod(shape) for shape in shapes])
+        return [part.view(shape).clone() for part, shape in zip(parts, shapes)]
+
     def save(self, step):
         """Write generator_ema.pt and fake.pt (flat, published format) and ckpt.pt; rank 0 only.
 
@@ -697,9 +711,9 @@ class Run:
         for name, thing in self.state.items():
             if hasattr(thing, "state_dict"):
                 content[name] = thing.state_dict()
-            elif name != "keys":
-                content[name] = [p.detach().cpu() for p in thing]
-        keys = self.state["keys"]
+            elif name != "shapes":
+                content[name] = self.matrices(thing)
+        keys = list(self.state["shapes"])
         files = {
             "generator_ema.pt": dict(zip(keys, content["ema"])),
             "fake.pt": dict(zip(keys, content["fake"])),
@@ -724,12 +738,17 @@ def decisive(flags):
     return {name: value for name, value in flags.items() if name not in free}
 
 
+def joined(matrices):
+    """A list of matrices -> one flat tensor of all."""
+    return torch.cat([matrix.flatten() for matrix in matrices])
+
+
 def check_room(out_dir, state, checkpoints):
     """Die where the disk has no room for what will be saved. checkpoints: how many are there."""
     # 3 lists of weights and 4 of moments in ckpt.pt, 2 beside it: 9 in all, under temporary names
     # and once more for ckpt.prev.pt
     lists = (3 - checkpoints) * 9
-    need = lists * 4 * sum(p.numel() for p in state["generator"])
+    need = lists * 4 * state["generator"].numel()
     room = shutil.disk_usage(out_dir).free
     if room < need:
         die(

@@ -18,6 +18,7 @@ adapters in model.py; common.py and checkpoint.py are plumbing.
 """
 
 import os
+import random
 
 import torch
 import torch.distributed as dist
@@ -33,11 +34,14 @@ from common import (
     Sums,
     checked,
     data_order,
+    die,
     distance,
+    micro_batch,
     parse,
     resolution,
     setup,
     shard,
+    share,
     update,
 )
 from cps import ambient_target, cps_step, per_sample, renoise, rollout
@@ -51,7 +55,6 @@ PRESETS = {  # defaults that differ; everything else is the same for every model
         pretrained="stabilityai/stable-diffusion-3-medium-diffusers",
         resolution=1024,
         cfg=7.0,
-        micro_batch=2,
     ),
     "tiny": dict(
         pretrained=os.path.join(HERE, "assets/tiny"),
@@ -94,6 +97,17 @@ def arguments():
         "--eta", type=float, default=0.9, help="new noise of a step: 0 Euler, 1 consistency sampler"
     )
     add("--gamma", type=float, default=0.01, help="weight of the consistency loss; 0 is A-DMD")
+    add(
+        "--consistency_share",
+        type=share,
+        default=1.0,
+        help="ask for consistency on a random share of the pictures, 1/3 for speed",
+    )
+    add(
+        "--reuse_rollouts",
+        action="store_true",
+        help="learn from all states of a roll-out until the generator changes, for speed",
+    )
     add("--generator_every", type=int, default=10, help="update the generator every so many steps")
     # optimisation
     add("--steps", type=int, default=15000, help="optimiser steps of the fake score")
@@ -101,8 +115,8 @@ def arguments():
     add(
         "--micro_batch",
         type=int,
-        default=3,
-        help="pictures a GPU handles at once; changes memory and speed alone",
+        default=0,
+        help="pictures a GPU handles at once: memory and speed; 0: as many as it holds",
     )
     add("--lr", type=float, default=3e-5, help="learning rate of the generator")
     add("--fake_lr", type=float, default=3e-5, help="learning rate of the fake score")
@@ -135,7 +149,10 @@ def arguments():
     add("--save_every", type=int, default=500, help="save a checkpoint every so many steps")
     add("--keep_every", type=int, default=0, help="keep generator_ema_N.pt every so many steps")
     add("--wandb", default="", metavar="PROJECT", help="log to Weights & Biases, too")
-    return parse(parser, PRESETS, PAPER)
+    args = parse(parser, PRESETS, PAPER)
+    if args.reuse_rollouts and "dmd2" in args.variant.split(","):
+        die("--reuse_rollouts: with --variant dmd2 each step's roll-out has its own levels")
+    return args
 
 
 # -------------------------------------------------------------------------------------------------
@@ -190,20 +207,34 @@ def consistency_path(fake, x_s, s, s_next, x_t, v_t, t, back):
     return x_t, v_t, t, (t - back).clamp(min=0)
 
 
-def fake_score_loss(fake, x_s, s, s_next, t, noise, back, noise1, noise2, gamma, eta):
+def fake_score_loss(
+    fake, x_s, s, s_next, t, noise, back, noise1, noise2, gamma, eta, some=None, share=1.0
+):
     """The fake score's loss (Eq. 12) -> (loss, ambient, consistency), each [B].
 
     x_s [B,C,H,W]: generator samples at noise level s (0 for finished pictures); t [B] > s: where to
     score them; back [B] in (0, 0.2]: how far below t the consistency looks; the noises are like
-    x_s.
+    x_s. some: places of a random share of the pictures, which alone are asked for consistency and
+    weigh 1 / share, so that the expectation stays what it is; None: all.
     """
     x_t = renoise(x_s, s, t, noise)
     v_t = fake(x_t, t)
     ambient = ambient_loss(v_t, *ambient_target(x_s, s, t, noise))
-    if gamma == 0:
-        return ambient, ambient, torch.zeros_like(ambient)
-    path = consistency_path(fake, x_s, s, s_next, x_t, v_t, t, back)
-    consistency = consistency_loss(fake, *path, noise1, noise2, eta)
+    none = torch.zeros_like(ambient)
+    if gamma == 0 or (some is not None and len(some) == 0):
+        return ambient, ambient, none
+    if some is None:
+        path = consistency_path(fake, x_s, s, s_next, x_t, v_t, t, back)
+        consistency = consistency_loss(fake, *path, noise1, noise2, eta)
+    else:
+
+        def fake_there(x, sigma):
+            return fake(x, sigma, some)
+
+        tensors = (x_s, s, s_next, x_t, v_t, t, back)
+        path = consistency_path(fake_there, *(tensor[some] for tensor in tensors))
+        there = consistency_loss(fake_there, *path, noise1[some], noise2[some], eta)
+        consistency = none.index_add(0, some, there / share)
     return ambient + gamma * consistency, ambient, consistency
 
 
@@ -238,6 +269,19 @@ def executed_levels(levels, k):
     return levels[: k + 1]
 
 
+def state_of_a_rollout(step, args):
+    """--reuse_rollouts: the step whose roll-out this one learns from, and which of its states k.
+
+    A roll-out of all K steps serves up to K updates of fake, each with another k, in random order; but
+    none after the generator has changed. Every k is as likely as before.
+    """
+    since_change = step % args.generator_every
+    place = since_change % args.num_steps
+    order = list(range(1, args.num_steps + 1))
+    random.Random(f"{args.seed}/rollout/{step - place}").shuffle(order)
+    return step - place, order[place]
+
+
 def set_rates(student_opt, fake_opt, step, args):
     """Learning rates of a step: constant, then on a straight line to 0 over the last --anneal."""
     share = 1.0
@@ -262,11 +306,11 @@ def main():
     levels = base.levels(args.num_steps)  # 1, .9, .75, .5, 0
     for name in ("generator", "fake"):
         base.add_adapter(name, args.lora_rank, args.lora_alpha, args.seed)
-    student_params, fake_params = base.train_only("generator", "fake")
+    student_params, fake_params = base.train_only("generator", "fake")  # all weights in one tensor
     fused = device.type == "cuda"
-    student_opt = torch.optim.AdamW(student_params, lr=args.lr, weight_decay=0, fused=fused)
-    fake_opt = torch.optim.AdamW(fake_params, lr=args.fake_lr, weight_decay=0, fused=fused)
-    ema = [p.detach().clone() for p in student_params]
+    student_opt = torch.optim.AdamW([student_params], lr=args.lr, weight_decay=0, fused=fused)
+    fake_opt = torch.optim.AdamW([fake_params], lr=args.fake_lr, weight_decay=0, fused=fused)
+    ema = student_params.detach().clone()
 
     # All that a checkpoint has to hold, since random numbers are functions of (seed, step).
     state = {
@@ -275,7 +319,7 @@ def main():
         "ema": ema,
         "G_opt": student_opt,
         "F_opt": fake_opt,
-        "keys": list(base.adapter("fake")),
+        "shapes": {key: p.shape for key, p in base.adapter("fake").items()},
     }
     run = Run(args, state, rows, base.transformer)
     note_prompts(base, rows)
@@ -284,12 +328,10 @@ def main():
     n_pictures = args.batch_size
     my_rows = shard(n_pictures, rank, world)
     n_mine = my_rows.stop - my_rows.start
-    micro_batches = [slice(i, i + args.micro_batch) for i in range(0, n_mine, args.micro_batch)]
     if rank == 0:
-        size = sum(p.numel() for p in student_params) / 1e6
         print(
             f"AC-DMD: {args.steps} steps of {n_pictures} pictures on {world} x {device.type}, "
-            f"{len(rows)} prompts, {size:.1f} M parameters an adapter",
+            f"{len(rows)} prompts, {student_params.numel() / 1e6:.1f} M parameters an adapter",
             flush=True,
         )
 
@@ -308,9 +350,10 @@ def main():
     def student_pass(x, s, *text):
         return student(text)(x, s)
 
-    def fake_pass(x_s, s, s_next, t, noise, back, noise1, noise2, *text):
+    def fake_pass(x_s, s, s_next, t, noise, back, noise1, noise2, some, *text):
+        weights = (args.gamma, args.eta, some, args.consistency_share)
         losses = fake_score_loss(
-            fake(text), x_s, s, s_next, t, noise, back, noise1, noise2, args.gamma, args.eta
+            fake(text), x_s, s, s_next, t, noise, back, noise1, noise2, *weights
         )
         (losses[0].sum() / n_pictures).backward()
         return torch.stack([loss.sum() for loss in losses]).detach()
@@ -322,9 +365,24 @@ def main():
         (loss / n_pictures).backward()
         return loss.detach()
 
+    def largest_passes(n):
+        x = torch.zeros(n, *base.latent_shape, device=device)
+        half = torch.full((n,), 0.5, device=device)
+        some = torch.arange(n, device=device)
+        text = base.encode([rows[0]["prompt"]] * n)
+        fake_pass(x, half, half, half + 0.1, x, half / 10, x, x, some, *text)
+        generator_pass(x, half + 0.1, half, x, half + 0.1, x, x, *text)
+        fake_params.grad.zero_()
+        student_params.grad.zero_()
+
+    at_once = micro_batch(args.micro_batch, n_mine, device, largest_passes)
+    micro_batches = [slice(i, i + at_once) for i in range(0, n_mine, at_once)]
     student_pass, fake_pass, generator_pass = graphed(
         args.graphs, device, student_pass, fake_pass, generator_pass
     )
+
+    def drawn_in(step):
+        return StepRandom(args.seed, step, n_pictures, my_rows, base.latent_shape, device)
 
     def velocity_of(text):
         return lambda x, level: student_pass(x, x.new_full((len(x),), level), *text)
@@ -333,43 +391,55 @@ def main():
     bar = tqdm(range(run.start, args.steps), initial=run.start, total=args.steps, disable=silent)
     log = Log(args, run.start, device)
     skipped = {"generator": 0, "fake": 0}  # updates in a row that were not finite
+    path = None  # of the last roll-out: its states, from noise path[0] on
 
     for step in bar:
         # ---- draw. k is the same for all pictures and ranks, so that ranks stay in step (Eq. 8)
-        draw = StepRandom(args.seed, step, n_pictures, my_rows, base.latent_shape, device)
+        draw = drawn_in(step)
         k = draw.scalars.randint(1, args.num_steps)
-        executed = executed_levels(levels, k)
-        s_before, s = executed[-2:]
-        x_start = draw.normal()
-        step_noise = [draw.normal() for _ in range(k)]
-        places = data_order(len(rows), step * n_pictures, n_pictures, args.seed)[my_rows]
-        prompts = [rows[place]["prompt"] for place in places]
-        texts = [base.encode(prompts[b]) for b in micro_batches]
+        some = draw.some(args.consistency_share, micro_batches)
+        first, depth = step, k  # the step whose roll-out is used, and how far that goes
+        if args.reuse_rollouts:
+            first, k = state_of_a_rollout(step, args)
+            depth = args.num_steps
+        executed = executed_levels(levels, depth)
+        s_before, s = executed[k - 1 : k + 1]
         sums = Sums(device, "loss_fake", "loss_ambient", "loss_consistency")
         norms = {}
         set_rates(student_opt, fake_opt, step, args)
-        log.lap("text")
 
         # ---- roll out: the first k steps of the student, without gradient (Eq. 8)
-        x_before, x_s = torch.empty_like(x_start), torch.empty_like(x_start)
-        for b, text in zip(micro_batches, texts):
-            noises = [noise[b] for noise in step_noise]
-            with torch.no_grad():
-                path = rollout(velocity_of(text), x_start[b], executed, k, args.eta, noises)
-            x_before[b], x_s[b] = path[-2:]
+        if first == step or path is None:  # None: a run that goes on amid a roll-out repeats it
+            its = draw if first == step else drawn_in(first)
+            path = [its.normal()]
+            step_noise = [its.normal() for _ in range(depth)]
+            places = data_order(len(rows), first * n_pictures, n_pictures, args.seed)[my_rows]
+            prompts = [rows[place]["prompt"] for place in places]
+            texts = [base.encode(prompts[b]) for b in micro_batches]
+            log.lap("text")
+            path += [torch.empty_like(path[0]) for _ in range(depth)]
+            for b, text in zip(micro_batches, texts):
+                noises = [noise[b] for noise in step_noise]
+                with torch.no_grad():
+                    states = rollout(
+                        velocity_of(text), path[0][b], executed, depth, args.eta, noises
+                    )
+                for whole, state_of_b in zip(path, states):
+                    whole[b] = state_of_b
+        x_before, x_s = path[k - 1 : k + 1]
         log.lap("rollout")
 
         # ---- fake follows the student, every step (Eq. 10-12)
-        levels_before = x_start.new_full((n_mine,), s_before)
-        levels_here = x_start.new_full((n_mine,), s)
-        levels_next = x_start.new_full((n_mine,), levels[min(k + 1, args.num_steps)])
+        levels_before = x_s.new_full((n_mine,), s_before)
+        levels_here = x_s.new_full((n_mine,), s)
+        levels_next = x_s.new_full((n_mine,), levels[min(k + 1, args.num_steps)])
         t = renoise_time(s, draw.uniform())
         noise, back = draw.normal(), steps_back(draw.uniform())
         noise1, noise2 = draw.normal(), draw.normal()
-        for b, text in zip(micro_batches, texts):
+        for b, chosen, text in zip(micro_batches, some, texts):
             loss, ambient, consistency = fake_pass(
                 x_s[b], levels_here[b], levels_next[b], t[b], noise[b], back[b],
-                noise1[b], noise2[b], *text,
+                noise1[b], noise2[b], chosen, *text,
             )  # fmt: skip
             sums.add(loss_fake=loss, loss_ambient=ambient, loss_consistency=consistency)
         norms["grad_fake"] = update(fake_params, fake_opt, skipped, "fake", sums["loss_fake"])
@@ -382,7 +452,7 @@ def main():
             loss = torch.zeros((), device=device)
             for b, text in zip(micro_batches, texts):
                 loss += generator_pass(
-                    x_before[b], levels_before[b], levels_here[b], step_noise[-1][b],
+                    x_before[b], levels_before[b], levels_here[b], step_noise[k - 1][b],
                     t[b], noise[b], noise_back[b], *text,
                 )  # fmt: skip
             sums.of["loss_generator"] = loss
@@ -390,7 +460,7 @@ def main():
                 student_params, student_opt, skipped, "generator", loss
             )
             log.lap("generator")
-        torch._foreach_lerp_(ema, [p.detach() for p in student_params], 1 - args.ema)
+        ema.lerp_(student_params.detach(), 1 - args.ema)
 
         # ---- log, look, save
         losses = sums.over_ranks(lambda total: total / n_pictures)

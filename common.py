@@ -24,6 +24,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from huggingface_hub.constants import HF_HOME
 
 
 def is_rank_0():
@@ -87,7 +88,7 @@ def checked(function, *inputs):
 
 # ---- flags ---------------------------------------------------------------------------------------
 FROM_1 = (
-    "batch_size", "micro_batch", "steps", "epochs", "num_steps", "generator_every", "resolution",
+    "batch_size", "steps", "epochs", "num_steps", "generator_every", "resolution",
     "lora_rank", "save_every", "prompts_per_epoch", "ema_every", "num_images", "eval_every",
 )  # fmt: skip
 # Flags that are paths; a ~ at their beginning is the user's home directory.
@@ -97,6 +98,7 @@ PLACES = {
 }  # fmt: skip
 RANGES = {
     "eta": (0, 1),
+    "consistency_share": (0, 1),
     "ema": (0, 1),
     "anneal": (0, 1),
     "seed": (0, 2**63 - 1),
@@ -145,7 +147,6 @@ def parse(parser, presets=None, paper=None):
         die("--out_dir must not be empty")
     if getattr(args, "low_memory", False):
         args.cache_text = True
-        args.micro_batch = min(args.micro_batch, 4)
     return args
 
 
@@ -170,6 +171,20 @@ def sides(size):
     """A value of --resolution -> (height, width)"""
     height, _, width = str(size).partition("x")
     return int(height), int(width or height)
+
+
+def share(text):
+    """The value of a flag that is a share of something: .25 or 1/4, above 0 and at most 1."""
+    numerator, _, denominator = text.partition("/")
+    try:
+        value = float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no share like .25 or 1/4, above 0, at most 1"
+        )
+    return value
 
 
 def flags_given():
@@ -205,6 +220,7 @@ def setup(args, training=True):
         torch.cuda.set_device(device)
     if device.type == "cuda" and getattr(args, "compile", 0):
         check_compiler()
+        keep_compiled_code()
     if training:
         end_on_signals()
         meet("nccl" if device.type == "cuda" else "gloo")
@@ -277,6 +293,22 @@ def check_compiler():
     die(f"--compile needs {missing}, which is not on this machine: install it, or give --compile 0")
 
 
+def keep_compiled_code():
+    """Let the compiler keep its code where it survives a restart, beside what the hub was asked for.
+
+    PyTorch's own place is in /tmp. TORCHINDUCTOR_CACHE_DIR names another.
+    """
+    place = os.path.join(HF_HOME, "compiled")
+    place = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", place)
+    if is_rank_0():
+        known = "is" if os.path.isdir(place) and os.listdir(place) else "will be"
+        print(
+            f"compiled code {known} in {place}; what is not there yet is compiled in the first steps, "
+            "which takes minutes",
+            flush=True,
+        )
+
+
 SIGNALS = [
     getattr(signal, name)
     for name in ("SIGTERM", "SIGINT", "SIGHUP")
@@ -316,6 +348,57 @@ def listen_to_signals():
 def shard(n, rank, world):
     """This rank's rows of a batch of n; sizes differ by one at most where world does not divide n."""
     return slice(rank * n // world, (rank + 1) * n // world)
+
+
+ROOM_USED = 0.9  # of what a GPU has free, by the passes; the rest is for moments, NCCL and scraps
+ON_A_CPU = 4  # pictures at once where there is no GPU whose memory could be looked at
+
+
+def micro_batch(asked, n_mine, device, passes):
+    """How many pictures a pass takes at once: what the flag asks for or, for 0, what this GPU holds.
+
+    n_mine: pictures of this process, which is never exceeded. passes(n): the passes that need the most
+    memory, with n pictures; they are tried with one and with two, not compiled, which needs a little
+    more than compiled ones do. Says what it has chosen.
+    """
+    if asked or n_mine == 0:
+        return asked or 1
+    if device.type != "cuda":
+        return min(n_mine, ON_A_CPU)
+    peaks = []
+    with torch.compiler.set_stance("force_eager"):
+        for n in (1, 2):
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            passes(n)
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    free, _ = torch.cuda.mem_get_info()
+    a_picture = peaks[1] - peaks[0]
+    fitting = 1 + max(0, int((ROOM_USED * free - peaks[0]) // a_picture))
+    chosen = even_part(n_mine, fitting)
+    if is_rank_0():
+        print(
+            f"micro-batches of {chosen} pictures: each takes {a_picture / 2**30:.1f} GiB, of which "
+            f"{free / 2**30:.1f} are free (--micro_batch)",
+            flush=True,
+        )
+    return chosen
+
+
+def even_part(n, most):
+    """The size of micro-batches of n pictures: a divisor of n if there is one in most/2 ... most.
+
+    Passes are compiled once for each size, and a divisor leaves no smaller one at the end.
+    """
+    if n <= most:
+        return n
+    for size in range(most, (most - 1) // 2, -1):
+        if n % size == 0:
+            return size
+    return most
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
@@ -389,32 +472,53 @@ class StepRandom:
         size = (self.n_pictures,)
         return torch.rand(size, generator=self.tensors, device=self.device)[self.my_rows]
 
+    def some(self, share, micro_batches):
+        """A random share of the batch -> for each of these slices of this rank's rows, which of them.
+
+        Every picture is in it with a probability of exactly `share`. The chosen ones lie evenly apart, so
+        that micro-batches have equally many, to one. A tensor of places within the slice each.
+        """
+        start = self.scalars.random()
+        offset = self.my_rows.start
+        chosen = []
+        for b in micro_batches:
+            rows = range(offset + b.start, min(offset + b.stop, self.my_rows.stop))
+            places = [row - rows.start for row in spread(rows, share, start)]
+            chosen.append(torch.tensor(places, dtype=torch.long, device=self.device))
+        return chosen
+
+
+def spread(rows, share, start):
+    """Those of these rows that belong to a share of all, evenly apart; start in [0,1) moves them."""
+    found = []
+    for row in rows:
+        if math.floor((row + 1) * share + start) > math.floor(row * share + start):
+            found.append(row)
+    return found
+
 
 # ---- the optimiser's step ------------------------------------------------------------------------
 MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm
 MAX_SKIPPED = 20  # after so many updates in a row that are not finite, a run ends
 
 
-def update(parameters, optimizer, skipped, name, loss):
-    """One optimiser step on the gradients summed over ranks, clipped -> their norm.
+def update(weights, optimizer, skipped, name, loss):
+    """One optimiser step on the gradient summed over ranks, clipped -> its norm.
 
-    loss: a scalar, this rank's share. If norm or loss is not finite nothing changes but
-    skipped[name], and nan is returned; MAX_SKIPPED of them in a row end the run.
+    weights: one flat parameter, whose .grad is 0 afterwards. loss: a scalar, this rank's share. If norm
+    or loss is not finite nothing changes but skipped[name], and nan is returned; MAX_SKIPPED of them in
+    a row end the run.
     """
-    grads = [p.grad for p in parameters]
-    # One all-reduce for all: the gradients, the loss, and whether a signal came to any rank, so
+    # One all-reduce for all: the gradient, the loss, and whether a signal came to any rank, so
     # that all stop after the same step.
     extra = torch.stack([loss, torch.full_like(loss, stop["asked"])])
-    flat = all_reduce(torch.cat([*(grad.flatten() for grad in grads), extra]))
-    norm, loss, asked = torch.stack([flat[:-2].norm(), *flat[-2:]]).tolist()
+    summed = all_reduce(torch.cat([weights.grad, extra]))
+    norm, loss, asked = torch.stack([summed[:-2].norm(), *summed[-2:]]).tolist()
     stop["agreed"] |= asked > 0
     finite = math.isfinite(norm) and math.isfinite(loss)
     skipped[name] = 0 if finite else skipped[name] + 1
     if finite:
-        flat *= min(1, MAX_GRAD_NORM / (norm + 1e-6))
-        sizes = [p.numel() for p in parameters]
-        summed = [g.view_as(p) for p, g in zip(parameters, flat[:-2].split(sizes))]
-        torch._foreach_copy_(grads, summed)
+        torch.mul(summed[:-2], min(1, MAX_GRAD_NORM / (norm + 1e-6)), out=weights.grad)
         optimizer.step()
     elif skipped[name] >= MAX_SKIPPED:
         die(
@@ -422,18 +526,13 @@ def update(parameters, optimizer, skipped, name, loss):
             "the last good checkpoint is in --out_dir",
             status=1,
         )
-    torch._foreach_zero_(grads)
+    weights.grad.zero_()
     return norm if finite else math.nan
 
 
-def distance(parameters, ema):
-    """How far the weights have run from their average: |p - ema| / |ema|, over all together."""
-
-    def norm(tensors):
-        return torch.stack(torch._foreach_norm(tensors)).norm()
-
-    differences = torch._foreach_sub([p.detach() for p in parameters], ema)
-    return (norm(differences) / norm(ema)).item()
+def distance(weights, ema):
+    """How far the weights have run from their average: |weights - ema| / |ema|."""
+    return ((weights.detach() - ema).norm() / ema.norm()).item()
 
 
 class Sums:

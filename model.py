@@ -9,28 +9,24 @@ import gc
 import hashlib
 import os
 import re
+import sys
+import time
 import warnings
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging as diffusers_logging
-from diffusers.utils import make_image_grid
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import logging as hub_logging
 from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from checkpoint import SETTINGS_NAME, read_adapter, settled_alpha
 from common import (
     all_reduce,
-    as_bytes,
     die,
     first_line,
     is_first_here,
@@ -39,10 +35,10 @@ from common import (
     reserve,
     seeded_rng,
     sides,
-    write_atomically,
 )
 from cps import at_least_float32, rollout, sigmas
 from hub import files_on_hub, in_words, is_hub_id
+from pictures import decode, quicken, save_grid
 
 # Before anything is loaded, the models of rewards too: else there are progress bars, and what the
 # tokenizers cut off is printed, prompt by prompt.
@@ -263,9 +259,9 @@ def compile_blocks(pipe):
     config = torch._dynamo.config
     config.cache_size_limit = 1000  # since torch 2.7 also "recompile_limit"
     config.accumulated_cache_size_limit = 1000
+    quicken(pipe.vae)
     for module in (*pipe.transformer.transformer_blocks, pipe.vae.decoder):
         module.compile(dynamic=False)
-    pipe.vae.to(memory_format=torch.channels_last)
 
 
 def checkpoint_activations(transformer):
@@ -420,19 +416,26 @@ class LoraLinear(PeftLinear):
 
 
 def train_only(transformer, *names):
-    """Freeze everything but these adapters -> a list of parameters for each.
+    """Freeze everything but these adapters -> one flat parameter for each, all its matrices in a row.
 
-    Each has a .grad of zeros that stays where it is: a recorded pass adds to that very tensor.
+    The matrices are views of it, and their gradients views of its .grad. So the optimiser, the average
+    and the sum over ranks are one operation each, not one a matrix. The gradient is 0 and stays where
+    it is: a recorded pass adds to that very tensor.
     """
     transformer.requires_grad_(False)
-    lists = []
+    trained = []
     for name in names:
-        parameters = list(adapter(transformer, name).values())
-        for p in parameters:
+        matrices = list(adapter(transformer, name).values())
+        flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in matrices]))
+        flat.grad = torch.zeros_like(flat)
+        sizes = [p.numel() for p in matrices]
+        places = zip(matrices, flat.detach().split(sizes), flat.grad.split(sizes))
+        for p, values, gradient in places:
+            p.data = values.view_as(p)
             p.requires_grad_(True)
-            p.grad = torch.zeros_like(p)
-        lists.append(parameters)
-    return lists
+            p.grad = gradient.view_as(p)
+        trained.append(flat)
+    return trained
 
 
 def adapter(transformer, name):
@@ -464,12 +467,14 @@ def play(transformer, adapters, text, negative=None, cfg=1.0):
 
     It returns float32 like x (float64 stays float64). text, negative: (prompt_embeds [B or 1,L,D],
     pooled [B or 1,P]). With negative there is classifier-free guidance, both halves in one pass.
+    v(x, sigma, rows): with those rows of the text alone.
     """
 
-    def velocity(x, sigma):
+    def velocity(x, sigma, rows=None):
         set_adapters(transformer, adapters)
         n = len(x)
-        embeds, pooled = (repeated(tensor, n) for tensor in text)
+        own_text = text if rows is None else [tensor[rows] for tensor in text]
+        embeds, pooled = (repeated(tensor, n) for tensor in own_text)
         if torch.is_tensor(sigma):
             timestep = 1000 * at_least_float32(sigma).expand(n)
         else:
@@ -531,7 +536,10 @@ class Recorded:
         key = tuple((x.shape, x.dtype) for x in inputs)
         if key not in self.graphs:
             self.graphs[key] = None
-            return self.function(*inputs)
+            start = time.perf_counter()
+            output = self.function(*inputs)
+            self.tell(len(inputs[0]), time.perf_counter() - start)
+            return output
         if self.graphs[key] is None:
             self.graphs[key] = self.record(inputs)
         graph, static, output = self.graphs[key]
@@ -540,6 +548,12 @@ class Recorded:
         if torch.is_tensor(output):
             return output.clone()
         return tuple(tensor.clone() for tensor in output)
+
+    def tell(self, count, seconds):
+        """Say that a pass was compiled: the first steps of a run take minutes."""
+        if seconds > 2 and is_rank_0():
+            name = self.function.__name__
+            tqdm.write(f"compiled: {name} of {count} pictures, {seconds:.0f} s", file=sys.stderr)
 
     def record(self, inputs):
         """-> (graph, its input tensors, its output)"""
@@ -651,7 +665,15 @@ class TextTable:
             )
 
     def __call__(self, prompts):
-        found = self.table[[self.rows[prompt] for prompt in prompts]].to(self.device)
+        places = torch.tensor([self.rows[prompt] for prompt in prompts])
+        # Pinned: the copy to a GPU then neither waits for it nor goes through another buffer.
+        found = torch.empty(
+            (len(places), self.table.shape[1]),
+            dtype=self.table.dtype,
+            pin_memory=self.device.type == "cuda",
+        )
+        torch.index_select(self.table, 0, places, out=found)
+        found = found.to(self.device, non_blocking=True)
         return found[:, : self.split].unflatten(1, self.shape), found[:, self.split :]
 
 
@@ -682,66 +704,7 @@ def note_prompts(base, rows):
         note(f"{repeated_prompts} of {len(prompts)} prompts are repeated: each counts")
 
 
-# ---- pictures ------------------------------------------------------------------------------------
-def decode(pipe, latents, one_by_one=False):
-    """Latents [B,C,h,w] -> pictures [B,3,H,W] in [0,1], float32, differentiable."""
-    config = pipe.vae.config
-    latents = (latents / config.scaling_factor + config.shift_factor).to(pipe.vae.dtype)
-
-    def run(z):
-        return pipe.vae.decode(z).sample
-
-    if one_by_one:
-        # One by one, and again in the backward pass: the activations of one picture at a time.
-        pictures = [
-            torch.utils.checkpoint.checkpoint(run, z, use_reentrant=False, preserve_rng_state=False)
-            for z in latents.split(1)
-        ]
-        pictures = torch.cat(pictures)
-    else:
-        pictures = run(latents)
-    return (at_least_float32(pictures) / 2 + 0.5).clamp(0, 1)
-
-
-def save_grid(pictures, path, columns=8):
-    """[B,3,H,W] in [0,1] -> one PNG; small pictures are magnified to 64 pixels."""
-    arrays = VaeImageProcessor.pt_to_numpy(pictures.detach().float())
-    images = VaeImageProcessor.numpy_to_pil(arrays)
-    columns = min(columns, len(images))
-    width, height = images[0].size
-    images += [Image.new("RGB", (width, height), "white")] * (-len(images) % columns)
-    wide = max(64, width)
-    images = [image.resize((wide, round(height * wide / width))) for image in images]
-    rows = len(images) // columns
-    grid = make_image_grid(images, rows, columns)
-    write_atomically({path: as_bytes(grid.save, format="png")})
-
-
-def as_saved(pictures):
-    """Pictures in [0,1] rounded to what a PNG holds, 256 values, on the CPU."""
-    return ((pictures * 255).round() / 255).cpu()
-
-
-def save_picture(picture, path, text):
-    """One picture [3,H,W] in [0,1] -> a PNG of its size, with text {name: value} in it."""
-    pixels = (picture * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    chunks = PngInfo()
-    for name, value in text.items():
-        chunks.add_text(name, str(value))
-    image = Image.fromarray(pixels)
-    write_atomically({path: as_bytes(image.save, format="png", pnginfo=chunks)})
-
-
-def read_picture(path):
-    """A PNG -> (picture [3,H,W] in [0,1], its text {name: str}); raises OSError or ValueError."""
-    try:
-        with Image.open(path) as image:
-            pixels = torch.from_numpy(np.array(image.convert("RGB")))
-            return pixels.permute(2, 0, 1) / 255, dict(getattr(image, "text", {}))
-    except SyntaxError as e:  # Pillow's word for a damaged one
-        raise ValueError(str(e)) from None
-
-
+# ---- a look at the generator ---------------------------------------------------------------------
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # not worth compiling for eight pictures
 def preview(base, adapters, rows, args, name):

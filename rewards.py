@@ -89,9 +89,22 @@ def resize(images, size):
 
 def normalise(images, mean=CLIP_MEAN, std=CLIP_STD):
     """Mean and standard deviation of each of the three channels to 0 and 1. [B,3,H,W]"""
-    mean = images.new_tensor(mean).view(3, 1, 1)
-    std = images.new_tensor(std).view(3, 1, 1)
+    mean = of_channels(mean, images.dtype, images.device)
+    std = of_channels(std, images.dtype, images.device)
     return (images - mean) / std
+
+
+@functools.cache  # a copy to a GPU waits for what the GPU has to do before
+def of_channels(values, dtype, device):
+    """A number for each channel -> [3,1,1]"""
+    return torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1)
+
+
+def sent(tensor, device):
+    """tensor.to(device), which does not wait for a GPU."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def clip_pixels(images, size):
@@ -327,7 +340,8 @@ class Clip:
             max_length=self.model.config.text_config.max_position_embeddings,
             return_tensors="pt",
         )
-        pooled = self.model.text_model(**ids.to(self.model.device)).pooler_output
+        inputs = {name: sent(tensor, self.model.device) for name, tensor in ids.items()}
+        pooled = self.model.text_model(**inputs).pooler_output
         features = self.model.text_projection(pooled).to(self.text_dtype)
         return F.normalize(features, dim=-1)[0]
 
@@ -1027,7 +1041,9 @@ def ready(score, name, weight, differentiable, batch):
 
     def reward(images, prompts, metadata):
         check(prompts, metadata)
-        check_pictures(images, name)
+        if not reward.has_seen:  # the first ones alone: to look at them is to wait for the GPU
+            check_pictures(images, name)
+            reward.has_seen = True
         if not batch or len(images) <= batch:
             return score(images, prompts, metadata)
         with_graph = torch.is_grad_enabled() and images.requires_grad
@@ -1045,6 +1061,7 @@ def ready(score, name, weight, differentiable, batch):
         if wrong:
             each(prompts, metadata, wrong)
 
+    reward.has_seen = False
     reward.name = name
     reward.weight = weight
     reward.differentiable = differentiable

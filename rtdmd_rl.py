@@ -42,16 +42,19 @@ from common import (
     die,
     distance,
     is_rank_0,
+    micro_batch,
     parse,
     resolution,
     seeded_rng,
     setup,
     shard,
+    share,
     update,
 )
 from cps import at_least_float32, cps_step, log_prob, rollout
 from hub import DEFAULT_PLACES
-from model import graphed, load_base, note_prompts, preview, save_grid
+from model import graphed, load_base, note_prompts, preview
+from pictures import save_grid
 from prompts import load_prompts
 from rewards import build_for, move, parse_weights
 
@@ -63,7 +66,6 @@ PRESETS = {  # defaults that differ; everything else is the same for every model
         cfg=7.0,
         prompts_per_epoch=32,
         group_size=16,
-        micro_batch=2,  # half of SD3.5-M's, since a picture has four times the tokens
     ),
     "tiny": dict(
         pretrained=os.path.join(HERE, "assets/tiny"),
@@ -101,6 +103,7 @@ WEIGHT_DECAY = 1e-4  # of the generator's adapter
 ADVANTAGE_CLIP = 5.0
 RATIO_CLIP = 1e-5  # PPO's clip range
 EVAL_IMAGES = 64  # held-out rewards: of so many prompts, a picture each
+EVAL_BATCH = 4  # of them at once
 
 
 def arguments():
@@ -128,6 +131,12 @@ def arguments():
         "--eta", type=float, default=0.9, help="new noise of a step: 0 Euler, 1 consistency sampler"
     )
     add("--gamma", type=float, default=0.01, help="weight of the consistency loss; 0 is A-DMD")
+    add(
+        "--consistency_share",
+        type=share,
+        default=1.0,
+        help="ask for consistency on a random share of the pictures, 1/3 for speed",
+    )
     add(
         "--subset",
         type=int,
@@ -167,8 +176,9 @@ def arguments():
     add(
         "--micro_batch",
         type=int,
-        default=4,
-        help="pictures a GPU decodes, and fake learns from, at once; other passes take twice as many",
+        default=0,
+        help="pictures a GPU decodes, and fake learns from, at once; other passes take twice as many; "
+        "0: as many as it holds",
     )
     add("--lr", type=float, default=3e-6, help="learning rate of the generator")
     add("--fake_lr", type=float, default=3e-5, help="learning rate of the fake score")
@@ -327,14 +337,13 @@ def main():
     for name in ("generator", "fake"):
         base.add_adapter(name, args.lora_rank, args.lora_alpha, args.seed, LORA_INIT_STD)
     load_stage_1(base, args.cold_start)
-    student_params, fake_params = base.train_only("generator", "fake")
+    student_params, fake_params = base.train_only("generator", "fake")  # all weights in one tensor
     fused = device.type == "cuda"
     student_opt = torch.optim.AdamW(
-        student_params, lr=args.lr, weight_decay=WEIGHT_DECAY, fused=fused
+        [student_params], lr=args.lr, weight_decay=WEIGHT_DECAY, fused=fused
     )
-    fake_opt = torch.optim.AdamW(fake_params, lr=args.fake_lr, weight_decay=0, fused=fused)
-    weights_now = [p.detach() for p in student_params]
-    ema = [p.clone() for p in weights_now]
+    fake_opt = torch.optim.AdamW([fake_params], lr=args.fake_lr, weight_decay=0, fused=fused)
+    ema = student_params.detach().clone()
 
     # All that a checkpoint has to hold, since random numbers are functions of (seed, epoch).
     state = {
@@ -343,7 +352,7 @@ def main():
         "ema": ema,
         "G_opt": student_opt,
         "F_opt": fake_opt,
-        "keys": list(base.adapter("fake")),
+        "shapes": {key: p.shape for key, p in base.adapter("fake").items()},
     }
     run = Run(args, state, rows, base.transformer)
     note_prompts(base, rows)
@@ -358,10 +367,6 @@ def main():
     my_rows = shard(n_pictures, rank, world)
     n_mine = my_rows.stop - my_rows.start
     level = [torch.full((n_mine,), s, device=device) for s in levels]  # one a picture
-    # fake's loss evaluates three times its pictures with gradient (once with --gamma 0), and the
-    # decoder's activations are large: the micro-batches of all other passes are twice as large.
-    small = [slice(i, i + args.micro_batch) for i in range(0, n_mine, args.micro_batch)]
-    large = [slice(i, i + 2 * args.micro_batch) for i in range(0, n_mine, 2 * args.micro_batch)]
     if rank == 0:
         print(
             f"RTDMD: {args.epochs} epochs of {args.prompts_per_epoch} prompts x {args.group_size} "
@@ -385,9 +390,10 @@ def main():
     def student_pass(x, s, *text):
         return student(text)(x, s)
 
-    def fake_pass(x_s, s, s_next, t, noise, back, noise1, noise2, *text):
+    def fake_pass(x_s, s, s_next, t, noise, back, noise1, noise2, some, *text):
+        weights = (args.gamma, args.eta, some, args.consistency_share)
         losses, _, _ = fake_score_loss(
-            fake(text), x_s, s, s_next, t, noise, back, noise1, noise2, args.gamma, args.eta
+            fake(text), x_s, s, s_next, t, noise, back, noise1, noise2, *weights
         )
         loss = losses.sum() / n_pictures
         loss.backward()
@@ -417,6 +423,36 @@ def main():
         (args.policy_weight * subset_weight(K, M) * loss).backward()
         return loss.detach(), (drift > RATIO_CLIP).sum(), drift.max()
 
+    def score_pass(latents, prompts, metadata):
+        """Rewards of some pictures -> [R,B], their loss and its gradient at the latents (0 without)"""
+        with torch.set_grad_enabled(bool(det_weight)):
+            x = latents.detach().requires_grad_(bool(det_weight))
+            each = score_all(rewards, base.decode(x), prompts, metadata)
+        scores = torch.stack(each).detach()
+        if not det_weight:
+            return scores, scores.new_zeros(()), torch.zeros_like(latents)
+        total = sum(r.weight * score for r, score in zip(rewards, each) if r.differentiable)
+        # below the margin the gradient is -reward's, above it nothing (Eq. 15; the release's)
+        loss = torch.relu(args.margin - total).sum() / n_pictures
+        (gradient,) = torch.autograd.grad(det_weight * loss, x)
+        return scores, loss.detach(), gradient
+
+    def largest_passes(n):
+        x = torch.zeros(n, *base.latent_shape, device=device)
+        half = torch.full((n,), 0.5, device=device)
+        some = torch.arange(n, device=device)
+        text = base.encode([rows[0]["prompt"]] * n)
+        fake_pass(x, half, half, half + 0.1, x, half / 10, x, x, some, *text)
+        fake_params.grad.zero_()
+        move(rewards, device if args.low_memory else None)
+        score_pass(x, [rows[0]["prompt"]] * n, [rows[0]["metadata"]] * n)
+        move(rewards, "cpu" if args.low_memory else None)
+
+    # fake's loss evaluates three times its pictures with gradient (once with --gamma 0), and the
+    # decoder's activations are large: the micro-batches of all other passes are twice as large.
+    at_once = micro_batch(args.micro_batch, n_mine, device, largest_passes)
+    small = [slice(i, i + at_once) for i in range(0, n_mine, at_once)]
+    large = [slice(i, i + 2 * at_once) for i in range(0, n_mine, 2 * at_once)]
     student_pass, fake_pass, anchor_pass, step_pass, policy_pass = graphed(
         args.graphs, device, student_pass, fake_pass, anchor_pass, step_pass, policy_pass
     )
@@ -443,17 +479,9 @@ def main():
         gradient = torch.zeros_like(latents)
         move(rewards, device if args.low_memory else None)
         for b in small:
-            with torch.set_grad_enabled(bool(det_weight)):
-                x = latents[b].detach().requires_grad_(bool(det_weight))
-                each = score_all(rewards, base.decode(x), prompts[b], metadata[b])
-            my_scores[:, b] = torch.stack(each).detach()
-            if det_weight:
-                total = sum(r.weight * score for r, score in zip(rewards, each) if r.differentiable)
-                # below the margin the gradient is -reward's, above it nothing (Eq. 15; the release's)
-                loss = torch.relu(args.margin - total).sum() / n_pictures
-                (gradient[b],) = torch.autograd.grad(det_weight * loss, x)
-                sums.add(loss_det=loss.detach())
-                squares.add(slope_det=gradient[b].square().sum())
+            my_scores[:, b], loss, gradient[b] = score_pass(latents[b], prompts[b], metadata[b])
+            sums.add(loss_det=loss)
+            squares.add(slope_det=gradient[b].square().sum())
         move(rewards, "cpu" if args.low_memory else None)
         return all_reduce(scores), gradient
 
@@ -469,7 +497,7 @@ def main():
         large_texts = [base.encode(prompts[b]) for b in large]
         small_texts = []
         for text in large_texts:
-            small_texts += zip(*(tensor.split(args.micro_batch) for tensor in text))
+            small_texts += zip(*(tensor.split(at_once) for tensor in text))
         return large_texts, small_texts
 
     silent = None if rank == 0 else True  # None: no bar where there is no terminal
@@ -493,7 +521,7 @@ def main():
 
         # ---- every few epochs the average moves towards the weights, before this epoch's update
         if (epoch + 1) % args.ema_every == 0:
-            torch._foreach_lerp_(ema, weights_now, 1 - average_decay(args.ema, epoch))
+            ema.lerp_(student_params.detach(), 1 - average_decay(args.ema, epoch))
 
         # ---- roll out all K steps, without gradient (Eq. 8)
         path, log_p = roll_out(x_start, level, noise, large_texts)
@@ -504,8 +532,8 @@ def main():
         t = renoise_time(levels[last], draw.uniform())
         t_noise, back = draw.normal(), steps_back(draw.uniform())
         inputs = (path[last], here, below, t, t_noise, back, draw.normal(), draw.normal())
-        for b, text in zip(small, small_texts):
-            sums.add(loss_fake=fake_pass(*rows_of(inputs, b), *text))
+        for b, some, text in zip(small, draw.some(args.consistency_share, small), small_texts):
+            sums.add(loss_fake=fake_pass(*rows_of(inputs, b), some, *text))
         grad_fake = update(fake_params, fake_opt, skipped, "fake", sums["loss_fake"])
         log.lap("fake")
 
@@ -555,7 +583,7 @@ def main():
         if epoch + 1 < max(args.ema_every, 2):
             # Nothing but the start, which changes no picture, is averaged yet: a run that ends here
             # saves its weights.
-            torch._foreach_copy_(ema, weights_now)
+            ema.copy_(student_params.detach())
 
         # ---- log, look, save
         numbers = {
@@ -674,8 +702,8 @@ def evaluate(base, rows, rewards, args, name):
     sums = torch.zeros(len(rewards), device=device)
     pictures = []
     move(rewards, device if args.low_memory else None)
-    for i in range(0, len(mine), args.micro_batch):
-        places = mine[i : i + args.micro_batch]
+    for i in range(0, len(mine), EVAL_BATCH):
+        places = mine[i : i + EVAL_BATCH]
         prompts = [rows[place]["prompt"] for place in places]
         metadata = [rows[place]["metadata"] for place in places]
         noise = []

@@ -42,15 +42,8 @@ from common import (
 )
 from cps import rollout, sigmas
 from hub import DEFAULT_PLACES
-from model import (
-    StableDiffusion3,
-    as_saved,
-    graphed,
-    note_prompts,
-    read_picture,
-    save_grid,
-    save_picture,
-)
+from model import StableDiffusion3, graphed, note_prompts
+from pictures import as_saved, read_picture, save_grid, save_picture
 from prompts import load_prompts
 
 SD35M = "stabilityai/stable-diffusion-3.5-medium"

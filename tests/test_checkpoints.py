@@ -155,15 +155,15 @@ def small_state(tmp_path):
     """-> save(step): a `Run` in tmp_path saves a state every number of which is `step`."""
 
     def state(step):
-        parameter = torch.nn.Parameter(torch.full((3, 2), float(step)))
+        parameter = torch.nn.Parameter(torch.full((6,), float(step)))
         optimizer = torch.optim.AdamW([parameter])
         return {
-            "generator": [parameter],
-            "fake": [parameter],
-            "ema": [parameter],
+            "generator": parameter,
+            "fake": parameter,
+            "ema": parameter,
             "G_opt": optimizer,
             "F_opt": optimizer,
-            "keys": ["key"],
+            "shapes": {"key": torch.Size((3, 2))},
         }
 
     def save(step):
@@ -234,7 +234,7 @@ def test_killed_at_any_call_while_saving_a_whole_checkpoint_is_left_and_no_mixtu
 def test_one_flipped_bit_anywhere_in_a_checkpoint_is_noticed_or_changes_nothing(
     small_state, tmp_path, capsys
 ):
-    """Every byte of a small one. torch.load alone takes wrong weights, steps and flags for right: it does not look at the checksums."""
+    """Every byte of a small one, and every bit of its table of contents. torch.load alone takes wrong weights, steps and flags for right: it does not look at the checksums."""
     small_state(7)
     path, (whole, content), noticed, missed_by_torch = (
         tmp_path / "ckpt.pt",
@@ -242,9 +242,12 @@ def test_one_flipped_bit_anywhere_in_a_checkpoint_is_noticed_or_changes_nothing(
         0,
         0,
     )
-    for place in range(len(content)):
+    directory = content.index(b"PK\x01\x02")
+    bits = [(place, place % 8) for place in range(directory)]
+    bits += [(place, bit) for place in range(directory, len(content)) for bit in range(8)]
+    for place, bit in bits:
         path.write_bytes(content)
-        flip(path, place, place % 8)
+        flip(path, place, bit)
         try:
             assert same(checkpoint.read(str(path), "checkpoint"), whole), place
         except SystemExit:

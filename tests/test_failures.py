@@ -147,7 +147,7 @@ def test_a_loss_that_is_not_finite_skips_the_update_even_if_its_gradient_is():
     optimizer = torch.optim.AdamW([parameter])
     for loss, moved, count in ((math.nan, False, 1), (math.inf, False, 2), (1.0, True, 0)):
         parameter.grad = torch.ones(3)
-        norm = cold_start.update([parameter], optimizer, skipped, "x", torch.tensor(loss))
+        norm = cold_start.update(parameter, optimizer, skipped, "x", torch.tensor(loss))
         assert (
             (parameter != 0).all() == moved
             and skipped["x"] == count
@@ -309,7 +309,7 @@ def test_the_signs_of_a_collapse_in_the_log_are_what_they_say(tiny_parts, run, t
     assert (
         log_of(run.cold)[-1]["ema_drift"]
         == drift
-        == cold_start.distance(ckpt["generator"], ckpt["ema"])
+        == cold_start.distance(flat(ckpt["generator"]), flat(ckpt["ema"]))
     )
 
     def by_prompt(x, v, *rest):

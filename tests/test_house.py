@@ -24,13 +24,15 @@ ALLOWED = {
     "hub": {"common"},
     "checkpoint": {"common", "hub"},
     "variants": {"common", "cps"},
-    "model": {"checkpoint", "common", "cps", "hub"},
+    "pictures": {"common", "cps"},
+    "model": {"checkpoint", "common", "cps", "hub", "pictures"},
     "rewards": {"common", "hub", "prompts", "tiny"},
     "cold_start": {"checkpoint", "common", "cps", "model", "prompts", "variants"},
     "rtdmd_rl": {
-        "checkpoint", "cold_start", "common", "cps", "hub", "model", "prompts", "rewards", "variants",
+        "checkpoint", "cold_start", "common", "cps", "hub", "model", "pictures", "prompts", "rewards",
+        "variants",
     },
-    "sample": {"checkpoint", "common", "cps", "hub", "model", "prompts"},
+    "sample": {"checkpoint", "common", "cps", "hub", "model", "pictures", "prompts"},
 }  # fmt: skip
 TOOLS = [f"tools/{path.stem}" for path in ROOT.glob("tools/[!_]*.py")]
 READABLE = sorted([*ALLOWED, *TOOLS])

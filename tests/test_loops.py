@@ -97,7 +97,7 @@ def test_stage_1_trains_each_adapter_by_its_own_loss_and_the_generator_through_i
     paths, last, grads, update = [], [], [], cold_start.update
 
     def has_grad(parameters):
-        return any(p.grad.any() for p in parameters)
+        return parameters.grad.any()
 
     monkeypatch.setattr(
         cold_start, "rollout", lambda *inputs: paths.append(rollout(*inputs)) or paths[-1]
@@ -644,7 +644,7 @@ def test_a_rank_without_pictures_has_no_noise_and_no_gradient_but_takes_part():
     parameter.grad = torch.zeros(2)
     assert (
         cold_start.update(
-            [parameter], torch.optim.SGD([parameter], 0.1), {"x": 0}, "x", torch.tensor(0.0)
+            parameter, torch.optim.SGD([parameter], 0.1), {"x": 0}, "x", torch.tensor(0.0)
         )
         == 0
         and (parameter == 1).all()

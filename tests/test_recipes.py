@@ -34,7 +34,7 @@ def flags_of(program, *flags):
 def test_sd3_medium_has_a_recipe_of_its_own_in_all_three_programs():
     for program in ("cold_start", "rtdmd_rl"):
         flags = flags_of(program, "--preset", "sd3m")
-        assert (flags["resolution"], flags["cfg"], flags["micro_batch"]) == (1024, 7, 2)
+        assert (flags["resolution"], flags["cfg"]) == (1024, 7)
         assert flags["pretrained"] == "stabilityai/stable-diffusion-3-medium-diffusers"
     assert (flags["prompts_per_epoch"], flags["group_size"]) == (32, 16)
     teacher = flags_of("sample", "a cat", "--preset", "sd3m", "--teacher")
@@ -46,7 +46,7 @@ def test_sd3_medium_has_a_recipe_of_its_own_in_all_three_programs():
 
 def test_what_sd3_mediums_recipe_does_not_name_is_as_for_sd35_medium():
     for program, own in (
-        ("cold_start", {"preset", "pretrained", "resolution", "cfg", "micro_batch"}),
+        ("cold_start", {"preset", "pretrained", "resolution", "cfg"}),
         (
             "rtdmd_rl",
             {
@@ -54,7 +54,6 @@ def test_what_sd3_mediums_recipe_does_not_name_is_as_for_sd35_medium():
                 "pretrained",
                 "resolution",
                 "cfg",
-                "micro_batch",
                 "prompts_per_epoch",
                 "group_size",
             },

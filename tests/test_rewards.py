@@ -12,7 +12,7 @@ import torch
 import transformers
 from PIL import Image
 
-import model
+import pictures
 import rewards
 import tiny
 from gaussian import close
@@ -58,13 +58,13 @@ def test_the_checker_accepts_true_pictures_after_the_vae_and_rejects_captions_th
         latents = pipe.vae.encode(
             tiny.render(*tiny.scenes(rows, torch.arange(len(rows)))) * 2 - 1
         ).latent_dist.sample()
-        pictures = model.decode(
+        drawn = pictures.decode(
             pipe, (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
         )
     (checker,) = rewards.build("checker", torch.device("cpu"))
 
     def accepted(captions):
-        return checker(pictures, [r["prompt"] for r in captions], captions).mean()
+        return checker(drawn, [r["prompt"] for r in captions], captions).mean()
 
     assert accepted(rows) >= 0.98
     assert (

@@ -8,13 +8,13 @@ from PIL import Image
 
 import cold_start
 import model
+import pictures
 import sample
 from cps import sigmas
 from helpers import (
     BASE,
     CPU,
     TINY,
-    flat,
     good,
     here,
     load_both,
@@ -69,7 +69,7 @@ def generator_gradient(switch, checkpointing, compile=0, device=CPU):
         step().backward(slope)
     else:
         loss(step()).backward()
-    return flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]).cpu()
+    return parameters.grad.clone().cpu()
 
 
 def test_role_switching_and_checkpointing_leave_the_generators_gradient_as_it_is():
@@ -95,11 +95,10 @@ def test_our_forward_of_an_adapted_matrix_is_pefts_own(active):
         v = base.velocity(active, text)(x, 0.75)
         if "two" in active:
             v.square().sum().backward()
-        found.append((v.detach(), flat([p.grad for p in parameters])))
+        found.append((v.detach(), parameters.grad.clone()))
         for layer in transformer.lora_layers:
             layer.__class__ = PeftLinear
-        for p in parameters:
-            p.grad.zero_()
+        parameters.grad.zero_()
     (v, gradient), (v_peft, gradient_peft) = found
     assert (v - v_peft).abs().max() < 1e-5 * v_peft.abs().max()
     assert (gradient - gradient_peft).norm() <= 1e-5 * gradient_peft.norm() and (
@@ -246,5 +245,5 @@ def test_both_adapters_are_stacked_and_neither_replaces_the_other(tmp_path):
     assert (stacked - latents(base, "", tmp_path / "two")).abs().max() < 1e-4 * stacked.abs().max()
     with torch.no_grad():
         (picture,) = sample.as_saved(base.decode(stacked))
-    drawn, _ = model.read_picture(tmp_path / "both/out/00000.png")
+    drawn, _ = pictures.read_picture(tmp_path / "both/out/00000.png")
     assert torch.equal(drawn, picture)  # the program draws that very picture

@@ -9,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 import cps
 import model
+import pictures
 import sample
 from helpers import TINY, tiny_base
 from tools import evaluate
@@ -31,7 +32,7 @@ def draw_with_sample(monkeypatch, tmp_path):
 
     def draw(*flags):
         batches = []
-        true_decode = model.decode
+        true_decode = pictures.decode
 
         def recording_decode(pipe, latents, **options):
             batches.append(latents)

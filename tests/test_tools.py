@@ -514,7 +514,8 @@ def test_ablations_refuses_in_one_line(flags, message, tmp_path):
     assert message in refused(ablations, "--out_dir", tmp_path / "out", *words, *ON_CPU)
 
 
-def test_fake_quality_is_0_for_the_same_training_and_not_for_another(run, tmp_path):
+def test_fake_quality_is_0_for_the_same_training_and_not_for_another(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(fake_quality, "NOISE_BATCHES", 4)
     flags = ["--cold_start", run.cold, "--batch_size", 4, *ON_CPU]
     long = ["--updates", 3, "--decay", "--stream", "reference"]
     good(here(fake_quality, *flags, *long, "--out_dir", tmp_path / "reference"))
@@ -523,9 +524,18 @@ def test_fake_quality_is_0_for_the_same_training_and_not_for_another(run, tmp_pa
         where = ["--reference", tmp_path / "reference", "--out_dir", tmp_path / name]
         good(here(fake_quality, *flags, *training, *where))
         found[name] = json.loads((tmp_path / name / "numbers.json").read_text())
+    noise = {name: numbers.pop("gradient noise") for name, numbers in found.items()}
     assert list(found["same"]) == ["s = 0.9", "s = 0.75", "s = 0.5", "s = 0"]
     assert set(found["same"].values()) == {0.0}
     assert min(found["teacher"].values()) > 0
+    assert min(noise.values()) > 10
+    more = ["--updates", 0, "--gamma", 5, "--consistency_share", 0.25]
+    where = ["--reference", tmp_path / "reference", "--out_dir", tmp_path / "share"]
+    good(here(fake_quality, *flags, *more, *where))
+    shared = json.loads((tmp_path / "share/numbers.json").read_text())["gradient noise"]
+    more[-1] = 1
+    good(here(fake_quality, *flags, *more, *where))
+    assert shared != json.loads((tmp_path / "share/numbers.json").read_text())["gradient noise"]
 
 
 # ---- bench ---------------------------------------------------------------------------------------
@@ -562,6 +572,11 @@ def test_the_forwards_of_a_picture_counted_by_hand():
     # rollout 2.5, fake 3 with gradient, a tenth of: student 1 with gradient, teacher 2, fake 1
     assert bench.forwards_of(settings, stage_1) == pytest.approx(2.5 + 6 + 0.1 * (2 + 2 + 1))
     assert bench.forwards_of({**settings, "gamma": 0}, stage_1) == pytest.approx(2.5 + 2 + 0.5)
+    third = {**settings, "consistency_share": 1 / 3}
+    assert bench.forwards_of(third, stage_1) == pytest.approx(2.5 + 2 * (1 + 2 / 3) + 0.5)
+    # roll-outs of all 4 steps before steps 0, 4 and 8
+    reused = {**third, "reuse_rollouts": True, "generator_every": 10}
+    assert bench.forwards_of(reused, stage_1) == pytest.approx(1.2 + 2 * (1 + 2 / 3) + 0.5)
     stage_2 = [{"step": 0, "S": [0, 2], "loss_dm": 1.0, "loss_det": 1.0, "loss_policy": 1e-8}]
     assert bench.forwards_of(settings, stage_2) == 4 + 6 + 3 + 2 + 2 * 2
     policy_alone = [{**stage_2[0], "loss_dm": 0.0, "loss_det": 0.0}]

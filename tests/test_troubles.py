@@ -19,6 +19,7 @@ from PIL import Image
 import cold_start
 import common
 import model
+import pictures
 import rtdmd_rl
 import sample
 from helpers import BASE, COLD, RL, ROOT, TINY, good, here, load, log_of, same_files, shell
@@ -196,7 +197,7 @@ def test_numbers_go_on_beyond_five_digits(tmp_path):
 
 
 def test_a_picture_carries_what_it_takes_to_draw_it_again(drawn):
-    _, text = model.read_picture(drawn / "00004.png")
+    _, text = pictures.read_picture(drawn / "00004.png")
     assert text["prompt"] == "two bl\u00fce squares"
     expected = {"seed": "8", "steps": "3", "eta": "0.5", "resolution": "32x48", "guidance": "1.0"}
     assert {name: text[name] for name in expected} == expected
@@ -436,7 +437,7 @@ def test_a_merged_base_draws_with_its_settings(tmp_path):
     (tmp_path / "merged/settings.json").write_text(json.dumps(settings))
     flags = ["--pretrained", tmp_path / "merged", "--cold_start", "", "--rtdmd", ""]
     good(here(sample, *DRAW, *flags, "--out_dir", tmp_path / "out"))
-    _, text = model.read_picture(tmp_path / "out/00000.png")
+    _, text = pictures.read_picture(tmp_path / "out/00000.png")
     assert (text["steps"], text["eta"]) == ("2", "0.5")
 
 

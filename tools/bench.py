@@ -14,6 +14,7 @@ the decoder and for the rewards.
 """
 
 import json
+import math
 import sys
 import time
 
@@ -90,7 +91,8 @@ def forwards_of(settings, steps):
     """
     K = settings["num_steps"]
     teacher = 1 if settings["cfg"] == 1 else 2
-    fake = WITH_GRADIENT * (1 if settings.get("gamma") == 0 else 3)
+    looked_at = 0 if settings.get("gamma") == 0 else settings.get("consistency_share", 1)
+    fake = WITH_GRADIENT * (1 + 2 * looked_at)
     anchor = teacher + 1  # teacher and fake
     if "S" in steps[0]:
         M = len(steps[0]["S"])
@@ -100,6 +102,9 @@ def forwards_of(settings, steps):
         return K + fake + anchor * has_anchor + WITH_GRADIENT * (has_last_step + policy)
     updates = sum("loss_generator" in line for line in steps) / len(steps)
     rollout = (K + 1) / 2  # k is uniform in 1..K
+    if settings.get("reuse_rollouts"):  # all K steps, as often as the generator's changes ask for
+        every = settings["generator_every"]
+        rollout = K * math.ceil(every / K) / every
     return rollout + fake + updates * (WITH_GRADIENT + anchor)
 
 

@@ -5,7 +5,9 @@
 
 The fake score is trained on samples of RUN's generator, which does not move. Without --reference its
 weights are saved (fake.pt); with it they are compared with those of a long training, on new samples:
-numbers.json holds the relative rms difference of the two velocities, in %, for each noise level s.
+numbers.json holds the relative rms difference of the two velocities, in %, for each noise level s. And
+how far a gradient lies from the mean of many batches, in % of that mean (gradient noise): a
+--consistency_share below 1 adds to it.
 """
 
 import json
@@ -15,7 +17,7 @@ import random
 import torch
 
 from cold_start import PRESETS, fake_score_loss, renoise_time, steps_back
-from common import Parser, as_bytes, parse, seeded_rng, setup, write_atomically
+from common import Parser, as_bytes, parse, seeded_rng, setup, share, spread, write_atomically
 from cps import renoise, rollout
 from model import graphed
 from prompts import load_prompts
@@ -26,7 +28,8 @@ ETA = 0.9
 RANK = 32
 ALPHA = 64
 TEST_BATCHES = 4
-N_INPUTS = 8  # of fake_score_loss, from x_s to noise2
+N_INPUTS = 9  # of a pass, before the text
+NOISE_BATCHES = 100
 
 
 def arguments():
@@ -36,6 +39,7 @@ def arguments():
     add("--out_dir", required=True, help="where fake.pt or numbers.json goes")
     add("--reference", default="", help="out_dir of the long training to compare with")
     add("--gamma", type=float, default=0.0, help="weight of the consistency loss")
+    add("--consistency_share", type=share, default=1.0, help="as for cold_start.py")
     add("--updates", type=int, default=100, help="optimiser steps; 0: the teacher, where it starts")
     add("--decay", action="store_true", help="let the learning rate decay to 0")
     add("--batch_size", type=int, default=128, help="pictures a step")
@@ -73,8 +77,8 @@ class Samples:
 def train(base, frozen, rows, args):
     """Train the adapter "fake" on the samples of the adapters `frozen`."""
     levels = base.levels(K)
-    (parameters,) = base.train_only("fake")
-    optimizer = torch.optim.AdamW(parameters, lr=args.fake_lr, weight_decay=0)
+    (weights,) = base.train_only("fake")
+    optimizer = torch.optim.AdamW([weights], lr=args.fake_lr, weight_decay=0)
 
     def rate(step):
         if not args.decay:
@@ -83,30 +87,61 @@ def train(base, frozen, rows, args):
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
 
+    (fake_pass,) = graphed(True, base.device, pass_of(base, args))
+    for step in range(args.updates):
+        key = ("train", args.stream, args.seed, step)
+        fake_pass(*inputs_of(base, frozen, rows, levels, args, *key))
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=False)  # a recorded pass adds to this very tensor
+    return weights
+
+
+def pass_of(base, args):
+    """-> the function that adds the gradient of the fake score's loss on one batch"""
+
     def fake_pass(*inputs):
-        tensors, text = inputs[:N_INPUTS], inputs[N_INPUTS:]
+        (*tensors, some), text = inputs[:N_INPUTS], inputs[N_INPUTS:]
         fake = base.velocity(["fake"], text)
-        loss, _, _ = fake_score_loss(fake, *tensors, args.gamma, ETA)
+        weights = (args.gamma, ETA, some, args.consistency_share)
+        loss, _, _ = fake_score_loss(fake, *tensors, *weights)
         loss.mean().backward()
         return loss.detach().mean()
 
-    (fake_pass,) = graphed(True, base.device, fake_pass)
-    for step in range(args.updates):
-        key = ("train", args.stream, args.seed, step)
-        k = random.Random(repr(key)).randint(1, K)
-        drawn = Samples(base, frozen, rows, args.batch_size, k, *key)
-        level = levels[k]
-        s = torch.full_like(drawn.u, level)
-        s_next = torch.full_like(drawn.u, levels[min(k + 1, K)])
-        t = renoise_time(level, drawn.u)
-        x_s = drawn.path[k]
-        noise = drawn.normal()
-        inputs = (x_s, s, s_next, t, noise, drawn.back, drawn.normal(), drawn.normal())
-        fake_pass(*inputs, *drawn.text)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=False)  # a recorded pass adds to these very tensors
+    return fake_pass
+
+
+def inputs_of(base, frozen, rows, levels, args, *key):
+    """The inputs of a pass on samples of the frozen generator, a function of the key."""
+    scalars = random.Random(repr(key))
+    k = scalars.randint(1, K)
+    drawn = Samples(base, frozen, rows, args.batch_size, k, *key)
+    level = levels[k]
+    s = torch.full_like(drawn.u, level)
+    s_next = torch.full_like(drawn.u, levels[min(k + 1, K)])
+    t = renoise_time(level, drawn.u)
+    noise = drawn.normal()
+    some = spread(range(args.batch_size), args.consistency_share, scalars.random())
+    some = torch.tensor(some, device=base.device)
+    noises = (drawn.normal(), drawn.normal())
+    return (drawn.path[k], s, s_next, t, noise, drawn.back, *noises, some, *drawn.text)
+
+
+def gradient_noise(base, frozen, rows, weights, args):
+    """{"gradient noise": rms distance of a batch's gradient from the mean of all, in % of that mean}"""
+    levels = base.levels(K)
+    fake_pass = pass_of(base, args)
+    total = torch.zeros_like(weights)
+    squares = 0.0
+    for i in range(NOISE_BATCHES):
+        weights.grad.zero_()
+        fake_pass(*inputs_of(base, frozen, rows, levels, args, "noise", i))
+        total += weights.grad
+        squares += weights.grad.square().sum().item()
+    mean = (total / NOISE_BATCHES).square().sum().item()
+    variance = squares / NOISE_BATCHES - mean
+    return {"gradient noise": 100 * math.sqrt(variance / mean)}
 
 
 @torch.no_grad()
@@ -141,15 +176,17 @@ def main():
     rows = load_prompts(PRESETS["tiny"]["prompts"])
     frozen = generator_of(base, args.cold_start)
     base.add_adapter("fake", RANK, ALPHA, args.seed)
-    train(base, frozen, rows, args)
+    weights = train(base, frozen, rows, args)
     if args.reference:
+        noise = gradient_noise(base, frozen, rows, weights, args)
         base.load_adapter("reference", f"{args.reference}/fake.pt", ALPHA)
         numbers = difference(base, frozen, rows, args.batch_size)
+        numbers.update(noise)
         content = json.dumps(numbers, indent=1).encode()
         write_atomically({f"{args.out_dir}/numbers.json": content})
     else:
-        weights = base.adapter("fake")
-        on_cpu = {key: p.detach().cpu() for key, p in weights.items()}
+        matrices = base.adapter("fake").items()
+        on_cpu = {key: p.detach().cpu().clone() for key, p in matrices}
         write_atomically({f"{args.out_dir}/fake.pt": as_bytes(torch.save, on_cpu)})
 
 

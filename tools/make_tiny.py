@@ -4,7 +4,7 @@ A VAE, two CLIPs (one is a reward, the other a held-out judge), text encoders, a
 by flow matching. The result is a directory as SD3.5-M's is one: `--pretrained out/tiny_pipeline`.
 
     python -m tools.make_tiny                       # all into out/tiny_pipeline; on a CPU with less effort
-    python -m tools.make_tiny --random_sd35m DIR    # SD3.5-M's architecture with random weights instead
+    python -m tools.make_tiny --random sd35m DIR    # or a model of true size with random weights
 """
 
 import json
@@ -19,7 +19,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from common import Parser, parse, setup
+from common import Parser, die, parse, setup
 from rewards import clip_pixels
 from tiny import (
     COLORS,
@@ -33,6 +33,7 @@ from tiny import (
     render,
     scenes,
 )
+from tools import random_models
 
 # (steps, batch) of each model; the transformer's third number: how many pictures are encoded for it.
 QUALITY = {
@@ -451,91 +452,6 @@ def encoded_texts(pipe, prompts, device):
     return embeds, pooled
 
 
-# ---- SD3.5-M's size ------------------------------------------------------------------------------
-def random_sd35m(out_dir, device):
-    """Write a pipeline of SD3.5-M's true architecture with random weights, 16 GB in bf16.
-
-    Transformer of 2.2 B parameters, VAE, CLIP-L, CLIP-G, T5-XXL: to measure speed and memory without a
-    download. Its tokenizers are the tiny ones.
-    """
-    tokenizer, tokenizer_3 = tokenizers(captions())
-    tokenizer.model_max_length = 77
-    tokenizer_3.model_max_length = 512
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        transformer = diffusers.SD3Transformer2DModel(
-            sample_size=128,
-            patch_size=2,
-            in_channels=16,
-            out_channels=16,
-            num_layers=24,
-            attention_head_dim=64,
-            num_attention_heads=24,
-            joint_attention_dim=4096,
-            caption_projection_dim=1536,
-            pooled_projection_dim=2048,
-            pos_embed_max_size=384,
-            dual_attention_layers=tuple(range(13)),
-            qk_norm="rms_norm",
-        )
-        vae = diffusers.AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=16,
-            sample_size=1024,
-            scaling_factor=1.5305,
-            shift_factor=0.0609,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-        )
-        t5 = transformers.T5EncoderModel(
-            transformers.T5Config(
-                vocab_size=32128,
-                d_model=4096,
-                d_kv=64,
-                d_ff=10240,
-                num_layers=24,
-                num_heads=64,
-                feed_forward_proj="gated-gelu",
-                pad_token_id=0,
-                eos_token_id=1,
-            )
-        )
-        clip_l = random_clip_text(tokenizer, 768, 12, "quick_gelu")
-        clip_g = random_clip_text(tokenizer, 1280, 32, "gelu")
-    torch.set_default_dtype(torch.float32)
-    pipe = diffusers.StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT),
-        vae=vae,
-        text_encoder=clip_l,
-        tokenizer=tokenizer,
-        text_encoder_2=clip_g,
-        tokenizer_2=tokenizer,
-        text_encoder_3=t5,
-        tokenizer_3=tokenizer_3,
-    )
-    pipe.save_pretrained(out_dir)
-
-
-def random_clip_text(tokenizer, width, layers, activation):
-    """A CLIP text encoder of a published size."""
-    config = transformers.CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        hidden_act=activation,
-        projection_dim=width,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return transformers.CLIPTextModelWithProjection(config)
-
-
 # ---- the program ---------------------------------------------------------------------------------
 def arguments():
     """The flags; dies where they are no good."""
@@ -544,10 +460,19 @@ def arguments():
     add("--out_dir", default="out/tiny_pipeline", help="where the pipeline directory goes")
     add("--seed", type=int, default=0, help="one seed, one result")
     add("--device", default="auto", help="cuda: full quality; cpu or mps: less")
-    add("--random_sd35m", metavar="DIR", help="write SD3.5-M with random weights into DIR instead")
+    add(
+        "--random",
+        nargs=2,
+        metavar=("NAME", "DIR"),
+        help=f"write {' or '.join(random_models.WRITERS)} with random weights into DIR instead",
+    )
     args = parse(parser)
-    if args.random_sd35m is not None:
-        args.out_dir = args.random_sd35m
+    if args.random:
+        name, args.out_dir = args.random
+        if name not in random_models.WRITERS:
+            die(f"--random knows {', '.join(random_models.WRITERS)}, not {name!r}")
+        if not args.out_dir:
+            die("--random NAME DIR: DIR must not be empty")
     return args
 
 
@@ -555,8 +480,9 @@ def main():
     """One of the two pipelines."""
     args = arguments()
     device, _, _ = setup(args, training=False)
-    if args.random_sd35m:
-        random_sd35m(args.out_dir, device)
+    if args.random:
+        name, _ = args.random
+        random_models.write(name, args.out_dir, device, *tokenizers(captions()))
     else:
         quality = QUALITY.get(device.type, QUALITY["cpu"])
         make_pipeline(args.out_dir, quality, args.seed, device)
