@@ -2,7 +2,7 @@
 
 `find_weights` turns what a user names (a run, a release's checkpoint-N, an export, a peft
 directory, a file, a hub repository) into the path of one file; `read_adapter` turns that file into
-an `AdapterFile`. Nothing here knows the model: model.load_adapter puts an `AdapterFile` into a
+an `AdapterFile`. Nothing here knows the model: lora.load_adapter puts an `AdapterFile` into a
 transformer.
 
 The published format is a flat state dict with keys as peft names them on the bare transformer, such

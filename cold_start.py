@@ -45,8 +45,9 @@ from common import (
     update,
 )
 from cps import ambient_target, cps_step, per_sample, renoise, rollout
-from model import graphed, load_base, note_prompts, preview
+from model import graphed, load_base, preview
 from prompts import load_prompts, note_templates
+from text import note_prompts
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PRESETS = {  # defaults that differ; everything else is the same for every model

@@ -53,10 +53,11 @@ from common import (
 )
 from cps import at_least_float32, cps_step, log_prob, rollout
 from hub import DEFAULT_PLACES
-from model import graphed, load_base, note_prompts, preview
+from model import graphed, load_base, preview
 from pictures import save_grid
 from prompts import load_prompts
 from rewards import build_for, move, parse_weights
+from text import note_prompts
 
 PRESETS = {  # defaults that differ; everything else is the same for every model
     "sd35m": dict(pretrained="stabilityai/stable-diffusion-3.5-medium"),

@@ -42,9 +42,10 @@ from common import (
 )
 from cps import rollout, sigmas
 from hub import DEFAULT_PLACES
-from model import StableDiffusion3, graphed, note_prompts
+from model import StableDiffusion3, graphed
 from pictures import as_saved, read_picture, save_grid, save_picture
 from prompts import load_prompts
+from text import note_prompts
 
 SD35M = "stabilityai/stable-diffusion-3.5-medium"
 SD3M = "stabilityai/stable-diffusion-3-medium-diffusers"

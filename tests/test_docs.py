@@ -35,7 +35,7 @@ SOURCES = {
 MODULES = [name.removesuffix(".py") for name in SOURCES if "/" not in name]
 # Of torchrun and of tests/crash.py.
 FOREIGN_FLAGS = {"nproc_per_node", "nnodes", "rdzv-endpoint", "shutdown_timeout", "crash"}
-FILE_ENDINGS = ("py", "pt", "png", "json", "jsonl", "safetensors")
+FILE_ENDINGS = ("bin", "py", "pt", "png", "json", "jsonl", "safetensors")
 ALL_PAGES = pytest.mark.parametrize("page", PAGES)
 
 

@@ -24,7 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
 
 import cold_start
-import model
+import lora
 import rtdmd_rl
 import sample
 from cps import CPSScheduler
@@ -49,7 +49,7 @@ from tools import evaluate, export
 
 @pytest.mark.parametrize(
     "targets",
-    [model.TARGETS, [name.removeprefix("attn.") for name in model.TARGETS]],
+    [lora.TARGETS, [name.removeprefix("attn.") for name in lora.TARGETS]],
     ids=["ours", "model card's"],
 )
 def test_plain_diffusers_and_peft_load_our_file_and_compute_what_we_compute(run, targets):
@@ -427,11 +427,11 @@ def test_the_adapters_fit_sd3_medium():
     with torch.device("meta"):
         transformer = SD3Transformer2DModel(**SD3M)
         assert round(sum(p.numel() for p in transformer.parameters()) / 1e6) == 2028
-        model.add_adapter(transformer, "generator", 32, 64, seed=0)
-    found = model.adapter(transformer, "generator")
+        lora.add_adapter(transformer, "generator", 32, 64, seed=0)
+    found = lora.adapter(transformer, "generator")
     last = {"transformer_blocks.23.attn.to_add_out"}  # the last block drops its text stream
     modules = {
-        f"transformer_blocks.{i}.{target}" for i in range(24) for target in model.TARGETS
+        f"transformer_blocks.{i}.{target}" for i in range(24) for target in lora.TARGETS
     } - last
     assert (
         set(found) == {f"{module}.lora_{x}.default.weight" for module in modules for x in "AB"}

@@ -25,14 +25,16 @@ ALLOWED = {
     "checkpoint": {"common", "hub"},
     "variants": {"common", "cps"},
     "pictures": {"common", "cps"},
-    "model": {"checkpoint", "common", "cps", "hub", "pictures"},
+    "text": {"common"},
+    "lora": {"checkpoint", "common", "cps"},
+    "model": {"checkpoint", "common", "cps", "hub", "lora", "pictures", "text"},
     "rewards": {"common", "hub", "prompts", "tiny"},
-    "cold_start": {"checkpoint", "common", "cps", "model", "prompts", "variants"},
+    "cold_start": {"checkpoint", "common", "cps", "model", "prompts", "text", "variants"},
     "rtdmd_rl": {
         "checkpoint", "cold_start", "common", "cps", "hub", "model", "pictures", "prompts", "rewards",
-        "variants",
+        "text", "variants",
     },
-    "sample": {"checkpoint", "common", "cps", "hub", "model", "pictures", "prompts"},
+    "sample": {"checkpoint", "common", "cps", "hub", "model", "pictures", "prompts", "text"},
 }  # fmt: skip
 TOOLS = [f"tools/{path.stem}" for path in ROOT.glob("tools/[!_]*.py")]
 READABLE = sorted([*ALLOWED, *TOOLS])

@@ -29,6 +29,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import lora as lora_module
 import model
 import rtdmd_rl
 import sample
@@ -79,7 +80,7 @@ def matrices(*endings):
     return [name for name, m in named if isinstance(m, torch.nn.Linear) and name.endswith(endings)]
 
 
-USUAL = matrices(*("." + target for target in model.TARGETS))
+USUAL = matrices(*("." + target for target in lora_module.TARGETS))
 
 
 def random_lora(seed=0, rank=RANK, modules=None, dtype=torch.float32):
@@ -133,7 +134,7 @@ def merged(*loras):
 def small_base():
     """What of a base model its adapters need, around a fresh small transformer."""
     transformer = fresh()
-    load_adapter = functools.partial(model.load_adapter, transformer)
+    load_adapter = functools.partial(lora_module.load_adapter, transformer)
     parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "text_encoder_3"))
     return SimpleNamespace(
         transformer=transformer,
@@ -339,7 +340,7 @@ def test_the_two_stages_keep_their_own_alphas(tmp_path):
 )
 def test_what_peft_saves_computes_here_what_it_computes_in_peft(tmp_path, options, safe, capsys):
     """peft's own directory, with its variants and patterns; the truth is peft's own forward."""
-    config = {"r": RANK, "lora_alpha": 20, "target_modules": list(model.TARGETS), **options}
+    config = {"r": RANK, "lora_alpha": 20, "target_modules": list(lora_module.TARGETS), **options}
     in_peft = peft.get_peft_model(copy.deepcopy(base()), peft.LoraConfig(**config))
     g = torch.Generator().manual_seed(0)
     for name, p in in_peft.named_parameters():
@@ -709,7 +710,7 @@ def test_adapters_of_different_modules_and_ranks_are_exported_as_one(tmp_path):
         transformer=fresh(), save_lora_weights=StableDiffusion3Pipeline.save_lora_weights
     )
     for name, lora, alpha in (("one", one, 6), ("two", two, 9)):
-        model.load_adapter(
+        lora_module.load_adapter(
             pipe.transformer,
             name,
             str(write(tmp_path / f"{name}.pt", tensors_of(lora))),
@@ -751,7 +752,7 @@ def write_export(cold_start, rtdmd, folder):
     base.pipe = SimpleNamespace(
         transformer=base.transformer, save_lora_weights=save, text_encoder_3=None
     )
-    base.encode = SimpleNamespace(max_sequence_length=8)
+    base.text_tokens = 8
     base.shift = 3.0
     args = argparse.Namespace(
         merged=False,
@@ -901,12 +902,13 @@ def test_stage_2_freezes_stage_1_as_its_files_are_and_trains_what_its_flags_say(
             untouched = model.play(transformer, [], embeds)(X, 0.75)
         torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
         differ(ours, untouched)
-        assert all(not p.requires_grad for p in model.adapter(transformer, name).values())
+        assert all(not p.requires_grad for p in lora_module.adapter(transformer, name).values())
     new = torch.load(tmp_path / "out/generator_ema.pt", weights_only=True)
     usual = [
         n
         for n, m in plain.named_modules()
-        if isinstance(m, torch.nn.Linear) and n.endswith(tuple("." + t for t in model.TARGETS))
+        if isinstance(m, torch.nn.Linear)
+        and n.endswith(tuple("." + t for t in lora_module.TARGETS))
     ]
     assert {key.partition(".lora_")[0] for key in new} == set(usual)
     assert {tensor.shape[0] for key, tensor in new.items() if "lora_A" in key} == {32}
@@ -1071,7 +1073,9 @@ def inspected(where):
 
 def published_like(std, largest_B):
     """A file as the published ones are described, at a narrow width."""
-    modules = [f"transformer_blocks.{i}.{target}" for i in range(24) for target in model.TARGETS]
+    modules = [
+        f"transformer_blocks.{i}.{target}" for i in range(24) for target in lora_module.TARGETS
+    ]
     modules.remove("transformer_blocks.23.attn.to_add_out")
     g = torch.Generator().manual_seed(0)
     lora = {}

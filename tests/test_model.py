@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
+import lora
 import model
 import rtdmd_rl
 
@@ -78,7 +79,7 @@ def test_a_fresh_adapter_of_stage_2_has_A_of_standard_deviation_1_at_true_width(
         caption_projection_dim=1536, pooled_projection_dim=64, pos_embed_max_size=8,
         dual_attention_layers=(0,) if preset == "sd35m" else (),
     ).to(torch.bfloat16)  # fmt: skip
-    model.add_adapter(transformer, "generator", 32, 64, 0, rtdmd_rl.LORA_INIT_STD)
-    A = [p for key, p in model.adapter(transformer, "generator").items() if ".lora_A." in key]
+    lora.add_adapter(transformer, "generator", 32, 64, 0, rtdmd_rl.LORA_INIT_STD)
+    A = [p for key, p in lora.adapter(transformer, "generator").items() if ".lora_A." in key]
     assert 0.98 < torch.cat([p.flatten() for p in A]).std() < 1.02
     assert {p.dtype for p in A} == {torch.float32}

@@ -28,6 +28,7 @@ from torch.func import functional_call
 
 import cold_start
 import common
+import lora
 import model
 import rewards
 import rtdmd_rl
@@ -509,7 +510,7 @@ def a_start(transformer, name, seed):
     """An adapter in the midst of its training: neither A nor B is 0, so that no gradient is."""
     generator = torch.Generator().manual_seed(seed)
     start = {}
-    for key, p in model.adapter(transformer, name).items():
+    for key, p in lora.adapter(transformer, name).items():
         start[key] = 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
     return start
 
@@ -520,12 +521,12 @@ def run(program, flags, out_dir, monkeypatch, constants=None):
     constants {(module, name): value}: what is no flag, and is not to be hidden behind its usual value.
     """
     starts = {}
-    real_add_adapter = model.add_adapter
+    real_add_adapter = lora.add_adapter
 
     def add_adapter(transformer, name, *rest):
         real_add_adapter(transformer, name, *rest)
         starts[name] = a_start(transformer, name, seed=len(starts))
-        for key, p in model.adapter(transformer, name).items():
+        for key, p in lora.adapter(transformer, name).items():
             p.data = starts[name][key].clone()
 
     def load_pipeline(pretrained, device, transformer_waits):

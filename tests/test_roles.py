@@ -7,6 +7,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from PIL import Image
 
 import cold_start
+import lora
 import model
 import pictures
 import sample
@@ -168,7 +169,7 @@ def test_one_compiled_graph_serves_all_blocks_of_a_kind(monkeypatch):
         [],
     )
     for name in ("one", "two"):
-        model.add_adapter(transformer, name, 4, 64, 0)
+        lora.add_adapter(transformer, name, 4, 64, 0)
     torch._dynamo.reset()
 
     def backend(graph, inputs):

@@ -12,6 +12,7 @@ import cold_start
 import common
 import cps
 import rtdmd_rl
+import text
 from common import StepRandom, even_part, micro_batch, shard
 from helpers import (
     BASE,
@@ -73,9 +74,9 @@ def test_matrices_and_gradients_are_views_of_the_flat_ones():
     before = flat(base.adapter("fake"))
     _, weights = base.train_only("generator", "fake")
     assert torch.equal(weights.detach(), before)
-    text = base.encode(["a red circle"])
+    circle = base.encode(["a red circle"])
     (x,) = normals(1, 1)
-    base.velocity(["fake"], text)(x, 0.5).square().sum().backward()
+    base.velocity(["fake"], circle)(x, 0.5).square().sum().backward()
     gradients = [p.grad for p in base.adapter("fake").values()]
     assert torch.equal(weights.grad, flat(gradients))
     assert weights.grad.any()
@@ -178,7 +179,7 @@ def test_the_mean_over_all_shares_is_the_whole_gradient():
     for p in base.adapter("fake").values():
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
     (weights,) = base.train_only("fake")
-    text = base.encode(["a red circle", "two squares", "a blue triangle"])
+    prompts = base.encode(["a red circle", "two squares", "a blue triangle"])
     x_s, noise, noise1, noise2 = normals(4, 3)
     s, t = torch.full((3,), 0.5), torch.tensor([0.6, 0.8, 0.95])
     back = torch.tensor([0.02, 0.1, 0.2])
@@ -186,7 +187,7 @@ def test_the_mean_over_all_shares_is_the_whole_gradient():
 
     def gradient(*share):
         losses, _, consistency = cold_start.fake_score_loss(
-            base.velocity(["fake"], text), *inputs, *share
+            base.velocity(["fake"], prompts), *inputs, *share
         )
         weights.grad.zero_()
         losses.sum().backward()
@@ -206,8 +207,7 @@ def test_the_mean_over_all_shares_is_the_whole_gradient():
 
 def test_some_rows_of_the_text_belong_to_some_pictures():
     base = tiny_base()
-    text = base.encode(["a red circle", "two squares", "a blue triangle"])
-    v = base.velocity([], text)
+    v = base.velocity([], base.encode(["a red circle", "two squares", "a blue triangle"]))
     (x,) = normals(1, 3)
     sigma = torch.tensor([0.3, 0.5, 0.9])
     rows = torch.tensor([2, 0])
@@ -340,3 +340,46 @@ def test_the_order_of_a_rollouts_states_is_random():
         args = SimpleNamespace(seed=seed, generator_every=4, num_steps=4)
         orders.add(tuple(cold_start.state_of_a_rollout(step, args)[1] for step in range(4)))
     assert len(orders) == 24
+
+
+# ---- texts
+def test_the_last_texts_are_kept_by_their_size(monkeypatch):
+    """A prompt is 4 numbers and 2: 24 bytes; 60 bytes hold two."""
+    read = []
+
+    def encode(prompts):
+        read.extend(prompts)
+        ids = torch.tensor([float(prompt) for prompt in prompts])
+        return ids.view(-1, 1, 1).expand(-1, 2, 2), -ids.view(-1, 1).expand(-1, 2)
+
+    monkeypatch.setattr(text, "KEPT_BYTES", 60)
+    encoder = text.TextEncoder(encode, CPU)
+    embeds, pooled = encoder(["1", "2", "1"])
+    assert embeds[:, 0, 0].tolist() == [1, 2, 1]
+    assert pooled[:, 1].tolist() == [-1, -2, -1]
+    assert list(encoder.cache) == ["1", "2"]
+    encoder(["3", "2"])
+    assert list(encoder.cache) == ["2", "3"]
+    many, _ = encoder(["4", "5", "6", "7"])  # more at once than are kept
+    assert many[:, 1, 1].tolist() == [4, 5, 6, 7]
+    assert list(encoder.cache) == ["6", "7"]
+    assert read == ["1", "2", "3", "4", "5", "6", "7"]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_a_table_holds_texts_of_any_number_of_tensors(parts, tmp_path, capsys):
+    """Pooled text is not a matter of course: some models have none."""
+
+    def encode(prompts):
+        ids = torch.tensor([float(len(prompt)) for prompt in prompts])
+        shapes = [(3, 2), (5,), (1, 1, 2)][:parts]
+        sizes = [(len(prompts), *shape) for shape in shapes]
+        return tuple(
+            i + ids.view(-1, *[1] * (len(size) - 1)).expand(size) for i, size in enumerate(sizes)
+        )
+
+    prompts = ["a", "bb", "a", "dddd"]
+    table = text.TextTable(encode, CPU, prompts, str(tmp_path / "text.bin"))
+    assert "4 texts take 0.00 GB" in capsys.readouterr().out  # three and the empty one
+    for found, expected in zip(table(["dddd", "", "a"]), encode(["dddd", "", "a"]), strict=True):
+        assert torch.equal(found, expected)

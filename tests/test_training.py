@@ -11,7 +11,7 @@ import cold_start
 import common
 import rtdmd_rl
 from helpers import tiny_base
-from model import adapter, add_adapter
+from lora import adapter, add_adapter
 
 SMALL = [
     "--preset", "tiny", "--device", "cpu", "--sample_every", 0, "--micro_batch", 4,

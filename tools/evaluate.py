@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 
 from common import checked, die, end_on_signals, gather, meet, note, parse, setup, write_atomically
-from model import note_prompts
 from rewards import build_for
 from sample import (
     PRESETS,
@@ -36,6 +35,7 @@ from sample import (
     save_first,
     settled,
 )
+from text import note_prompts
 
 BY_CATEGORY = ("geneval", "geneval_soft")  # rewards whose means are given by category, too
 FIRST_COLUMN = 28  # "geneval_soft single_object" is the longest

@@ -276,7 +276,7 @@ image = pipe(
     guidance_scale=1.0,
     height={height},
     width={width},
-    max_sequence_length={base.encode.max_sequence_length},
+    max_sequence_length={base.text_tokens},
     generator=pipe.scheduler.generator,  # of the noise that it starts from
 ).images[0]
 ```

@@ -1033,12 +1033,12 @@ MODEL = [
         "add_adapter: all adapters start alike",
         'f"{seed}/{name}".encode()',
         'f"{seed}".encode()',
-        "model.py",
+        "lora.py",
     ),
     Fault(
         "add_adapter: another start for A", 'init_lora_weights="gaussian"', "init_lora_weights=True"
     ),
-    Fault("add_adapter: alpha is the rank", "lora_alpha=alpha,", "lora_alpha=rank,", "model.py"),
+    Fault("add_adapter: alpha is the rank", "lora_alpha=alpha,", "lora_alpha=rank,", "lora.py"),
     Fault(
         "adapters: alpha / rank is dropped",
         "self.scaling[name] * self.lora_B[name].weight",
@@ -1102,13 +1102,13 @@ MODEL = [
     ),
     Fault(
         "text: T5's length is ignored",
-        "max_sequence_length=max_sequence_length,",
+        "max_sequence_length=self.text_tokens,",
         "max_sequence_length=256,",
     ),
     Fault(
         "--cache_text: pooled and sequence overlap",
-        "found[:, self.split :]",
-        "found[:, : -self.split]",
+        "for tensor in encode(batch)]",
+        "for tensor in encode(batch)][::-1]",
     ),
     Fault(
         "decode: times the scale",
@@ -1761,6 +1761,13 @@ HOUSE = [
 ]
 
 SPEED = [
+    Fault(
+        "text: the newest are forgotten",
+        "in sizes.items():",
+        "in reversed(sizes.items()):",
+        "text.py",
+    ),
+    Fault("text: all but the last are forgotten", "too_many -= size", "pass", "text.py"),
     Fault(
         "quicken: a group's channels have one mean",
         "within + between + self.eps",
