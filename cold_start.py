@@ -85,7 +85,7 @@ def arguments():
     add("--paper", action="store_true", help="the paper's letter, in place of the authors' release")
     add("--variant", default="", metavar="NAME,...", help="other functions, see variants.py")
     # base model and prompts
-    add("--pretrained", help="diffusers directory or hub id of the Stable Diffusion 3 model")
+    add("--pretrained", help="diffusers directory or hub id of the base model")
     add("--prompts", default="", help="file: a prompt a line, JSON lines or a JSON list")
     add("--resolution", type=resolution, default=512, help="side, or height x width as 768x512")
     add("--cfg", type=float, default=4.5, help="guidance scale of the teacher")

@@ -1,6 +1,7 @@
 """The adapters: LoRAs on the frozen transformer, by name, and which of them add to it."""
 
 import hashlib
+import re
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,18 @@ TARGETS = [
 ]
 
 
+FUSED = re.compile(r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)")
+
+
+def fused_targets(transformer):
+    """FLUX.2's single blocks have fused their attention to the feed-forward part: the matrices' names."""
+    found = []
+    for name, module in transformer.named_modules():
+        if FUSED.fullmatch(name) and isinstance(module, (torch.nn.Linear, LoraLayer)):
+            found.append(name)
+    return found
+
+
 def add_adapter(transformer, name, rank, alpha, seed, init_std=None):
     """Put a fresh LoRA under `name`; it changes nothing yet, since its B is 0.
 
@@ -37,7 +50,7 @@ def add_adapter(transformer, name, rank, alpha, seed, init_std=None):
         r=rank,
         lora_alpha=alpha,
         init_lora_weights="gaussian",
-        target_modules=TARGETS,
+        target_modules=[*TARGETS, *fused_targets(transformer)],
     )
     transformer.add_adapter(config, name)
     adopt_layers(transformer)
@@ -105,7 +118,7 @@ def check_places(transformer, file):
                 "Is it of another model?"
             )
     endings = tuple(f".{target}" for target in TARGETS)
-    usual = [name for name in shapes if name.endswith(endings)]
+    usual = [name for name in shapes if name.endswith(endings) or FUSED.fullmatch(name)]
     missing = [name for name in usual if name not in file.weights]
     if missing:
         note(

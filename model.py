@@ -1,7 +1,7 @@
 """What touches the transformer: loading, its roles, velocity, recorded passes.
 
 One frozen transformer plays every role. Which one is said at the call, by the list of adapters that
-add to it: `play(transformer, ["generator"], text)` is the student, `play(transformer, [], text,
+add to it: `play(backbone, ["generator"], text)` is the student, `play(backbone, [], text,
 negative, cfg)` the teacher with guidance.
 """
 
@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 
+import diffusers
 import torch
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import try_to_load_from_cache
@@ -19,8 +20,9 @@ from huggingface_hub.utils import logging as hub_logging
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from backbones import BACKBONES
 from checkpoint import SETTINGS_NAME
-from common import die, first_line, is_rank_0, note, seeded_rng, sides
+from common import die, first_line, is_rank_0, note, seeded_rng
 from cps import at_least_float32, rollout, sigmas
 from hub import files_on_hub, in_words, is_hub_id
 from lora import adapter, add_adapter, load_adapter, set_adapters, train_only
@@ -37,25 +39,16 @@ for logging in (transformers_logging, diffusers_logging):
 for beginning in ("Already found a `peft_config`", "The `local_dir_use_symlinks`"):
     warnings.filterwarnings("ignore", message=beginning)
 
+
 # ---- the base model ------------------------------------------------------------------------------
-MOST_TEXT_TOKENS = 128  # of T5, the release's limit; a base whose tokenizer allows fewer has fewer
-
-
-def text_tokens(tokenizer):
-    """How many T5 tokens of a prompt are read; tokenizer: T5's, None where the base has none."""
-    if tokenizer is None:
-        return MOST_TEXT_TOKENS
-    return min(MOST_TEXT_TOKENS, tokenizer.model_max_length)
-
-
-class StableDiffusion3:
+class BaseModel:
     """A base model as the programs see it: levels, text, velocity, pictures, adapters.
 
-    Another kind of base is another class with these methods and attributes: the stages know no more.
+    What differs between base models is in backbones.py; the stages know no more than this:
 
         latent_shape    (C, h, w) of a picture's latents
-        shift           time shift of the sampling grid, the base's own
-        levels(K)       noise levels of K sampling steps
+        sigmas(K)       noise levels of K sampling steps, by the base's own time shift
+        levels(K)       the same, for training: there has to be room above the first step
         encode          prompts -> text, a tuple of tensors with one row a prompt
         velocity        adapters, text -> v(x, sigma): one role of the transformer
         decode          latents -> pictures
@@ -72,59 +65,43 @@ class StableDiffusion3:
         self.pretrained = pretrained
         self.device = device
         self.low_memory = low_memory
-        self.pipe = load_pipeline(pretrained, device, transformer_waits=cache_text)
+        family, self.pipe = load_pipeline(pretrained, device, transformer_waits=cache_text)
+        self.backbone = family(self.pipe, resolution)
         self.transformer = self.pipe.transformer
-        self.latent_shape = latent_shape(self.pipe, resolution)
-        self.shift = self.pipe.scheduler.config.shift
-        self.text_tokens = text_tokens(self.pipe.tokenizer_3)
-        self.encode = TextEncoder(self.fresh_text, device)
+        self.latent_shape = self.backbone.latent_shape
+        self.text_tokens = self.backbone.text_tokens
+        self.encode = TextEncoder(self.backbone.text, device)
         self.empty_text = None  # of classifier-free guidance, encoded when first needed
         if compile:
             compile_blocks(self.pipe)
         if low_memory:
             checkpoint_activations(self.transformer)
 
+    def sigmas(self, num_steps):
+        return sigmas(num_steps, self.backbone.shift(num_steps))
+
     def levels(self, num_steps):
         """Noise levels of `num_steps` sampling steps; dies where the first leaves no room above it."""
-        levels = sigmas(num_steps, self.shift)
-        if levels[1] > 0.96:
+        levels = self.sigmas(num_steps)
+        highest = self.backbone.highest_first_level
+        if levels[1] > highest:
+            shift = self.backbone.shift(num_steps)
             die(
-                f"--num_steps {num_steps} with this model's time shift {self.shift:g}: the first step "
-                "ends above noise level .96, which leaves no room to re-noise"
+                f"--num_steps {num_steps} with this model's time shift {shift:g}: the first step ends "
+                f"above noise level {highest:g}, which leaves no room to re-noise"
             )
         return levels
-
-    @torch.no_grad()
-    def fresh_text(self, prompts):
-        """Fresh from the text encoders -> (prompt_embeds [B,L,D], pooled [B,P])"""
-        embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompts,
-            None,
-            None,
-            device=self.pipe.vae.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.text_tokens,
-        )
-        return embeds, pooled
-
-    def readers(self):
-        """[(tokenizer, how many of its tokens are read, whose they are)] of those that the base has"""
-        pipe = self.pipe
-        found = [(pipe.tokenizer, pipe.tokenizer_max_length, "CLIP")]
-        if pipe.tokenizer_3:
-            found.append((pipe.tokenizer_3, self.text_tokens, "T5"))
-        return found
 
     def cache_texts(self, prompts, path):
         """Encode all prompts now, into a file (TextTable), and free the text encoders.
 
-        Most of them is T5-XXL's 9 GB; the transformer comes to the device in their place. Dies where
-        there is no room for it.
+        The transformer comes to the device in their place. Dies where there is no room for it.
         """
         pipe = self.pipe
-        self.encode = TextTable(self.fresh_text, pipe.vae.device, prompts, path)
+        self.encode = TextTable(self.backbone.text, pipe.vae.device, prompts, path)
         self.empty_text = None
-        pipe.text_encoder = pipe.text_encoder_2 = pipe.text_encoder_3 = None
+        for name in self.backbone.encoders:
+            setattr(pipe, name, None)
         gc.collect()
         torch.cuda.empty_cache()
         try:
@@ -137,15 +114,15 @@ class StableDiffusion3:
 
     def velocity(self, adapters, text, cfg=1.0):
         """The velocity function of the transformer with these adapters; with guidance if cfg is not 1."""
-        if cfg == 1:
-            return play(self.transformer, adapters, text)
+        if cfg == 1 or self.backbone.guided_by_input():
+            return play(self.backbone, adapters, text, None, cfg)
         if self.empty_text is None:
             self.empty_text = self.encode([""])
-        return play(self.transformer, adapters, text, self.empty_text, cfg)
+        return play(self.backbone, adapters, text, self.empty_text, cfg)
 
     def decode(self, latents):
         """Latents [B,C,h,w] -> pictures [B,3,H,W] in [0,1], float32, differentiable."""
-        return decode(self.pipe, latents, one_by_one=self.low_memory)
+        return decode(self.pipe.vae, self.backbone.to_vae(latents), one_by_one=self.low_memory)
 
     def add_adapter(self, name, rank, alpha, seed, init_std=None):
         add_adapter(self.transformer, name, rank, alpha, seed, init_std)
@@ -167,7 +144,7 @@ def load_base(args, device, prompts):
             f"--pretrained {args.pretrained} is a few-step generator, says its {SETTINGS_NAME}; as the "
             f"teacher it is guided with --cfg {args.cfg:g}"
         )
-    base = StableDiffusion3(
+    base = BaseModel(
         args.pretrained,
         device,
         args.resolution,
@@ -181,13 +158,11 @@ def load_base(args, device, prompts):
 
 
 def load_pipeline(pretrained, device, transformer_waits=False):
-    """The diffusers pipeline, frozen; bf16 on a GPU, float32 elsewhere.
+    """-> (its class in backbones.py, the diffusers pipeline), frozen; bf16 on a GPU, float32 elsewhere.
 
     transformer_waits: it stays on the CPU. Dies with one line where the directory or the repository
     is none.
     """
-    from diffusers import StableDiffusion3Pipeline
-
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     here = os.path.isdir(pretrained)
     if not here and not is_hub_id(pretrained):
@@ -196,27 +171,33 @@ def load_pipeline(pretrained, device, transformer_waits=False):
         names = files_under(pretrained) if here else files_on_hub(pretrained)
         if names is None:
             names = files_in_cache(pretrained)
-        index = StableDiffusion3Pipeline.load_config(pretrained)
+        index = diffusers.DiffusionPipeline.load_config(pretrained)
+        name = index.get("_class_name")
+        if isinstance(name, list):  # a file of the repository's own and a class in it
+            raise ValueError(f"it wants to run custom code, {'.'.join(name)}")
+        if name not in BACKBONES:
+            raise ValueError(f"it is a {name}")
+        family = BACKBONES[name]
         absent = {}
-        for name in ("text_encoder_3", "tokenizer_3"):  # some come without T5, which has to be said
+        for name in family.optional:
             if not (index.get(name) or [None])[0]:
                 absent[name] = None
-        pipe = StableDiffusion3Pipeline.from_pretrained(
+        pipe = getattr(diffusers, family.pipeline).from_pretrained(
             pretrained, dtype=dtype, variant=variant_of(names), **absent
         )
-        encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
+        encoders = [getattr(pipe, name) for name in family.encoders]
         for module in (pipe.transformer, pipe.vae, *encoders):
             if module is not None:
                 waits = module is pipe.transformer and transformer_waits
                 module.requires_grad_(False).eval().to("cpu" if waits else device)
     except Exception as e:  # a directory can be wrong in a dozen ways
         die(
-            f"--pretrained {pretrained}, which must be a pipeline of Stable Diffusion 3, cannot be "
-            f"loaded: {in_words(e, pretrained)}",
+            f"--pretrained {pretrained}, which must be a pipeline of Stable Diffusion 3, FLUX.1 or "
+            f"FLUX.2-klein ({', '.join(BACKBONES)}), cannot be loaded: {in_words(e, pretrained)}",
             local=isinstance(e, torch.cuda.OutOfMemoryError),
         )
     pipe.transformer.lora_layers = []  # kept by adopt_layers, for set_adapters
-    return pipe
+    return family, pipe
 
 
 def files_under(folder):
@@ -246,20 +227,6 @@ def variant_of(names):
     return None
 
 
-def latent_shape(pipe, resolution):
-    """(C, h, w) of a picture's latents; dies where one of its sides does not fit the model."""
-    unit = pipe.vae_scale_factor * pipe.transformer.config.patch_size
-    most = unit * pipe.transformer.config.pos_embed_max_size
-    height, width = sides(resolution)
-    if height % unit or width % unit or max(height, width) > most:
-        die(
-            f"--resolution {resolution} must be divisible by {unit} and at most {most} for "
-            "this model's VAE and patches"
-        )
-    channels = pipe.transformer.config.in_channels
-    return channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
-
-
 def compile_blocks(pipe):
     """Compile block by block: one graph serves all blocks of a kind.
 
@@ -270,7 +237,9 @@ def compile_blocks(pipe):
     config.cache_size_limit = 1000  # since torch 2.7 also "recompile_limit"
     config.accumulated_cache_size_limit = 1000
     quicken(pipe.vae)
-    for module in (*pipe.transformer.transformer_blocks, pipe.vae.decoder):
+    blocks = [*pipe.transformer.transformer_blocks]
+    blocks += getattr(pipe.transformer, "single_transformer_blocks", [])  # FLUX has both kinds
+    for module in (*blocks, pipe.vae.decoder):
         module.compile(dynamic=False)
 
 
@@ -296,19 +265,19 @@ def checkpoint_activations(transformer):
 
 
 # ---- velocity ------------------------------------------------------------------------------------
-def play(transformer, adapters, text, negative=None, cfg=1.0):
+def play(backbone, adapters, text, negative=None, cfg=1.0):
     """The velocity function of the transformer in one role: v(x [B,C,H,W], sigma float or [B]).
 
-    It returns float32 like x (float64 stays float64). text, negative: (prompt_embeds [B or 1,L,D],
-    pooled [B or 1,P]). With negative there is classifier-free guidance, both halves in one pass.
+    It returns float32 like x (float64 stays float64). text, negative: tuples of tensors with B
+    rows, or 1. With negative there is classifier-free guidance, both halves in one pass.
     v(x, sigma, rows): with those rows of the text alone.
     """
 
     def velocity(x, sigma, rows=None):
-        set_adapters(transformer, adapters)
+        set_adapters(backbone.pipe.transformer, adapters)
         n = len(x)
         own_text = text if rows is None else [tensor[rows] for tensor in text]
-        embeds, pooled = (repeated(tensor, n) for tensor in own_text)
+        parts = [repeated(tensor, n) for tensor in own_text]
         if torch.is_tensor(sigma):
             timestep = 1000 * at_least_float32(sigma).expand(n)
         else:
@@ -316,16 +285,10 @@ def play(transformer, adapters, text, negative=None, cfg=1.0):
         if negative is not None:
             x = torch.cat([x, x])
             timestep = torch.cat([timestep, timestep])
-            embeds = torch.cat([repeated(negative[0], n), embeds])
-            pooled = torch.cat([repeated(negative[1], n), pooled])
+            without = [repeated(tensor, n) for tensor in negative]
+            parts = [torch.cat(both) for both in zip(without, parts)]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-            v = transformer(
-                hidden_states=x.to(embeds.dtype),
-                encoder_hidden_states=embeds,
-                pooled_projections=pooled,
-                timestep=timestep,
-                return_dict=False,
-            )[0]
+            v = backbone.run(x.to(parts[0].dtype), timestep, cfg, *parts)
         v = at_least_float32(v)
         if negative is not None:
             without, with_text = v.chunk(2)

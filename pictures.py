@@ -18,14 +18,12 @@ from cps import at_least_float32
 
 
 # ---- latents to pixels ---------------------------------------------------------------------------
-def decode(pipe, latents, one_by_one=False):
-    """Latents [B,C,h,w] -> pictures [B,3,H,W] in [0,1], float32, differentiable."""
-    config = pipe.vae.config
-    latents = latents / config.scaling_factor + config.shift_factor
-    latents = latents.to(pipe.vae.dtype)
+def decode(vae, latents, one_by_one=False):
+    """Latents as the VAE takes them -> pictures [B,3,H,W] in [0,1], float32, differentiable."""
+    latents = latents.to(vae.dtype)
 
     def run(z):
-        return pipe.vae.decode(z).sample
+        return vae.decode(z).sample
 
     if one_by_one:
         # One by one, and again in the backward pass: the activations of one picture at a time.

@@ -40,9 +40,9 @@ from common import (
     resolution,
     setup,
 )
-from cps import rollout, sigmas
+from cps import rollout
 from hub import DEFAULT_PLACES
-from model import StableDiffusion3, graphed
+from model import BaseModel, graphed
 from pictures import as_saved, read_picture, save_grid, save_picture
 from prompts import load_prompts
 from text import note_prompts
@@ -209,7 +209,7 @@ def teacher_levels(base, steps):
     pipeline's scheduler itself is left as it is. Raises ValueError where it has no such grid.
     """
     scheduler = type(base.pipe.scheduler).from_config(base.pipe.scheduler.config)
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(**base.backbone.timesteps(steps))
     return scheduler.sigmas.tolist()
 
 
@@ -246,7 +246,7 @@ def integrate(v, noise, levels, eta):
 def load_base(args, device):
     """The base model that the flags name."""
     compiled = bool(args.compile) and device.type == "cuda"
-    base = StableDiffusion3(args.pretrained, device, args.resolution, compile=compiled)
+    base = BaseModel(args.pretrained, device, args.resolution, compile=compiled)
     base.encode.at_once = 1  # so that a picture depends on its own prompt alone, to the last bit
     return base
 
@@ -259,7 +259,7 @@ def renderer(base, adapters, args):
     if args.teacher:
         levels = checked(teacher_levels, base, args.steps)
     else:
-        levels = sigmas(args.steps, base.shift)
+        levels = base.sigmas(args.steps)
     fix_adapters(base.transformer, adapters)
 
     @torch.no_grad()
@@ -353,13 +353,8 @@ def origin_of(base, files, args):
     for adapter, path in files.items():
         adapters.append(f"{ADAPTERS[adapter]} {hash_of_file(path)}")
     pipe = base.pipe
-    parts = (
-        base.transformer,
-        pipe.vae,
-        pipe.text_encoder,
-        pipe.text_encoder_2,
-        pipe.text_encoder_3,
-    )
+    encoders = [getattr(pipe, name) for name in base.backbone.encoders]
+    parts = (base.transformer, pipe.vae, *encoders)
     content = [frozen_content(part) for part in parts if part is not None]
     return {
         "base": hashed([content, dict(pipe.scheduler.config)]),
@@ -369,7 +364,7 @@ def origin_of(base, files, args):
         "device": base.device.type,
         "steps": args.steps,
         "eta": float(args.eta),
-        "shift": base.shift,
+        "shift": base.backbone.shift(args.steps),
         "guidance": float(args.cfg),
         "resolution": args.resolution,
     }

@@ -111,7 +111,7 @@ def note_prompts(base, rows):
     if not is_rank_0() or not rows:
         return
     prompts = [row["prompt"] for row in rows]
-    readers = base.readers()
+    readers = base.backbone.readers()
     too_long = [False] * len(prompts)
     for tokenizer, limit, _ in readers:
         for i, ids in enumerate(tokenizer(prompts).input_ids):

@@ -22,7 +22,8 @@ import cold_start
 import cps
 import rtdmd_rl
 import sample
-from model import StableDiffusion3
+from backbones import StableDiffusion3
+from model import BaseModel
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 torch.set_num_threads(1)
@@ -174,7 +175,14 @@ def tiny_args(**more):
 
 def tiny_base(pretrained=TINY, resolution=32, **more):
     """The tiny base model on the CPU."""
-    return StableDiffusion3(str(pretrained), CPU, resolution, **more)
+    return BaseModel(str(pretrained), CPU, resolution, **more)
+
+
+def backbone_of(transformer):
+    """A bare transformer of Stable Diffusion 3 as `model.play` takes it."""
+    backbone = object.__new__(StableDiffusion3)
+    backbone.pipe = SimpleNamespace(transformer=transformer)
+    return backbone
 
 
 def load_both(base, cold, rl, lora_alpha=None):

@@ -27,7 +27,8 @@ ALLOWED = {
     "pictures": {"common", "cps"},
     "text": {"common"},
     "lora": {"checkpoint", "common", "cps"},
-    "model": {"checkpoint", "common", "cps", "hub", "lora", "pictures", "text"},
+    "backbones": {"common"},
+    "model": {"backbones", "checkpoint", "common", "cps", "hub", "lora", "pictures", "text"},
     "rewards": {"common", "hub", "prompts", "tiny"},
     "cold_start": {"checkpoint", "common", "cps", "model", "prompts", "text", "variants"},
     "rtdmd_rl": {

@@ -29,10 +29,12 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import cps
 import lora as lora_module
 import model
 import rtdmd_rl
 import sample
+from helpers import backbone_of
 from tools import export
 
 torch.set_num_threads(1)
@@ -117,7 +119,7 @@ def write(path, content, metadata=None):
 
 def velocity(transformer, *names):
     with torch.no_grad():
-        return model.play(transformer, list(names), TEXT)(X, 0.75)
+        return model.play(backbone_of(transformer), list(names), TEXT)(X, 0.75)
 
 
 def merged(*loras):
@@ -140,7 +142,10 @@ def small_base():
         transformer=transformer,
         load_adapter=load_adapter,
         encode=SimpleNamespace(at_once=1),
-        shift=3.0,
+        backbone=SimpleNamespace(
+            pipeline="StableDiffusion3Pipeline", encoders=(), shift=lambda num_steps: 3.0
+        ),
+        sigmas=functools.partial(cps.sigmas, shift=3.0),
         device=torch.device("cpu"),
         pipe=SimpleNamespace(**parts, scheduler=SimpleNamespace(config={})),
     )
@@ -606,7 +611,7 @@ def refused(folder, out, capsys, words):
     """sample.py, given that folder: status 2, one line with these words, no file written."""
     base = small_base()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "StableDiffusion3", lambda *_, **__: base)
+        patch.setattr(sample, "BaseModel", lambda *_, **__: base)
         flags = ["a circle", "--preset", "tiny", "--device", "cpu", "--lora_alpha", 8]
         weights = ["--rtdmd", "", "--cold_start", folder]
         status = program(sample.main, *flags, *weights, "--out_dir", out)
@@ -753,7 +758,6 @@ def write_export(cold_start, rtdmd, folder):
         transformer=base.transformer, save_lora_weights=save, text_encoder_3=None
     )
     base.text_tokens = 8
-    base.shift = 3.0
     args = argparse.Namespace(
         merged=False,
         pretrained="owner/base",
@@ -897,9 +901,9 @@ def test_stage_2_freezes_stage_1_as_its_files_are_and_trains_what_its_flags_say(
             merged_one.get_submodule(module).weight.data += 8 / 2 * B @ A
         merged_one.lora_layers = []
         with torch.no_grad():
-            ours = model.play(transformer, [name], embeds)(X, 0.75)
-            truth = model.play(merged_one, [], embeds)(X, 0.75)
-            untouched = model.play(transformer, [], embeds)(X, 0.75)
+            ours = model.play(backbone_of(transformer), [name], embeds)(X, 0.75)
+            truth = model.play(backbone_of(merged_one), [], embeds)(X, 0.75)
+            untouched = model.play(backbone_of(transformer), [], embeds)(X, 0.75)
         torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
         differ(ours, untouched)
         assert all(not p.requires_grad for p in lora_module.adapter(transformer, name).values())

@@ -575,7 +575,7 @@ def test_with_cached_text_the_transformer_waits_until_the_text_encoders_have_lef
 ):
     """Stage 1 of SD3.5-M then needs 12 GiB at most, where it would need 16 for this moment alone. A GPU's part is played by "meta"."""
     moves, path = [], str(tmp_path / "text.bin")
-    pipe = model.load_pipeline(TINY, torch.device("meta"), transformer_waits=True)
+    _, pipe = model.load_pipeline(TINY, torch.device("meta"), transformer_waits=True)
     assert (
         pipe.vae.device.type == pipe.text_encoder.device.type == "meta"
         and pipe.transformer.device.type == "cpu"

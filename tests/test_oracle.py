@@ -32,6 +32,7 @@ import lora
 import model
 import rewards
 import rtdmd_rl
+from backbones import StableDiffusion3
 
 TINY = Path(__file__).resolve().parent.parent / "assets/tiny"
 LATENT = (4, 16, 16)
@@ -532,7 +533,7 @@ def run(program, flags, out_dir, monkeypatch, constants=None):
     def load_pipeline(pretrained, device, transformer_waits):
         pipe = double_pipeline()
         pipe.transformer.lora_layers = []
-        return pipe
+        return StableDiffusion3, pipe
 
     words = ["--preset", "tiny", "--device", "cpu", "--sample_every", 0, "--out_dir", out_dir]
     for name, value in vars(flags).items():

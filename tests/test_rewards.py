@@ -12,7 +12,6 @@ import torch
 import transformers
 from PIL import Image
 
-import pictures
 import rewards
 import tiny
 from gaussian import close
@@ -58,8 +57,8 @@ def test_the_checker_accepts_true_pictures_after_the_vae_and_rejects_captions_th
         latents = pipe.vae.encode(
             tiny.render(*tiny.scenes(rows, torch.arange(len(rows)))) * 2 - 1
         ).latent_dist.sample()
-        drawn = pictures.decode(
-            pipe, (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+        drawn = tiny_base().decode(
+            (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
         )
     (checker,) = rewards.build("checker", torch.device("cpu"))
 

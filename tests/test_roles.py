@@ -16,6 +16,7 @@ from helpers import (
     BASE,
     CPU,
     TINY,
+    backbone_of,
     good,
     here,
     load_both,
@@ -29,7 +30,7 @@ def generator_gradient(switch, checkpointing, compile=0, device=CPU):
     switch: "ours", "peft" (its set_adapter), or "none": the truth, the other roles play before the generator does.
     checkpointing: "ours", "diffusers" or None."""
     g = torch.Generator().manual_seed(0)
-    base = model.StableDiffusion3(
+    base = model.BaseModel(
         str(TINY), device, 32, compile=bool(compile), low_memory=checkpointing == "ours"
     )
     transformer = base.transformer
@@ -182,12 +183,12 @@ def test_one_compiled_graph_serves_all_blocks_of_a_kind(monkeypatch):
         ([], ["one"], ["one", "two"]), 1
     ):  # with a second attention, without, and the last, which drops its text
         with torch.no_grad():
-            model.play(transformer, adapters, text)(torch.randn(2, 4, 16, 16), 0.5)
+            model.play(backbone_of(transformer), adapters, text)(torch.randn(2, 4, 16, 16), 0.5)
         assert len(graphs) == 3 * i
     for layer in transformer.lora_layers:  # as sample.py draws
         layer.fixed = {("one", "two"): [m.detach() for m in layer.pair(["one", "two"])]}
     with torch.no_grad():
-        model.play(transformer, ["one", "two"], text)(torch.randn(2, 4, 16, 16), 0.5)
+        model.play(backbone_of(transformer), ["one", "two"], text)(torch.randn(2, 4, 16, 16), 0.5)
     assert len(graphs) == 12
 
 

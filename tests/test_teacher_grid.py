@@ -9,7 +9,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 import cps
 import model
-import pictures
 import sample
 from helpers import TINY, tiny_base
 from tools import evaluate
@@ -32,17 +31,17 @@ def draw_with_sample(monkeypatch, tmp_path):
 
     def draw(*flags):
         batches = []
-        true_decode = pictures.decode
+        true_decode = model.BaseModel.decode
 
-        def recording_decode(pipe, latents, **options):
+        def recording_decode(base, latents):
             batches.append(latents)
-            return true_decode(pipe, latents, **options)
+            return true_decode(base, latents)
 
         command = ["sample.py", PROMPT, "--preset", "tiny", "--device", "cpu", "--seed", str(SEED)]
         command += ["--cold_start", "", "--rtdmd", "", "--out_dir", str(tmp_path / "pictures")]
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", command + list(flags))
-            patch.setattr(model, "decode", recording_decode)
+            patch.setattr(model.BaseModel, "decode", recording_decode)
             sample.main()
         return batches
 

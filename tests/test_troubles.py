@@ -251,7 +251,7 @@ def test_kept_files_drawn_again_give_the_runs_own_pictures(tmp_path):
     good(here(cold_start, *flags, *run))
     rows = load_prompts(cold_start.PRESETS["tiny"]["prompts"])
     for step in (1, 2):
-        base = model.StableDiffusion3(str(TINY), torch.device("cpu"), 32)
+        base = model.BaseModel(str(TINY), torch.device("cpu"), 32)
         base.load_adapter("generator", str(tmp_path / f"run/generator_ema_{step}.pt"))
         args = argparse.Namespace(num_steps=4, eta=0.9, seed=0, out_dir=str(tmp_path))
         (tmp_path / "samples").mkdir(exist_ok=True)

@@ -65,9 +65,9 @@ def other_shift(monkeypatch, shift=2.0):
     real_load_pipeline = model.load_pipeline
 
     def load_pipeline(*inputs, **options):
-        pipe = real_load_pipeline(*inputs, **options)
+        family, pipe = real_load_pipeline(*inputs, **options)
         pipe.scheduler.register_to_config(shift=shift)
-        return pipe
+        return family, pipe
 
     monkeypatch.setattr(model, "load_pipeline", load_pipeline)
 

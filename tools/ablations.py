@@ -30,7 +30,6 @@ import torch
 
 from checkpoint import settings_of
 from common import Parser, die, make_out_dir, note, parse, setup, write_atomically
-from cps import sigmas
 from tiny import CATEGORIES
 from tools.scoreboard import markdown
 from tools.tiny_scores import (
@@ -262,7 +261,7 @@ def score(args, row, seed, device):
     else:
         adapters = generator_of(base, folder(args, START, seed), out)
     settings = settings_of(f"{out}/generator_ema.pt")
-    levels = sigmas(settings["num_steps"], base.shift)
+    levels = base.sigmas(settings["num_steps"])
     rows = report_captions(args.pictures)
     numbers, _ = evaluate(base, clips, rows, adapters, levels, settings["eta"])
     write_atomically({f"{out}/numbers.json": json.dumps(numbers, indent=1).encode()})

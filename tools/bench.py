@@ -19,14 +19,14 @@ import sys
 import time
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, SD3Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
 import sample
+from backbones import StableDiffusion3
 from checkpoint import settings_of
 from common import Parser, die, parse, setup, sides
-from model import text_tokens
 from tools.plots import read_log
 
 WITH_GRADIENT = 2  # forwards that one with a backward pass counts for
@@ -109,7 +109,12 @@ def forwards_of(settings, steps):
 
 
 def forward_flops(pretrained, resolution):
-    """Operations of one forward for one picture; only shapes are computed, no weights are loaded."""
+    """Operations of one forward for one picture; only shapes are computed, no weights are loaded.
+
+    None where the base is no Stable Diffusion 3, whose shapes are not known here.
+    """
+    if DiffusionPipeline.load_config(pretrained).get("_class_name") != StableDiffusion3.pipeline:
+        return None
     with torch.device("meta"):
         config = SD3Transformer2DModel.load_config(pretrained, subfolder="transformer")
         transformer = SD3Transformer2DModel.from_config(config)
@@ -135,7 +140,8 @@ def prompt_tokens(pretrained):
         t5 = AutoTokenizer.from_pretrained(pretrained, subfolder="tokenizer_3")
     except (OSError, ValueError):  # a base without T5 is given zeros
         t5 = None
-    return clip.model_max_length + text_tokens(t5)
+    most = StableDiffusion3.most_text_tokens
+    return clip.model_max_length + (most if t5 is None else min(most, t5.model_max_length))
 
 
 def matmul_tflops(n=8192):
@@ -161,7 +167,10 @@ def work_of(run, speed, steps, gpus):
     if not settings:
         return {}
     forwards = forwards_of(settings, steps)
-    tflop = forward_flops(settings["pretrained"], settings["resolution"]) / 1e12
+    operations = forward_flops(settings["pretrained"], settings["resolution"])
+    if operations is None:
+        return {"forwards a picture": forwards}
+    tflop = operations / 1e12
     achieved = forwards * tflop * speed["pictures / s"] / gpus
     work = {"forwards a picture": forwards, "TFLOP a forward": tflop, "TFLOP/s a GPU": achieved}
     if torch.cuda.is_available():

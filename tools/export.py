@@ -24,6 +24,7 @@ import shutil
 import torch
 import torch.nn.functional as F
 
+from backbones import StableDiffusion3
 from checkpoint import (
     CONFIG_NAME,
     FREE,
@@ -33,9 +34,8 @@ from checkpoint import (
     settings_of,
 )
 from common import Parser, chosen_device, die, first_line, note, parse, resolution, sides
-from cps import sigmas
 from hub import DEFAULT_PLACES, is_hub_id
-from model import StableDiffusion3
+from model import BaseModel
 from sample import ADAPTERS, PRESETS, generator_files, load_generator, settled
 from tools.evaluate import mean_and_error, with_error
 
@@ -254,7 +254,7 @@ def usage(base, stages, args):
     lora = ""
     if not args.merged:
         lora = f'pipe.load_lora_weights("DIR")  # {" and ".join(stages)} in one file\n'
-    levels = ", ".join(f"{sigma:.3g}" for sigma in sigmas(args.steps, base.shift))
+    levels = ", ".join(f"{sigma:.3g}" for sigma in base.sigmas(args.steps))
     height, width = sides(args.resolution)
     base_place = ""
     if place == "BASE":
@@ -445,7 +445,12 @@ def main():
     with new_folder(args.out_dir) as folder:
         files = generator_files(args)
         args = settled(args, files)
-        base = StableDiffusion3(args.pretrained, device, args.resolution)
+        base = BaseModel(args.pretrained, device, args.resolution)
+        if base.backbone.pipeline != StableDiffusion3.pipeline:
+            die(
+                f"--pretrained {args.pretrained} is a {base.backbone.pipeline}: export knows "
+                f"{StableDiffusion3.pipeline} alone so far; sample.py draws with the adapters as they are"
+            )
         load_generator(base, files, args.lora_alpha)
         export(base, files, args, folder)
     if not public_name(args):

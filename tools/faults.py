@@ -43,8 +43,8 @@ KNOWN = [
     ),
     Fault(
         "play: positive text first in the guided batch",
-        "torch.cat([repeated(negative[0], n), embeds])\n            pooled = torch.cat([repeated(negative[1], n), pooled])",
-        "torch.cat([embeds, repeated(negative[0], n)])\n            pooled = torch.cat([pooled, repeated(negative[1], n)])",
+        "zip(without, parts)",
+        "zip(parts, without)",
     ),
     Fault(
         "stage 1: the teacher is played by the generator's adapter",
@@ -158,7 +158,7 @@ KNOWN = [
     ),
     Fault(
         "sample: the base's shift is ignored when the student draws",
-        "levels = sigmas(args.steps, base.shift)",
+        "levels = base.sigmas(args.steps)",
         "levels = sigmas(args.steps)",
         SAMPLE,
     ),
@@ -576,8 +576,8 @@ STAGE_1 = [
     ),
     Fault(
         "stage 1: shift is ignored in training",
-        "levels = sigmas(num_steps, self.shift)",
-        "levels = sigmas(num_steps)",
+        "return sigmas(num_steps, self.backbone.shift(num_steps))",
+        "return sigmas(num_steps)",
         "model.py",
     ),
     Fault(
@@ -1017,8 +1017,8 @@ MODEL = [
     ),
     Fault(
         "play: the adapters are set when the function is made",
-        "    def velocity(x, sigma, rows=None):\n        set_adapters(transformer, adapters)\n",
-        "    set_adapters(transformer, adapters)\n\n    def velocity(x, sigma, rows=None):\n",
+        "    def velocity(x, sigma, rows=None):\n        set_adapters(backbone.pipe.transformer, adapters)\n",
+        "    set_adapters(backbone.pipe.transformer, adapters)\n\n    def velocity(x, sigma, rows=None):\n",
     ),
     Fault(
         "play: each text is repeated in place",
@@ -1104,6 +1104,7 @@ MODEL = [
         "text: T5's length is ignored",
         "max_sequence_length=self.text_tokens,",
         "max_sequence_length=256,",
+        count=2,
     ),
     Fault(
         "--cache_text: pooled and sequence overlap",
@@ -1741,11 +1742,11 @@ HOUSE = [
     ),
     Fault(
         "levels: a first step above .96 is taken",
-        "if levels[1] > 0.96:",
+        "if levels[1] > highest:",
         "if levels[1] > 2:",
         "model.py",
     ),
-    Fault("base: guidance is ignored", "        if cfg == 1:\n", "        if True:\n", "model.py"),
+    Fault("base: guidance is ignored", "if cfg == 1 or", "if True or", "model.py"),
     Fault(
         "stage 1: a step too many is executed",
         "return levels[: k + 1]",
@@ -1758,6 +1759,42 @@ HOUSE = [
         "return x_t, v_t, (t - back).clamp(min=0), (t - back).clamp(min=0)",
         ONE,
     ),
+]
+
+BASES = [
+    Fault(
+        "flux: time is not rounded, nor small",
+        "timestep.to(x.dtype) / 1000",
+        "timestep.to(x.dtype)",
+    ),
+    Fault(
+        "flux: guidance is 1", "torch.full_like(timestep, guidance)", "torch.ones_like(timestep)"
+    ),
+    Fault(
+        "flux: rows and columns swapped",
+        "places(device, 1, height, width), torch",
+        "places(device, 1, width, height).flip(1)[:, [2, 0, 1]], torch",
+    ),
+    Fault(
+        "flux: latents are not unpacked",
+        "super().to_vae(pixel_shuffle(latents, 2))",
+        "super().to_vae(pixel_shuffle(latents.flip(1), 2))",
+    ),
+    Fault("flux: the scheduler's fixed shift", "if not config.use_dynamic_shifting:", "if True:"),
+    Fault("flux: guided twice", "or self.backbone.guided_by_input()", "or False"),
+    Fault("klein: mean of the latents", "latents * deviation + mean", "latents * deviation"),
+    Fault(
+        "klein: shift of 50 steps",
+        "compute_empirical_mu(self.tokens, num_steps)",
+        "compute_empirical_mu(self.tokens, 50)",
+    ),
+    Fault(
+        "klein: text has no places",
+        "places(device, 1, 1, 1, length)",
+        "0 * places(device, 1, 1, 1, length)",
+    ),
+    Fault("klein: fused matrices are left out", "(to_qkv_mlp_proj|to_out)", "(to_nothing)"),
+    Fault("klein: the language model stays cut", "self.pipe.text_encoder = whole\n", "pass\n"),
 ]
 
 SPEED = [
@@ -1815,6 +1852,7 @@ SPEED = [
 FAULTS = [
     *KNOWN,
     *SPEED,
+    *BASES,
     *HOUSE,
     *group(
         SAMPLER,

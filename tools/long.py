@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 from checkpoint import KEPT_GENERATOR
 from common import Parser, die, note, parse, setup, write_atomically
-from cps import sigmas
 from sample import teacher_levels
 from tiny import CATEGORIES
 from tools.plots import read_log
@@ -139,7 +138,7 @@ def score(args, device):
     rows = report_captions(args.pictures)
     base, clips = load_tiny(PRETRAINED, device)
     cfg, guidance = best_guidance(base, clips, rows)
-    few = sigmas(4, base.shift)
+    few = base.sigmas(4)
     content = {
         "machine": machine_name(device),
         "pictures_a_row": len(rows),

@@ -442,7 +442,7 @@ def draw_kept(run, pretrained, path, device):
             of_both = (weights,) if stage == "cold_start" else (stage_1, weights)
             adapters = generator_of(base, *of_both)
             settings = settings_of(weights)
-            levels = sigmas(settings.get("num_steps", 4), base.shift)
+            levels = base.sigmas(settings.get("num_steps", 4))
             eta = settings.get("eta", 0.9)
             rows[f"{stage}\n{when}"] = six_pictures(base, adapters, levels, eta)
     if not rows:
@@ -486,8 +486,8 @@ def draw_front(run, pretrained, n, out_dir, device):
     sheet = {}
     for name, adapters, levels, eta, cfg in (
         ("teacher, 50 steps\n100 evaluations", [], teacher_levels(base, 50), 0.0, FRONT_CFG),
-        ("AC-DMD, 4 steps\n4 evaluations", stacked[:1], sigmas(4, base.shift), 0.9, 1.0),
-        ("RTDMD, 4 steps\n4 evaluations", stacked, sigmas(4, base.shift), 0.9, 1.0),
+        ("AC-DMD, 4 steps\n4 evaluations", stacked[:1], base.sigmas(4), 0.9, 1.0),
+        ("RTDMD, 4 steps\n4 evaluations", stacked, base.sigmas(4), 0.9, 1.0),
     ):
         sheet[name] = six_pictures(base, adapters, levels, eta, cfg)
     head, foot = 0.8, 3.0
@@ -530,7 +530,7 @@ def measure_teacher(base, clips, n, path):
     ):
         curves[title] = []
         for steps in TEACHER_STEPS:
-            levels = sigmas(steps, base.shift)
+            levels = base.sigmas(steps)
             numbers, _ = evaluate(base, clips, rows, [], levels, 0.0, cfg, NEW_SEEDS)
             del numbers["images_per_s"]
             point = {"steps": steps, "evaluations": evaluations(levels, cfg), **numbers}

@@ -86,7 +86,7 @@ def scoreboard(run, pretrained, n, device):
     # The reference: what a user's pipeline draws with; and the student's levels for the teacher, too:
     # what distillation adds shows at equal levels.
     many = teacher_levels(base, 50)
-    few = sigmas(settings.get("num_steps", 4), base.shift)
+    few = base.sigmas(settings.get("num_steps", 4))
     lines = [
         Line("teacher", [], many, 0.0, TEACHER_CFG, 0),
         Line("teacher", [], few, 0.0, TEACHER_CFG, 0),

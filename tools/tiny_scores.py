@@ -16,7 +16,7 @@ import torch
 
 from checkpoint import find_weights
 from common import checked
-from model import StableDiffusion3
+from model import BaseModel
 from rewards import build
 from sample import ADAPTERS, PRESETS, draw, load_generator
 from tiny import CATEGORIES, SIZE, captions, check, detect
@@ -31,7 +31,7 @@ BATCH = 72  # pictures at once
 # ---- with what -----------------------------------------------------------------------------------
 def load_tiny(pretrained, device):
     """-> the tiny base model, [CLIPScore, the judge]; dies with one line where one is not there."""
-    base = StableDiffusion3(pretrained, device, SIZE)
+    base = BaseModel(pretrained, device, SIZE)
     paths = [f"clipscore={pretrained}/clip", f"judge={pretrained}/judge"]
     clips = checked(build, "clipscore,judge", device, paths)
     return base, clips

@@ -1,0 +1,244 @@
+"""The base models: what differs between them, each written as what it changes in the one before.
+
+    StableDiffusion3    Stable Diffusion 3 and 3.5: guidance by a second pass with an empty prompt
+    Flux1               FLUX.1: a token's 2 x 2 places of the latents are its channels; the time shift
+                        grows with the picture; guidance is an input, one pass
+    Klein               FLUX.2-klein: a language model reads the prompt, four rotary axes, whitened
+                        latents; guidance as in Stable Diffusion 3
+
+The mathematics knows none of this. It sees latents x [B,C,h,w], times in [0,1] with 1 = noise, and the
+velocity eps - x0. A text is a tuple of tensors that only its own backbone looks into.
+"""
+
+import math
+
+import numpy as np
+import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from torch.nn.functional import pixel_shuffle
+
+from common import die, sides
+
+
+class StableDiffusion3:
+    """A diffusers pipeline, and how its parts are called.
+
+    pipe: StableDiffusion3Pipeline. resolution: a value of --resolution; dies where it does not fit.
+    """
+
+    pipeline = "StableDiffusion3Pipeline"
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    optional = ("text_encoder_3", "tokenizer_3")  # some come without T5, which has to be said
+    most_text_tokens = 128  # of T5, the release's limit; where its tokenizer allows fewer, fewer
+    highest_first_level = 0.96  # a first step that ends above leaves no room to re-noise
+
+    def __init__(self, pipe, resolution):
+        self.pipe = pipe
+        self.text_tokens = self.most_text_tokens
+        if self.reader() is not None:
+            self.text_tokens = min(self.text_tokens, self.reader().model_max_length)
+        height, width = sides(resolution)
+        unit, most = self.unit()
+        if height % unit or width % unit or (most and max(height, width) > most):
+            limit = f" and at most {most}" if most else ""
+            die(
+                f"--resolution {resolution} must be divisible by {unit}{limit} for this model's VAE "
+                "and patches"
+            )
+        self.tokens = (height // unit) * (width // unit)  # of the picture
+        self.latent_shape = self.shape_of_latents(height, width)
+
+    # ---- shapes and levels
+    def unit(self):
+        """Pixels of a token's side, and the most pixels of a picture's (None: any)"""
+        config = self.pipe.transformer.config
+        unit = self.pipe.vae_scale_factor * config.patch_size
+        return unit, unit * config.pos_embed_max_size
+
+    def shape_of_latents(self, height, width):
+        """(C, h, w)"""
+        factor = self.pipe.vae_scale_factor
+        return self.pipe.transformer.config.in_channels, height // factor, width // factor
+
+    def shift(self, num_steps):
+        """Time shift of the sampling grid, the model's own."""
+        return self.pipe.scheduler.config.shift
+
+    def timesteps(self, num_steps):
+        """What the pipeline asks its scheduler for, as keywords of set_timesteps."""
+        return {"num_inference_steps": num_steps}
+
+    # ---- text
+    def reader(self):
+        """The tokenizer whose limit is ours; None where the base has none."""
+        return self.pipe.tokenizer_3
+
+    def readers(self):
+        """[(tokenizer, how many of its tokens are read, whose they are)]"""
+        found = [(self.pipe.tokenizer, self.pipe.tokenizer_max_length, "CLIP")]
+        if self.reader() is not None:
+            found.append((self.reader(), self.text_tokens, "T5"))
+        return found
+
+    @torch.no_grad()
+    def text(self, prompts):
+        """Fresh from the encoders -> (prompt_embeds [B,L,D], pooled [B,P])"""
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            prompts,
+            None,
+            None,
+            device=self.pipe.vae.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.text_tokens,
+        )
+        return embeds, pooled
+
+    # ---- velocity
+    def guided_by_input(self):
+        """Whether guidance is a number that the transformer is given, and no second pass."""
+        return False
+
+    def run(self, x, timestep, guidance, embeds, pooled):
+        """x [B,C,h,w] in the text's dtype, timestep [B] in [0,1000] float32 -> velocity like x"""
+        return self.pipe.transformer(
+            hidden_states=x,
+            encoder_hidden_states=embeds,
+            pooled_projections=pooled,
+            timestep=timestep,
+            return_dict=False,
+        )[0]
+
+    # ---- pictures
+    def to_vae(self, latents):
+        """Latents as the VAE's decoder takes them."""
+        config = self.pipe.vae.config
+        return latents / config.scaling_factor + config.shift_factor
+
+
+class Flux1(StableDiffusion3):
+    """pipe: FluxPipeline. Latents lie on the grid of the transformer's tokens."""
+
+    pipeline = "FluxPipeline"
+    encoders = ("text_encoder", "text_encoder_2")
+    optional = ()
+    most_text_tokens = 512
+
+    def unit(self):
+        return 2 * self.pipe.vae_scale_factor, None
+
+    def shape_of_latents(self, height, width):
+        unit, _ = self.unit()
+        return self.pipe.transformer.config.in_channels, height // unit, width // unit
+
+    def shift(self, num_steps):
+        config = self.pipe.scheduler.config
+        if not config.use_dynamic_shifting:
+            return config.shift
+        return math.exp(self.mu(config, num_steps))
+
+    def mu(self, config, num_steps):
+        """The logarithm of the time shift: linear in the number of the picture's tokens."""
+        ends = (config.base_image_seq_len, config.max_image_seq_len)
+        return calculate_shift(self.tokens, *ends, config.base_shift, config.max_shift)
+
+    def timesteps(self, num_steps):
+        asked = {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps)}
+        if self.pipe.scheduler.config.use_dynamic_shifting:
+            asked["mu"] = self.mu(self.pipe.scheduler.config, num_steps)
+        return asked
+
+    def reader(self):
+        return self.pipe.tokenizer_2
+
+    def readers(self):
+        return [(self.reader(), self.text_tokens, "T5")]  # CLIP's is pooled alone
+
+    @torch.no_grad()
+    def text(self, prompts):
+        embeds, pooled, _ = self.pipe.encode_prompt(
+            prompts,
+            None,
+            device=self.pipe.vae.device,
+            max_sequence_length=self.text_tokens,
+        )
+        return embeds, pooled
+
+    def guided_by_input(self):
+        return bool(self.pipe.transformer.config.guidance_embeds)
+
+    def places(self, device, height, width, length):
+        """Rotary places of the picture's tokens, (0, row, column), and of the text's, (0, 0, 0)."""
+        return places(device, 1, height, width), torch.zeros(length, 3, device=device)
+
+    def run(self, x, timestep, guidance, embeds, *pooled):
+        size = x.shape[2:]
+        picture, text = self.places(x.device, *size, embeds.shape[1])
+        more = {}
+        if pooled:
+            (more["pooled_projections"],) = pooled
+        if self.guided_by_input():
+            more["guidance"] = torch.full_like(timestep, guidance)
+        velocity = self.pipe.transformer(
+            hidden_states=x.flatten(2).transpose(1, 2),
+            encoder_hidden_states=embeds,
+            timestep=timestep.to(x.dtype) / 1000,  # rounded as in diffusers' pipelines
+            img_ids=picture,
+            txt_ids=text,
+            return_dict=False,
+            **more,
+        )[0]
+        return velocity.transpose(1, 2).unflatten(2, size)
+
+    def to_vae(self, latents):
+        return super().to_vae(pixel_shuffle(latents, 2))
+
+
+class Klein(Flux1):
+    """pipe: Flux2KleinPipeline."""
+
+    pipeline = "Flux2KleinPipeline"
+    encoders = ("text_encoder",)
+    highest_first_level = 0.97  # at 1024 px four steps begin with one to .967
+
+    def mu(self, config, num_steps):
+        return compute_empirical_mu(self.tokens, num_steps)
+
+    def reader(self):
+        return self.pipe.tokenizer
+
+    def readers(self):
+        return [(self.reader(), self.text_tokens - 12, "Qwen")]  # the rest is its chat template
+
+    @torch.no_grad()
+    def text(self, prompts):
+        """(prompt_embeds [B,L,D],)"""
+        whole = self.pipe.text_encoder
+        self.pipe.text_encoder = whole.model  # without the logits of every token
+        try:
+            embeds, _ = self.pipe.encode_prompt(
+                prompts, device=self.pipe.vae.device, max_sequence_length=self.text_tokens
+            )
+        finally:
+            self.pipe.text_encoder = whole
+        return (embeds,)
+
+    def places(self, device, height, width, length):
+        """(0, row, column, 0) and (0, 0, 0, number)"""
+        return places(device, 1, height, width, 1), places(device, 1, 1, 1, length)
+
+    def to_vae(self, latents):
+        norm = self.pipe.vae.bn
+        mean = norm.running_mean.float().view(1, -1, 1, 1)
+        variance = norm.running_var.float().view(1, -1, 1, 1)
+        deviation = (variance + self.pipe.vae.config.batch_norm_eps).sqrt()
+        return pixel_shuffle(latents * deviation + mean, 2)
+
+
+def places(device, *sizes):
+    """All places of a grid of these sizes, the last axis fastest -> [number of places, axes]"""
+    axes = [torch.arange(size, device=device) for size in sizes]
+    return torch.cartesian_prod(*axes)
+
+
+BACKBONES = {family.pipeline: family for family in (StableDiffusion3, Flux1, Klein)}

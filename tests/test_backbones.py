@@ -1,0 +1,224 @@
+"""The three kinds of base models: our loop against diffusers' own pipelines, and both stages on each."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+
+import backbones
+import cold_start
+import rtdmd_rl
+import sample
+from helpers import CPU, TINY, good, here, load, log_of, same_files, shell, tiny_base
+from small_backbones import flux1, klein
+
+PROMPTS = ["a red circle", "two blue squares"]
+NAMES = ["sd3", "flux1", "flux1_unguided", "klein"]
+SEEDS = [3, 4]
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("backbones")
+    return {
+        "sd3": str(TINY),
+        "flux1": flux1(folder / "flux1"),
+        "flux1_unguided": flux1(folder / "schnell", guidance=False),
+        "klein": klein(folder / "klein"),
+    }
+
+
+def ours(place, cfg, steps=4):
+    base = tiny_base(place)
+    v = base.velocity([], base.encode(PROMPTS), cfg)
+    levels = sample.teacher_levels(base, steps)
+    latents = sample.draw(v, SEEDS, base.latent_shape, levels, 0.0, CPU)
+    return base, base.decode(latents)
+
+
+def theirs(place, base, cfg, steps=4):
+    """diffusers' own pipeline from the same noise, in a process of its own classes."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(place, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    noise = sample.noise_of(SEEDS, base.latent_shape, [1.0, 0.0], 0.0, CPU)[0]
+    if not isinstance(pipe, diffusers.StableDiffusion3Pipeline):
+        noise = noise.flatten(2).transpose(1, 2)  # tokens
+    if isinstance(pipe, diffusers.Flux2KleinPipeline):
+        noise = noise.transpose(1, 2).view(2, *base.latent_shape)
+    more = {}
+    if not isinstance(pipe, diffusers.Flux2KleinPipeline):
+        more["max_sequence_length"] = base.text_tokens
+    pictures = pipe(
+        prompt=PROMPTS,
+        height=32,
+        width=32,
+        num_inference_steps=steps,
+        guidance_scale=cfg,
+        latents=noise,
+        output_type="pt",
+        **more,
+    ).images
+    return torch.as_tensor(pictures)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.5])
+@pytest.mark.parametrize("name", NAMES)
+def test_four_euler_steps_are_those_of_diffusers_own_pipeline(name, cfg, places):
+    if name == "flux1_unguided" and cfg != 1:
+        pytest.skip("diffusers would guide by neither")
+    base, found = ours(places[name], cfg)
+    expected = theirs(places[name], base, cfg)
+    assert expected.std() > 0.01
+    assert (found - expected).abs().max() < 1e-5
+
+
+BREAK = {
+    "time": ("run", lambda real: lambda x, t, *rest: real(x, 0.9 * t, *rest)),
+    "guidance": ("run", lambda real: lambda x, t, g, *text: real(x, t, 2 * g, *text)),
+    "order": ("to_vae", lambda real: lambda x: real(x.flip(1))),
+    "shift": ("shift", lambda real: lambda K: 3.0),
+    "text": (
+        "run",
+        lambda real: lambda x, t, g, embeds, *more: real(x, t, g, 0 * embeds, *more),
+    ),
+    "pooled": (
+        "run",
+        lambda real: lambda x, t, g, embeds, *more: real(x, t, g, embeds, *[0 * m for m in more]),
+    ),
+    "ids": ("places", lambda real: lambda *sizes: [1.5 * ids for ids in real(*sizes)]),
+}
+BROKEN = [("flux1", what) for what in BREAK if what != "shift"]
+BROKEN += [("klein", what) for what in BREAK if what not in ("pooled", "guidance", "shift")]
+
+
+@pytest.mark.parametrize("name, what", BROKEN)
+def test_what_differs_matters(name, what, places):
+    """Each fact of a family, broken, moves the pictures: the comparison above can fail."""
+    base, right = ours(places[name], 3.5)
+    method, wrong = BREAK[what]
+    setattr(base.backbone, method, wrong(getattr(base.backbone, method)))
+    v = base.velocity([], base.encode(PROMPTS), 3.5)
+    latents = sample.draw(v, SEEDS, base.latent_shape, sample.teacher_levels(base, 4), 0.0, CPU)
+    assert (base.decode(latents) - right).abs().max() > 1e-3
+
+
+def test_klein_whitens_its_latents(places):
+    base = tiny_base(places["klein"])
+    x = torch.randn(1, *base.latent_shape)
+    right = base.decode(x)
+    base.pipe.vae.bn.running_mean += 0.5
+    assert (base.decode(x) - right).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name, at_512", [("flux1", 1.878), ("klein", 7.619)])
+def test_the_time_shift_grows_with_the_picture(name, at_512, places):
+    """At 512 px, four steps: the study's numbers. A picture of 32 px is 8 x 8 tokens here, one of 512 px 32 x 32 there."""
+    base = tiny_base(places[name])
+    base.backbone.tokens = 32 * 32
+    assert base.backbone.shift(4) == pytest.approx(at_512, abs=1e-3)
+    base.backbone.tokens = 64 * 64
+    assert base.backbone.shift(4) > at_512
+    assert (base.backbone.shift(50) == base.backbone.shift(4)) == (name == "flux1")
+
+
+def test_four_steps_of_klein_at_1024_px_leave_room(places):
+    base = tiny_base(places["klein"])
+    base.backbone.tokens = 64 * 64
+    assert base.levels(4)[1] == pytest.approx(0.967, abs=1e-3)
+
+
+def test_another_pipeline_is_refused_in_one_line_that_names_the_three(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "AuraFlowPipeline"}))
+    status, _, err = here(
+        cold_start, "--preset", "tiny", "--device", "cpu", "--pretrained", tmp_path
+    )
+    assert status == 2
+    assert err.count("\n") == 1
+    assert "it is a AuraFlowPipeline" in err
+    for name in backbones.BACKBONES:
+        assert name in err
+
+
+def test_the_adapted_matrices_of_klein_are_those_of_its_attention(places):
+    base = tiny_base(places["klein"])
+    for name in ("generator", "fake"):
+        base.add_adapter(name, 4, 8, 0)
+    keys = {key.split(".lora_")[0] for key in base.adapter("fake")}
+    assert keys == {key.split(".lora_")[0] for key in base.adapter("generator")}
+    assert {key for key in keys if key.startswith("single")} == {
+        f"single_transformer_blocks.{i}.attn.{name}"
+        for i in (0, 1)
+        for name in ("to_qkv_mlp_proj", "to_out")
+    }
+    double = {key.split(".attn.")[1] for key in keys if not key.startswith("single")}
+    assert double == {
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"
+    }  # fmt: skip
+
+
+# ---- both stages
+FLAGS = ["--preset", "tiny", "--device", "cpu", "--sample_every", 0]
+ONE = [*FLAGS, "--steps", 4, "--batch_size", 3, "--micro_batch", 2, "--generator_every", 2]
+TWO = [*FLAGS, "--epochs", 2, "--prompts_per_epoch", 2, "--group_size", 2, "--micro_batch", 3]
+
+
+@pytest.fixture(scope="session", params=["flux1", "klein"])
+def trained(request, places, tmp_path_factory):
+    out = tmp_path_factory.mktemp(request.param)
+    place = ["--pretrained", places[request.param], "--cfg", 3.5]
+    good(here(cold_start, *ONE, *place, "--out_dir", out / "cold"))
+    good(here(rtdmd_rl, *TWO, "--cold_start", out / "cold", "--out_dir", out / "rl"))
+    return out, place
+
+
+def test_both_stages_train_every_adapted_matrix_that_counts(trained):
+    out, _ = trained
+    for stage in ("cold", "rl"):
+        for line in log_of(out / stage):
+            assert all(value is not None for value in line.values())
+    weights = load(out / "cold/fake.pt")
+    still = [key for key, B in weights.items() if ".lora_B." in key and not B.any()]
+    assert len(still) <= 0.1 * len(weights)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(trained, tmp_path):
+    out, place = trained
+    flags = [*ONE, *place, "--out_dir", tmp_path / "run", "--save_every", 2]
+    calls = []
+    real = cold_start.fake_score_loss
+
+    def stopped(*inputs):
+        calls.append(inputs)
+        if len(calls) > 6:
+            raise KeyboardInterrupt
+        return real(*inputs)
+
+    with pytest.raises(KeyboardInterrupt):
+        here(cold_start, *flags, fake_score_loss=stopped)
+    good(here(cold_start, *flags))
+    assert same_files(out / "cold", tmp_path / "run")
+
+
+def test_low_memory_trains_the_same_adapters(trained, tmp_path):
+    out, place = trained
+    good(here(cold_start, *ONE, *place, "--low_memory", "--out_dir", tmp_path / "low"))
+    for key, expected in load(out / "cold/fake.pt").items():
+        found = load(tmp_path / "low/fake.pt")[key]
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5), key
+
+
+def test_two_processes_train_the_same_adapters(trained, tmp_path):
+    out, place = trained
+    good(shell(cold_start, *ONE, *place, "--out_dir", tmp_path / "two", processes=2))
+    for one, two in zip(log_of(out / "cold"), log_of(tmp_path / "two"), strict=True):
+        assert two["loss_fake"] == pytest.approx(one["loss_fake"], rel=1e-3)
+
+
+def test_a_picture_is_drawn_with_both_stages(trained, tmp_path):
+    out, _ = trained
+    flags = ["a red circle", "--cold_start", out / "cold", "--rtdmd", out / "rl", "--device", "cpu"]
+    good(here(sample, *flags, "--out_dir", tmp_path))
+    assert (tmp_path / "00000.png").exists()
+    good(here(sample, *flags, "--teacher", "--steps", 3, "--out_dir", tmp_path))
+    assert (tmp_path / "00001.png").exists()
