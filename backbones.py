@@ -135,17 +135,18 @@ class Flux1(StableDiffusion3):
         config = self.pipe.scheduler.config
         if not config.use_dynamic_shifting:
             return config.shift
-        return math.exp(self.mu(config, num_steps))
+        return math.exp(self.mu(num_steps))
 
-    def mu(self, config, num_steps):
+    def mu(self, num_steps):
         """The logarithm of the time shift: linear in the number of the picture's tokens."""
+        config = self.pipe.scheduler.config
         ends = (config.base_image_seq_len, config.max_image_seq_len)
         return calculate_shift(self.tokens, *ends, config.base_shift, config.max_shift)
 
     def timesteps(self, num_steps):
         asked = {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps)}
         if self.pipe.scheduler.config.use_dynamic_shifting:
-            asked["mu"] = self.mu(self.pipe.scheduler.config, num_steps)
+            asked["mu"] = self.mu(num_steps)
         return asked
 
     def reader(self):
@@ -201,7 +202,7 @@ class Klein(Flux1):
     encoders = ("text_encoder",)
     highest_first_level = 0.97  # at 1024 px four steps begin with one to .967
 
-    def mu(self, config, num_steps):
+    def mu(self, num_steps):
         return compute_empirical_mu(self.tokens, num_steps)
 
     def reader(self):

@@ -578,9 +578,10 @@ class Run:
     """The checkpoints of a run in out_dir: where it begins, and saving it.
 
     state {name: flat tensor of weights, or optimiser; "shapes": {key in the published format: shape of
-    its part of the weights}} is all that has to be saved: random numbers and the order of prompts are functions of (seed, step). A checkpoint
-    that is there is put into state, and `start` is the step to go on with. Dies if it is damaged, or of
-    another program, model, prompts or flags; and in any case if the disk has no room.
+    its part of the weights}} is all that has to be saved: random numbers and the order of prompts are
+    functions of (seed, step). A checkpoint that is there is put into state, and `start` is the step to
+    go on with. Dies if it is damaged, or of another program, model, prompts or flags; and in any case
+    if the disk has no room.
     """
 
     def __init__(self, args, state, rows, transformer):

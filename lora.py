@@ -9,7 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 
-from checkpoint import read_adapter, settled_alpha
+from checkpoint import joined, read_adapter, settled_alpha
 from common import die, note
 from cps import at_least_float32
 
@@ -178,7 +178,7 @@ def train_only(transformer, *names):
     trained = []
     for name in names:
         matrices = list(adapter(transformer, name).values())
-        flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in matrices]))
+        flat = torch.nn.Parameter(joined([p.detach() for p in matrices]))
         flat.grad = torch.zeros_like(flat)
         sizes = [p.numel() for p in matrices]
         places = zip(matrices, flat.detach().split(sizes), flat.grad.split(sizes))

@@ -347,10 +347,10 @@ class Recorded:
         return tuple(tensor.clone() for tensor in output)
 
     def tell(self, count, seconds):
-        """Say that a pass was compiled: the first steps of a run take minutes."""
+        """Say how long a first pass took: where it is compiled, the first steps take minutes."""
         if seconds > 2 and is_rank_0():
             name = self.function.__name__
-            tqdm.write(f"compiled: {name} of {count} pictures, {seconds:.0f} s", file=sys.stderr)
+            tqdm.write(f"first {name} of {count} pictures: {seconds:.0f} s", file=sys.stderr)
 
     def record(self, inputs):
         """-> (graph, its input tensors, its output)"""

@@ -61,7 +61,8 @@ class TextTable:
             self.rows.setdefault(prompt, len(self.rows))
         text = encode([""])
         self.shapes = [tensor.shape[1:] for tensor in text]
-        width = sum(math.prod(shape) for shape in self.shapes)
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        width = sum(self.sizes)
         size = len(self.rows) * width
         n_bytes = size * text[0].element_size()
         if is_rank_0():
@@ -99,7 +100,7 @@ class TextTable:
         )
         torch.index_select(self.table, 0, places, out=found)
         found = found.to(self.device, non_blocking=True)
-        parts = found.split([math.prod(shape) for shape in self.shapes], 1)
+        parts = found.split(self.sizes, 1)
         return tuple(part.unflatten(1, shape) for part, shape in zip(parts, self.shapes))
 
 

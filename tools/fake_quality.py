@@ -123,7 +123,7 @@ def inputs_of(base, frozen, rows, levels, args, *key):
     t = renoise_time(level, drawn.u)
     noise = drawn.normal()
     some = spread(range(args.batch_size), args.consistency_share, scalars.random())
-    some = torch.tensor(some, device=base.device)
+    some = torch.tensor(some, dtype=torch.long, device=base.device)  # also where there is none
     noises = (drawn.normal(), drawn.normal())
     return (drawn.path[k], s, s_next, t, noise, drawn.back, *noises, some, *drawn.text)
 

@@ -1,7 +1,8 @@
 """Models of true size and architecture with random weights: to measure without a download.
 
 Speed and memory do not depend on the weights. `python -m tools.make_tiny --random sd35m DIR` writes
-the pipeline of SD3.5-M into DIR, in bf16, and `--random rewards DIR` models of rewards. Their tokenizers are the tiny world's.
+the pipeline of SD3.5-M into DIR, in bf16. `--random rewards DIR` writes the models of four rewards.
+Their tokenizers are the tiny world's.
 """
 
 import os
