@@ -1,13 +1,14 @@
 """The base models: what differs between them, each written as what it changes in the one before.
 
     StableDiffusion3    Stable Diffusion 3 and 3.5: guidance by a second pass with an empty prompt
-    Flux1               FLUX.1: a token's 2 x 2 places of the latents are its channels; the time shift
-                        grows with the picture; guidance is an input, one pass
-    Klein               FLUX.2-klein: a language model reads the prompt, four rotary axes, whitened
-                        latents; guidance as in Stable Diffusion 3
+    Flux1               FLUX.1: the transformer takes tokens, 2 x 2 places of the latents each; the
+                        time shift grows with the picture; guidance is an input, one pass
+    Klein               FLUX.2-klein: the latents are a place a token, and whitened; a language model
+                        reads the prompt, four rotary axes; guidance as in Stable Diffusion 3
 
-The mathematics knows none of this. It sees latents x [B,C,h,w], times in [0,1] with 1 = noise, and the
-velocity eps - x0. A text is a tuple of tensors that only its own backbone looks into.
+The mathematics knows none of this. It sees latents x [B,C,h,w], as diffusers' pipelines draw their
+noise, so that a seed means the same there; times in [0,1] with 1 = noise, and the velocity eps - x0.
+A text is a tuple of tensors that only its own backbone looks into.
 """
 
 import math
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-from torch.nn.functional import pixel_shuffle
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from common import die, sides
 
@@ -117,19 +118,22 @@ class StableDiffusion3:
 
 
 class Flux1(StableDiffusion3):
-    """pipe: FluxPipeline. Latents lie on the grid of the transformer's tokens."""
+    """pipe: FluxPipeline."""
 
     pipeline = "FluxPipeline"
     encoders = ("text_encoder", "text_encoder_2")
     optional = ()
     most_text_tokens = 512
+    patch = 2  # places of the latents along a token's side
 
     def unit(self):
         return 2 * self.pipe.vae_scale_factor, None
 
     def shape_of_latents(self, height, width):
         unit, _ = self.unit()
-        return self.pipe.transformer.config.in_channels, height // unit, width // unit
+        side = unit // self.patch  # of a place, in pixels
+        channels = self.pipe.transformer.config.in_channels // self.patch**2
+        return channels, height // side, width // side
 
     def shift(self, num_steps):
         config = self.pipe.scheduler.config
@@ -173,7 +177,8 @@ class Flux1(StableDiffusion3):
         return places(device, 1, height, width), torch.zeros(length, 3, device=device)
 
     def run(self, x, timestep, guidance, embeds, *pooled):
-        size = x.shape[2:]
+        tokens = pixel_unshuffle(x, self.patch)  # [B,C',rows,columns], in the order of diffusers
+        size = tokens.shape[2:]
         picture, text = self.places(x.device, *size, embeds.shape[1])
         more = {}
         if pooled:
@@ -181,7 +186,7 @@ class Flux1(StableDiffusion3):
         if self.guided_by_input():
             more["guidance"] = torch.full_like(timestep, guidance)
         velocity = self.pipe.transformer(
-            hidden_states=x.flatten(2).transpose(1, 2),
+            hidden_states=tokens.flatten(2).transpose(1, 2),
             encoder_hidden_states=embeds,
             timestep=timestep.to(x.dtype) / 1000,  # rounded as in diffusers' pipelines
             img_ids=picture,
@@ -189,10 +194,7 @@ class Flux1(StableDiffusion3):
             return_dict=False,
             **more,
         )[0]
-        return velocity.transpose(1, 2).unflatten(2, size)
-
-    def to_vae(self, latents):
-        return super().to_vae(pixel_shuffle(latents, 2))
+        return pixel_shuffle(velocity.transpose(1, 2).unflatten(2, size), self.patch)
 
 
 class Klein(Flux1):
@@ -200,6 +202,7 @@ class Klein(Flux1):
 
     pipeline = "Flux2KleinPipeline"
     encoders = ("text_encoder",)
+    patch = 1  # the latents lie on the tokens' grid already
     highest_first_level = 0.97  # at 1024 px four steps begin with one to .967
 
     def mu(self, num_steps):

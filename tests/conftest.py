@@ -16,13 +16,26 @@ pytest.register_assert_rewrite("helpers", "gaussian", "small_rewards", "crash")
 
 import cold_start
 import rtdmd_rl
-from helpers import BASE, COLD, RL, shell, tiny_args, tiny_base
+from helpers import BASE, COLD, RL, TINY, shell, tiny_args, tiny_base
+from small_backbones import flux1, klein
 
 
 @pytest.fixture(scope="module")
 def tiny_parts():
     """(flags of the preset, the tiny base model)"""
     return tiny_args(), tiny_base()
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory):
+    """{name: directory of a small pipeline}, one of each family and a FLUX.1 like schnell"""
+    folder = tmp_path_factory.mktemp("backbones")
+    return {
+        "sd3": str(TINY),
+        "flux1": flux1(folder / "flux1"),
+        "schnell": flux1(folder / "schnell", guidance=False),
+        "klein": klein(folder / "klein"),
+    }
 
 
 # ------------------------------------------------------------------------------------------------- stage 1 -> stage 2 -> sample

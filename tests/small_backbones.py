@@ -22,7 +22,7 @@ BLOCKS = dict(
 TRANSFORMER = dict(
     in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=32, num_attention_heads=2
 )
-# as the hub's scheduler_config.json of both: the shift that counts is the dynamic one
+# as the hub's scheduler_config.json of FLUX.1-dev and of klein: the shift that counts is the dynamic one
 SCHEDULER = dict(
     base_image_seq_len=256,
     base_shift=0.5,
@@ -46,6 +46,7 @@ def loud(module):
 
 
 def flux1(folder, guidance=True):
+    """Without guidance as FLUX.1-schnell, whose time shift is one number, too."""
     torch.manual_seed(0)
     clip_tokenizer = transformers.CLIPTokenizer.from_pretrained(f"{TINY}/tokenizer")
     t5_tokenizer = transformers.T5TokenizerFast.from_pretrained(f"{TINY}/tokenizer_3")
@@ -78,7 +79,9 @@ def flux1(folder, guidance=True):
         **TRANSFORMER,
     )
     diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            **{**SCHEDULER, "use_dynamic_shifting": guidance}
+        ),
         vae=diffusers.AutoencoderKL(scaling_factor=0.3611, shift_factor=0.1159, **BLOCKS),
         text_encoder=loud(transformers.CLIPTextModel(clip)),
         tokenizer=clip_tokenizer,

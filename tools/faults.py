@@ -1776,12 +1776,18 @@ BASES = [
         "places(device, 1, width, height).flip(1)[:, [2, 0, 1]], torch",
     ),
     Fault(
-        "flux: latents are not unpacked",
-        "super().to_vae(pixel_shuffle(latents, 2))",
-        "super().to_vae(pixel_shuffle(latents.flip(1), 2))",
+        "flux: a token's channels in another order",
+        "pixel_unshuffle(x, self.patch)",
+        "pixel_unshuffle(x, self.patch).flip(1)",
+    ),
+    Fault(
+        "flux: the velocity's channels in another order",
+        "pixel_shuffle(velocity.transpose(1, 2).unflatten(2, size), self.patch)",
+        "pixel_shuffle(velocity.transpose(1, 2).unflatten(2, size).flip(1), self.patch)",
     ),
     Fault("flux: the scheduler's fixed shift", "if not config.use_dynamic_shifting:", "if True:"),
     Fault("flux: guided twice", "or self.backbone.guided_by_input()", "or False"),
+    Fault("klein: tokens of 2 x 2 places", "patch = 1", "patch = 2", "backbones.py"),
     Fault("klein: mean of the latents", "latents * deviation + mean", "latents * deviation"),
     Fault(
         "klein: shift of 50 steps",
