@@ -33,6 +33,7 @@ class StableDiffusion3:
     optional = ("text_encoder_3", "tokenizer_3")  # some come without T5, which has to be said
     most_text_tokens = 128  # of T5, the release's limit; where its tokenizer allows fewer, fewer
     highest_first_level = 0.96  # a first step that ends above leaves no room to re-noise
+    scheduler_steps_on_tokens = False  # and not on latents, in diffusers' pipeline
 
     def __init__(self, pipe, resolution):
         self.pipe = pipe
@@ -124,6 +125,7 @@ class Flux1(StableDiffusion3):
     encoders = ("text_encoder", "text_encoder_2")
     optional = ()
     most_text_tokens = 512
+    scheduler_steps_on_tokens = True
     patch = 2  # places of the latents along a token's side
 
     def unit(self):

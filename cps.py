@@ -21,6 +21,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteSchedulerOutput,
 )
 from diffusers.utils.torch_utils import randn_tensor
+from torch.nn.functional import pixel_unshuffle
 
 
 def sigmas(num_steps=4, shift=3.0):
@@ -35,8 +36,13 @@ def sigmas(num_steps=4, shift=3.0):
     levels = []
     for k in range(num_steps):
         t = 1 - k / num_steps
-        levels.append(shift * t / (1 + (shift - 1) * t))
+        levels.append(shifted(t, shift))
     return [*levels, 0.0]
+
+
+def shifted(t, shift):
+    """A time of an even grid, moved towards the noise by the time shift."""
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def at_least_float32(x):
@@ -164,9 +170,15 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
 
     Pipelines do not hand their generator to `step`. Put it (one, or a list with one an image) into
     `scheduler.generator` to get the same images as sample.py's own loop; else the noise comes from
-    torch's global generator. `sigmas=` are taken as they are, but for a pipeline that shifts by the
-    picture's size (`use_dynamic_shifting`, `mu`). A pipeline saved with this scheduler loads where cps
-    is imported.
+    torch's global generator. FLUX's pipelines step on tokens [B,T,C'], whose shape does not say how
+    the picture lies. `scheduler.latent_shape`, (C, h, w) of a picture's latents, does: the noise is
+    drawn like them, which is our loop's order, and packed into tokens. Left at None it is drawn in the
+    tokens' order: as good, but of the same seeds other images than ours.
+
+    `sigmas=` are taken as they are, but for those that come with `mu`, as FLUX's pipelines give them:
+    these are an even grid, shifted here by mu where it is the picture's size that counts
+    (`use_dynamic_shifting`), else by the config's own shift. A pipeline saved with this scheduler
+    loads where cps is imported.
     """
 
     # Where one of these is on in a model's config, its grid is another one: a ValueError.
@@ -204,6 +216,7 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
         del given["eta"]
         super().__init__(**given)
         self.generator = None
+        self.latent_shape = None
 
     @classmethod
     def _get_compatibles(cls):
@@ -216,8 +229,9 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
         """Noise levels: `sigmas` as given (ending in 0 or not), or `timesteps`, 1000 times as large.
 
         Else ours for num_inference_steps. They are shifted by mu if the config says so: then that is
-        the one shift. Raises ValueError where the arguments contradict each other, where levels do not
-        fall from at most 1.
+        the one shift. sigmas that come with a mu which the config has no use for are shifted as it
+        says. Raises ValueError where the arguments contradict each other, where levels do not fall
+        from at most 1.
         """
         if sigmas is not None and timesteps is not None:
             raise ValueError("give sigmas or timesteps, not both")
@@ -228,6 +242,9 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
             if num_inference_steps is None:
                 raise ValueError("give num_inference_steps, sigmas or timesteps")
             sigmas = default_sigmas(num_inference_steps, 1 if dynamic else self.config.shift)
+        elif mu is not None and not dynamic:
+            # FLUX's pipelines always give an even grid, and mu whether the model is shifted by it or not
+            sigmas = [shifted(sigma, self.config.shift) for sigma in sigmas]
         levels = [float(sigma) for sigma in sigmas if sigma > 0]
         if num_inference_steps not in (None, len(levels)):
             raise ValueError(f"{num_inference_steps} steps, but {len(levels)} levels above 0")
@@ -243,22 +260,44 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
         self._step_index = self._begin_index = None
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, **unused):
-        """One CPS step; arithmetic in float32, result in model_output's dtype."""
+        """One CPS step; arithmetic in float32, result in model_output's dtype.
+
+        Raises ValueError where the sample is not tokens of latents of `latent_shape`.
+        """
         if self.step_index is None:
             self._init_step_index(timestep)
         here = self.sigmas[self.step_index].item()
         there = self.sigmas[self.step_index + 1].item()
         noise = torch.zeros_like(sample)
         if there > 0 and self.config.eta > 0:
-            noise = randn_tensor(
-                sample.shape,
-                generator=generator or self.generator,
-                device=sample.device,
-                dtype=torch.float32,
-            )
+            noise = self.noise_like(sample, generator or self.generator)
         x, _, _ = cps_step(sample, model_output, here, there, self.config.eta, noise)
         x = x.to(model_output.dtype)
         self._step_index += 1
         if not return_dict:
             return (x,)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x)
+
+    def noise_like(self, sample, generator):
+        """Float32 noise of the sample's shape; drawn in the order of the latents where that is known."""
+        if self.latent_shape is None:
+            return randn_tensor(sample.shape, generator, sample.device, torch.float32)
+        shape = (len(sample), *self.latent_shape)
+        noise = randn_tensor(shape, generator, sample.device, torch.float32)
+        return as_tokens(noise, sample.shape)
+
+
+def as_tokens(latents, shape):
+    """[B,C,h,w] -> [B,T,C'] of this shape: a token's channels are a square of h w / T places.
+
+    Raises ValueError where that is not the shape of such tokens.
+    """
+    count, channels, height, width = latents.shape
+    side = max(1, math.isqrt(height * width // shape[1]))
+    tokens = (count, height * width // side**2, channels * side**2)
+    if height % side or width % side or tuple(shape) != tokens:
+        raise ValueError(
+            f"latents of shape {channels} x {height} x {width} are no tokens {list(shape[1:])}: "
+            "latent_shape is (C, h, w) of a picture of the pipeline's size"
+        )
+    return pixel_unshuffle(latents, side).flatten(2).transpose(1, 2)

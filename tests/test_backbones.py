@@ -11,6 +11,7 @@ import cold_start
 import rtdmd_rl
 import sample
 from common import sides
+from cps import CPSScheduler
 from helpers import CPU, good, here, load, log_of, same_files, shell, tiny_base
 
 PROMPTS = ["a red circle", "two blue squares"]
@@ -18,11 +19,12 @@ NAMES = ["sd3", "flux1", "schnell", "klein"]
 SEEDS = [3, 4]
 
 
-def ours(place, cfg, steps=4):
-    base = tiny_base(place)
+def ours(place, cfg, steps=4, eta=0.0, resolution=32):
+    """The base, and the pictures of our own loop: the teacher's Euler steps, or with eta the student's."""
+    base = tiny_base(place, resolution)
     v = base.velocity([], base.encode(PROMPTS), cfg)
-    levels = sample.teacher_levels(base, steps)
-    latents = sample.draw(v, SEEDS, base.latent_shape, levels, 0.0, CPU)
+    levels = base.sigmas(steps) if eta else sample.teacher_levels(base, steps)
+    latents = sample.draw(v, SEEDS, base.latent_shape, levels, eta, CPU)
     return base, base.decode(latents)
 
 
@@ -36,6 +38,7 @@ def theirs(pipe, base, cfg, steps=4, resolution=32):
     """diffusers' own pipeline from the same seeds, in a process of its own classes."""
     height, width = sides(resolution)
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    pipe.scheduler.generator = generators  # only ours looks at it
     pictures = pipe(
         prompt=PROMPTS,
         height=height,
@@ -59,6 +62,36 @@ def test_four_euler_steps_are_those_of_diffusers_own_pipeline(name, cfg, places)
     expected = theirs(pipeline(places[name]), base, cfg)
     assert expected.std() > 0.01
     assert (found - expected).abs().max() < 1e-5
+
+
+def with_our_scheduler(place, base):
+    pipe = pipeline(place)
+    pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, eta=0.9)
+    if base.backbone.scheduler_steps_on_tokens:
+        pipe.scheduler.latent_shape = base.latent_shape
+    return pipe
+
+
+@pytest.mark.parametrize("resolution", [32, "48x32"])
+@pytest.mark.parametrize("name", NAMES)
+def test_our_scheduler_draws_in_each_pipeline_what_our_loop_draws(name, resolution, places):
+    """In six steps, with the levels that the pipeline asks for and noise in the order of our loop."""
+    base, found = ours(places[name], 1.0, 6, 0.9, resolution)
+    pipe = with_our_scheduler(places[name], base)
+    expected = theirs(pipe, base, 1.0, 6, resolution)
+    assert pipe.scheduler.sigmas.tolist() == pytest.approx(base.sigmas(6), abs=1e-6)
+    assert expected.std() > 0.01
+    assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["flux1", "klein"])
+def test_without_the_latents_shape_the_pictures_are_others(name, places):
+    base, found = ours(places[name], 1.0, eta=0.9)
+    pipe = with_our_scheduler(places[name], base)
+    pipe.scheduler.latent_shape = None
+    others = theirs(pipe, base, 1.0)
+    assert (found - others).abs().max() > 0.01
+    assert others.std().item() == pytest.approx(found.std().item(), rel=0.2)  # as good
 
 
 BREAK = {

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, FluxPipeline
 
 import cps
 import sample
@@ -281,3 +281,50 @@ def test_timesteps_and_sigmas_are_honoured():
 def test_arguments_that_contradict_each_other_are_refused(arguments):
     with pytest.raises(ValueError, match=r"steps|sigmas|levels"):
         CPSScheduler().set_timesteps(**arguments)
+
+
+# ---- on tokens, as FLUX's pipelines call it
+def scheduler_for(latent_shape):
+    scheduler = CPSScheduler()
+    scheduler.latent_shape = latent_shape
+    return scheduler
+
+
+def test_noise_for_tokens_is_drawn_as_latents_and_packed_as_diffusers_packs_them():
+    latents = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    of_flux1 = FluxPipeline._pack_latents(latents, 2, 3, 4, 6)
+    of_klein = Flux2KleinPipeline._pack_latents(latents)
+    for tokens in (of_flux1, of_klein):
+        scheduler = scheduler_for((3, 4, 6))
+        noise = scheduler.noise_like(torch.zeros_like(tokens), torch.Generator().manual_seed(0))
+        assert torch.equal(noise, tokens)
+    plain = CPSScheduler().noise_like(of_flux1, torch.Generator().manual_seed(0))
+    assert torch.equal(plain.flatten(), latents.flatten())
+
+
+@pytest.mark.parametrize(
+    "latent_shape, sample",
+    [
+        ((3, 4, 6), (2, 6, 11)),  # another number of channels
+        ((3, 4, 6), (2, 5, 12)),  # of tokens
+        ((3, 4, 6), (2, 25, 3)),
+        ((3, 4, 6), (2, 3, 4, 6)),  # no tokens
+        ((1, 3, 12), (2, 9, 4)),  # an odd height
+        ((1, 12, 3), (2, 9, 4)),
+    ],
+)
+def test_a_latent_shape_that_does_not_fit_is_refused(latent_shape, sample):
+    scheduler = scheduler_for(latent_shape)
+    scheduler.set_timesteps(4)
+    x = torch.randn(sample)
+    with pytest.raises(ValueError, match=r"latent_shape is \(C, h, w\)"):
+        scheduler.step(x, scheduler.timesteps[0], x)
+
+
+def test_sigmas_that_come_with_mu_are_shifted_once_where_the_shift_is_one_number():
+    """As FLUX.1-schnell's pipeline gives them, whose config has no use for mu."""
+    scheduler = CPSScheduler()
+    scheduler.set_timesteps(sigmas=[1, 0.75, 0.5, 0.25], mu=0.8)
+    close(scheduler.sigmas.tolist(), LEVELS, 1e-6)
+    scheduler.set_timesteps(sigmas=LEVELS[:-1])
+    close(scheduler.sigmas.tolist(), LEVELS, 1e-6)
