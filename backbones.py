@@ -22,6 +22,12 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from common import die, sides
 
 
+def own_licence(name, repository):
+    """A licence that the hub has no word for, as the front matter of a model card says it."""
+    link = f"https://huggingface.co/{repository}/blob/main/LICENSE.md"
+    return {"license": "other", "license_name": name, "license_link": link}
+
+
 class StableDiffusion3:
     """A diffusers pipeline, and how its parts are called.
 
@@ -34,6 +40,10 @@ class StableDiffusion3:
     most_text_tokens = 128  # of T5, the release's limit; where its tokenizer allows fewer, fewer
     highest_first_level = 0.96  # a first step that ends above leaves no room to re-noise
     scheduler_steps_on_tokens = False  # and not on latents, in diffusers' pipeline
+    # front matter of a model card, by the base's hub id; None: of a base that is not among them
+    licences = {
+        None: own_licence("stabilityai-ai-community", "stabilityai/stable-diffusion-3.5-medium")
+    }
 
     def __init__(self, pipe, resolution):
         self.pipe = pipe
@@ -117,6 +127,11 @@ class StableDiffusion3:
         config = self.pipe.vae.config
         return latents / config.scaling_factor + config.shift_factor
 
+    # ---- model card
+    def licence(self, name):
+        """{key: value} of the front matter. name: the base model's on the hub, None where it has none."""
+        return self.licences.get(name, self.licences[None])
+
 
 class Flux1(StableDiffusion3):
     """pipe: FluxPipeline."""
@@ -127,6 +142,13 @@ class Flux1(StableDiffusion3):
     most_text_tokens = 512
     scheduler_steps_on_tokens = True
     patch = 2  # places of the latents along a token's side
+    licences = {
+        None: {"license": "other"},
+        "black-forest-labs/FLUX.1-dev": own_licence(
+            "flux-1-dev-non-commercial-license", "black-forest-labs/FLUX.1-dev"
+        ),
+        "black-forest-labs/FLUX.1-schnell": {"license": "apache-2.0"},
+    }
 
     def unit(self):
         return 2 * self.pipe.vae_scale_factor, None
@@ -205,6 +227,17 @@ class Klein(Flux1):
     pipeline = "Flux2KleinPipeline"
     encoders = ("text_encoder",)
     patch = 1  # the latents lie on the tokens' grid already
+    licences = {
+        None: {"license": "other"},
+        "black-forest-labs/FLUX.2-klein-4B": {"license": "apache-2.0"},
+        "black-forest-labs/FLUX.2-klein-base-4B": {"license": "apache-2.0"},
+        "black-forest-labs/FLUX.2-klein-9B": own_licence(
+            "flux-non-commercial-license", "black-forest-labs/FLUX.2-klein-9B"
+        ),
+        "black-forest-labs/FLUX.2-klein-base-9B": own_licence(
+            "flux-non-commercial-license", "black-forest-labs/FLUX.2-klein-base-9B"
+        ),
+    }
     highest_first_level = 0.97  # at 1024 px four steps begin with one to .967
 
     def mu(self, num_steps):

@@ -191,9 +191,9 @@ def load_both(base, cold, rl, lora_alpha=None):
     return sample.load_generator(base, sample.generator_files(args), lora_alpha)
 
 
-def random_adapter(path, seed, rank=32):
+def random_adapter(path, seed, rank=32, pretrained=TINY):
     """A file in the published format with random A and B, so that the adapter visibly does something -> its content"""
-    base, g = tiny_base(), torch.Generator().manual_seed(seed)
+    base, g = tiny_base(pretrained), torch.Generator().manual_seed(seed)
     base.add_adapter("x", rank, 64, 0)
     weights = {k: torch.randn(p.shape, generator=g) * 0.05 for k, p in base.adapter("x").items()}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -180,6 +181,48 @@ def test_diffusers_draws_from_every_export_what_our_own_loop_draws(tmp_path, sta
     assert not hasattr(pipe.transformer, "peft_config")
     assert pipe.transformer.dtype == torch.float32
     close(drawn_by_diffusers(pipe), ours, 1e-3)
+
+
+def drawn_by_card(code):
+    """The picture [3,H,W] of a card's code, in floats and not in a PNG's 256 values."""
+    as_floats = code.replace("image = pipe(", 'image = pipe(output_type="pt", prompt=')
+    return torch.as_tensor(run_snippet(as_floats)["image"])
+
+
+@pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated")
+@pytest.mark.parametrize("name", ["sd3", "flux1", "schnell", "klein"])
+def test_the_cards_code_draws_for_every_family_what_our_own_loop_draws(name, places, tmp_path):
+    """Of a picture that is no square: from one LoRA, from two, merged; and our loop from the published layout."""
+    random_adapter(tmp_path / "cold/generator_ema.pt", 0, 4, places[name])
+    random_adapter(tmp_path / "rl/generator_ema.pt", 1, 2, places[name])
+    stages = [tmp_path / "cold", tmp_path / "rl"]
+
+    def drawn_by_ours(base, adapters):
+        v = base.velocity(adapters, base.encode(["a circle"]))
+        latents = sample.draw(v, [0], base.latent_shape, base.sigmas(4), 0.9, CPU)
+        return base.decode(latents)[0]
+
+    base = tiny_base(places[name], "48x32")
+    ours = drawn_by_ours(base, load_both(base, *stages))
+    assert (drawn_by_ours(base, []) - ours).abs().max() > 0.01
+
+    flags = ["--pretrained", places[name], "--resolution", "48x32"]
+    flags += ["--cold_start", stages[0], "--rtdmd", stages[1]]
+    good(here(export, *EXPORT, *flags, tmp_path / "lora"))
+    good(here(export, *EXPORT, *flags, "--merged", tmp_path / "merged"))
+    card = (tmp_path / "lora/README.md").read_text()
+    one, two = snippets(card, tmp_path / "lora", places[name])
+    (merged,) = snippets((tmp_path / "merged/README.md").read_text(), tmp_path / "merged")
+    (line,) = [line for line in one.splitlines() if "load_lora_weights" in line]
+    for code in (one, one.replace(line, two), merged):
+        close(drawn_by_card(code), ours, 1e-5)
+    again = tiny_base(places[name], "48x32")
+    close(drawn_by_ours(again, load_both(again, tmp_path / "lora", tmp_path / "lora")), ours, 1e-5)
+
+    # what the card says of the levels that the base's own scheduler uses
+    theirs = sample.teacher_levels(base, 4)
+    same = theirs == pytest.approx(base.sigmas(4), abs=1e-6)
+    assert f"uses {'the same' if same else 'others'}, and no noise" in card
 
 
 @pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated")
@@ -523,3 +566,35 @@ def test_an_export_says_how_to_publish_it_and_what_it_does_not_name(run, tmp_pat
     front = card.split("---")[1]
     for line in ("license_name: stabilityai-ai-community", "base_model: owner/base"):
         assert line in front.splitlines()
+
+
+HUB = "https://huggingface.co/"
+LICENCES = [
+    ("sd3", "owner/finetune", "stabilityai-ai-community"),
+    ("flux1", "black-forest-labs/FLUX.1-dev", "flux-1-dev-non-commercial-license"),
+    ("flux1", "black-forest-labs/FLUX.1-schnell", "apache-2.0"),
+    ("flux1", "owner/finetune", ""),
+    ("klein", "black-forest-labs/FLUX.2-klein-base-4B", "apache-2.0"),
+    ("klein", "black-forest-labs/FLUX.2-klein-base-9B", "flux-non-commercial-license"),
+    ("klein", "owner/finetune", ""),
+]
+
+
+@pytest.mark.parametrize("name, hub_id, licence", LICENCES)
+def test_a_card_names_the_licence_of_its_base_where_that_is_known(name, hub_id, licence, places):
+    args = SimpleNamespace(
+        base_model=hub_id, merged=True, scores="", steps=4, eta=0.9, resolution=32
+    )
+    card = export.model_card(tiny_base(places[name]), {}, args)
+    front = card.split("---")[1].splitlines()
+    assert f"base_model: {hub_id}" in front
+    has_own_page = licence not in ("", "apache-2.0")
+    assert ("license: apache-2.0" if licence == "apache-2.0" else "license: other") in front
+    assert (f"license_name: {licence}" in front) == has_own_page
+    links = [line for line in front if line.startswith(f"license_link: {HUB}")]
+    assert len(links) == has_own_page
+    if has_own_page and name != "sd3":
+        assert links == [f"license_link: {HUB}{hub_id}/blob/main/LICENSE.md"]
+    text = " ".join(card.split("## Licence")[1].split())
+    called = f", `{licence}`" if licence else ""
+    assert f"derive from `{hub_id}` and fall under its licence{called}." in text

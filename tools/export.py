@@ -24,7 +24,6 @@ import shutil
 import torch
 import torch.nn.functional as F
 
-from backbones import StableDiffusion3
 from checkpoint import (
     CONFIG_NAME,
     FREE,
@@ -204,7 +203,7 @@ def model_card(base, files, args):
     """README.md of an exported directory -> str. The tests run its python snippets."""
     stages = [ADAPTERS[adapter] for adapter in files]
     parts = [
-        front_matter(args),
+        front_matter(base, args),
         introduction(stages, args),
         usage(base, stages, args),
     ]
@@ -213,22 +212,20 @@ def model_card(base, files, args):
     parts.append(origin(files))
     if args.scores:
         parts.append(score_table(args.scores))
-    parts.append(licence(args))
+    parts.append(licence(base, args))
     return "\n".join(parts)
 
 
-def front_matter(args):
+def front_matter(base, args):
     name = public_name(args)
-    base_model = f"base_model: {name}\n" if name else ""
-    tags = "rtdmd, few-step" if args.merged else "lora, rtdmd, few-step"
-    return f"""---
-license: other
-license_name: stabilityai-ai-community
-license_link: https://huggingface.co/stabilityai/stable-diffusion-3.5-medium/blob/main/LICENSE.md
-{base_model}library_name: diffusers
-pipeline_tag: text-to-image
-tags: [{tags}]
----"""
+    known = dict(base.backbone.licence(name))
+    if name:
+        known["base_model"] = name
+    known["library_name"] = "diffusers"
+    known["pipeline_tag"] = "text-to-image"
+    known["tags"] = "[rtdmd, few-step]" if args.merged else "[lora, rtdmd, few-step]"
+    lines = [f"{key}: {value}" for key, value in known.items()]
+    return "\n".join(["---", *lines, "---"])
 
 
 def introduction(stages, args):
@@ -248,29 +245,37 @@ def base_in_words(args):
 def usage(base, stages, args):
     """Code that draws a picture, as it can be pasted."""
     place = "DIR" if args.merged else public_name(args) or "BASE"
-    without_t5 = ""
-    if base.pipe.text_encoder_3 is None:
-        without_t5 = "    text_encoder_3=None,\n    tokenizer_3=None,\n"
+    pipeline = base.backbone.pipeline
+    absent = [part for part in base.backbone.optional if getattr(base.pipe, part) is None]
+    without = "".join(f"    {part}=None,\n" for part in absent)
     lora = ""
     if not args.merged:
         lora = f'pipe.load_lora_weights("DIR")  # {" and ".join(stages)} in one file\n'
+    tokens = ""
+    also = ""
+    if base.backbone.scheduler_steps_on_tokens:
+        shape = f"pipe.scheduler.latent_shape = {base.latent_shape}"
+        tokens = f"{shape}  # (C, h, w) for this height and width\n"
+        also = "\n`latent_shape` is needed for the picture that our own loop draws from a seed."
     levels = ", ".join(f"{sigma:.3g}" for sigma in base.sigmas(args.steps))
+    # a pipeline that asks for an even grid gets ours from any scheduler
+    own_levels = "the same" if "sigmas" in base.backbone.timesteps(args.steps) else "others"
     height, width = sides(args.resolution)
     base_place = ""
     if place == "BASE":
         base_place = " BASE is the base model's directory or repository."
     return f"""```python
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import {pipeline}
 from cps import CPSScheduler  # cps.py lies in this directory
 
-pipe = StableDiffusion3Pipeline.from_pretrained(
+pipe = {pipeline}.from_pretrained(
     "{place}",
-{without_t5}    torch_dtype=torch.bfloat16,  # `dtype` from diffusers 1.0 on
+{without}    torch_dtype=torch.bfloat16,  # `dtype` from diffusers 1.0 on
 ).to("cuda")
 {lora}pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, eta={args.eta:g})
 pipe.scheduler.generator = torch.Generator().manual_seed(0)  # of the noise of the steps
-image = pipe(
+{tokens}image = pipe(
     "a photo of a cat",
     num_inference_steps={args.steps},
     guidance_scale=1.0,
@@ -282,9 +287,9 @@ image = pipe(
 ```
 
 DIR is this directory or repository.{base_place} Run it where `cps.py` is, or copy that file to where you work.
-That no keys belong to the text encoders is a warning of diffusers that means nothing here. The scheduler brings the right noise levels, {levels};
-with the one that the base comes with, `num_inference_steps={args.steps}` uses others, and no noise.
-Both generators are needed for a picture that comes again: pipelines do not hand theirs to the scheduler.
+That no keys belong to the text encoders, where diffusers warns of it, means nothing here. The scheduler brings the right noise levels, {levels};
+with the one that the base comes with, `num_inference_steps={args.steps}` uses {own_levels}, and no noise.
+Both generators are needed for a picture that comes again: pipelines do not hand theirs to the scheduler.{also}
 """
 
 
@@ -391,12 +396,14 @@ def score_table(path):
     )
 
 
-def licence(args):
+def licence(base, args):
+    known = base.backbone.licence(public_name(args))
+    name = known.get("license_name", known["license"])
+    called = "" if name == "other" else f", `{name}`"
     return f"""## Licence
 
-These weights derive from {base_in_words(args)} and fall under its licence (Stable Diffusion 3 and 3.5:
-the Stability AI Community License). `cps.py` is under Apache-2.0. Reward models and prompts have
-licences of their own.
+These weights derive from {base_in_words(args)} and fall under its licence{called}.
+`cps.py` is under Apache-2.0. Reward models and prompts have licences of their own.
 """
 
 
@@ -446,11 +453,6 @@ def main():
         files = generator_files(args)
         args = settled(args, files)
         base = BaseModel(args.pretrained, device, args.resolution)
-        if base.backbone.pipeline != StableDiffusion3.pipeline:
-            die(
-                f"--pretrained {args.pretrained} is a {base.backbone.pipeline}: export knows "
-                f"{StableDiffusion3.pipeline} alone so far; sample.py draws with the adapters as they are"
-            )
         load_generator(base, files, args.lora_alpha)
         export(base, files, args, folder)
     if not public_name(args):

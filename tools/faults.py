@@ -1804,6 +1804,23 @@ BASES = [
         "cps.py",
     ),
     Fault("flux: tokens of any shape", " or tuple(shape) != tokens:", ":", "cps.py"),
+    Fault(
+        "flux: a card without the latents' shape",
+        "if base.backbone.scheduler_steps_on_tokens:",
+        "if False:",
+        EXPORT,
+    ),
+    Fault(
+        "flux: a card that says the levels are others",
+        '"sigmas" in base.backbone.timesteps(args.steps)',
+        "False",
+        EXPORT,
+    ),
+    Fault(
+        "flux: every base has the family's licence",
+        "self.licences.get(name, self.licences[None])",
+        "self.licences[None]",
+    ),
     Fault("flux: the scheduler's fixed shift", "if not config.use_dynamic_shifting:", "if True:"),
     Fault("flux: guided twice", "or self.backbone.guided_by_input()", "or False"),
     Fault("klein: tokens of 2 x 2 places", "patch = 1", "patch = 2", "backbones.py"),
