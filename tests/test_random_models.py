@@ -32,9 +32,7 @@ def test_the_four_default_rewards_load_from_what_is_written(tmp_path, monkeypatc
         (rewards, "VIT_H14"),
     ):
         monkeypatch.setattr(place, name, config)
-    from tools.make_tiny import captions, tokenizers
-
-    random_models.write("rewards", str(tmp_path), CPU, *tokenizers(captions()))
+    random_models.write("rewards", str(tmp_path), CPU)
     paths = [
         f"clipscore={tmp_path}/clip_l",
         f"pickscore={tmp_path}/pickscore",
