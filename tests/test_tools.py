@@ -573,6 +573,8 @@ def test_the_forwards_of_a_picture_counted_by_hand():
     # rollout 2.5, fake 3 with gradient, a tenth of: student 1 with gradient, teacher 2, fake 1
     assert bench.forwards_of(settings, stage_1) == pytest.approx(2.5 + 6 + 0.1 * (2 + 2 + 1))
     assert bench.forwards_of({**settings, "gamma": 0}, stage_1) == pytest.approx(2.5 + 2 + 0.5)
+    by_input = bench.forwards_of(settings, stage_1, guided_by_input=True)
+    assert by_input == pytest.approx(2.5 + 6 + 0.1 * (2 + 1 + 1))
     third = {**settings, "consistency_share": 1 / 3}
     assert bench.forwards_of(third, stage_1) == pytest.approx(2.5 + 2 * (1 + 2 / 3) + 0.5)
     # roll-outs of all 4 steps before steps 0, 4 and 8
@@ -603,7 +605,20 @@ def test_the_operations_of_a_forward_are_those_of_the_real_one(name, tmp_path):
     x = torch.zeros(1, *base.latent_shape)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         base.velocity([], text)(x, 0.5)
-    assert bench.forward_flops(place, 32) == counter.get_total_flops() + attention
+    assert bench.forward_flops(bench.shapes_of(place, 32)) == counter.get_total_flops() + attention
+
+
+@pytest.mark.parametrize("guidance, teacher", [(True, 1), (False, 2)])
+def test_the_operations_of_a_run_are_those_of_its_family(guidance, teacher, tmp_path, monkeypatch):
+    """FLUX.1-dev's teacher is guided by an input, FLUX.1-schnell's by a second pass."""
+    place = flux1(tmp_path, guidance=guidance)
+    settings = {"pretrained": place, "resolution": 32, "num_steps": 4, "cfg": 3.5}
+    monkeypatch.setattr(bench, "settings_of", lambda _: settings)
+    work = bench.work_of("a run", {"pictures / s": 3}, [{"loss_generator": 1.0}], gpus=2)
+    tflop = bench.forward_flops(bench.shapes_of(place, 32)) / 1e12
+    assert work["forwards a picture"] == 2.5 + 6 + 2 + teacher + 1
+    assert work["TFLOP a forward"] == tflop
+    assert work["TFLOP/s a GPU"] == pytest.approx(work["forwards a picture"] * tflop * 3 / 2)
 
 
 def test_a_base_without_t5_has_its_operations_too(tmp_path):

@@ -83,14 +83,14 @@ def parts_of(steps):
 
 
 # ---- how much work that is -----------------------------------------------------------------------
-def forwards_of(settings, steps):
+def forwards_of(settings, steps, guided_by_input=False):
     """Forward passes of the transformer that one picture of a step takes, on average.
 
     What the settings do not say is seen in the log: how often the generator is updated, the size of
-    S, which terms have a weight.
+    S, which terms have a weight. guided_by_input: the teacher's guidance takes no second pass.
     """
     K = settings["num_steps"]
-    teacher = 1 if settings["cfg"] == 1 else 2
+    teacher = 1 if settings["cfg"] == 1 or guided_by_input else 2
     looked_at = 0 if settings.get("gamma") == 0 else settings.get("consistency_share", 1)
     fake = WITH_GRADIENT * (1 + 2 * looked_at)
     anchor = teacher + 1  # teacher and fake
@@ -108,13 +108,8 @@ def forwards_of(settings, steps):
     return rollout + fake + updates * (WITH_GRADIENT + anchor)
 
 
-def forward_flops(pretrained, resolution):
-    """Operations of one forward for one picture; only shapes are computed, no weights are loaded."""
-    return flops_of(shapes_of(pretrained, resolution))
-
-
 def shapes_of(pretrained, resolution):
-    """A base's backbone without weights and text encoders: the transformer and VAE on "meta"."""
+    """A base's backbone without weights and text encoders: its transformer and VAE are on "meta"."""
     index = DiffusionPipeline.load_config(pretrained)
     family = BACKBONES[index["_class_name"]]
     given = {**family.absent(index), **dict.fromkeys(family.encoders)}
@@ -128,8 +123,8 @@ def shapes_of(pretrained, resolution):
     return family(pipe, resolution)
 
 
-def flops_of(backbone):
-    """Operations of one forward for one picture, by a backbone whose transformer is on "meta"."""
+def forward_flops(backbone):
+    """Operations of one forward for one picture; the backbone's transformer is on "meta"."""
     with torch.device("meta"):
         x = torch.zeros(1, *backbone.latent_shape)
         timestep = torch.zeros(1)
@@ -161,8 +156,9 @@ def work_of(run, speed, steps, gpus):
     settings = settings_of(f"{run}/log.jsonl")
     if not settings:
         return {}
-    forwards = forwards_of(settings, steps)
-    tflop = forward_flops(settings["pretrained"], settings["resolution"]) / 1e12
+    backbone = shapes_of(settings["pretrained"], settings["resolution"])
+    forwards = forwards_of(settings, steps, backbone.guided_by_input())
+    tflop = forward_flops(backbone) / 1e12
     achieved = forwards * tflop * speed["pictures / s"] / gpus
     work = {"forwards a picture": forwards, "TFLOP a forward": tflop, "TFLOP/s a GPU": achieved}
     if torch.cuda.is_available():

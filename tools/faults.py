@@ -1877,6 +1877,12 @@ TRUE_SIZES = [
         "tools/bench.py",
     ),
     Fault(
+        "operations: guidance by input is a second pass",
+        "forwards_of(settings, steps, backbone.guided_by_input())",
+        "forwards_of(settings, steps)",
+        "tools/bench.py",
+    ),
+    Fault(
         "random: klein 9B is klein 4B",
         "klein(out_dir, device, KLEIN9B, QWEN3_8B)",
         "klein(out_dir, device, KLEIN4B, QWEN3_4B)",
