@@ -61,6 +61,15 @@ class StableDiffusion3:
         self.tokens = (height // unit) * (width // unit)  # of the picture
         self.latent_shape = self.shape_of_latents(height, width)
 
+    @classmethod
+    def absent(cls, index):
+        """{name: None} for the optional parts that a pipeline's model_index.json does not name."""
+        missing = {}
+        for name in cls.optional:
+            if not (index.get(name) or [None])[0]:
+                missing[name] = None
+        return missing
+
     # ---- shapes and levels
     def unit(self):
         """Pixels of a token's side, and the most pixels of a picture's (None: any)"""
@@ -105,6 +114,12 @@ class StableDiffusion3:
             max_sequence_length=self.text_tokens,
         )
         return embeds, pooled
+
+    def text_shapes(self):
+        """What `text` gives for one prompt, without its batch: shapes (L, D) and (P,)"""
+        config = self.pipe.transformer.config
+        length = self.pipe.tokenizer_max_length + self.text_tokens  # CLIP's tokens, then T5's
+        return (length, config.joint_attention_dim), (config.pooled_projection_dim,)
 
     # ---- velocity
     def guided_by_input(self):
@@ -193,6 +208,10 @@ class Flux1(StableDiffusion3):
         )
         return embeds, pooled
 
+    def text_shapes(self):
+        (_, width), pooled = super().text_shapes()
+        return (self.text_tokens, width), pooled
+
     def guided_by_input(self):
         return bool(self.pipe.transformer.config.guidance_embeds)
 
@@ -261,6 +280,9 @@ class Klein(Flux1):
         finally:
             self.pipe.text_encoder = whole
         return (embeds,)
+
+    def text_shapes(self):
+        return ((self.text_tokens, self.pipe.transformer.config.joint_attention_dim),)
 
     def places(self, device, height, width, length):
         """(0, row, column, 0) and (0, 0, 0, number)"""

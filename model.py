@@ -178,12 +178,8 @@ def load_pipeline(pretrained, device, transformer_waits=False):
         if name not in BACKBONES:
             raise ValueError(f"it is a {name}")
         family = BACKBONES[name]
-        absent = {}
-        for name in family.optional:
-            if not (index.get(name) or [None])[0]:
-                absent[name] = None
         pipe = getattr(diffusers, family.pipeline).from_pretrained(
-            pretrained, dtype=dtype, variant=variant_of(names), **absent
+            pretrained, dtype=dtype, variant=variant_of(names), **family.absent(index)
         )
         encoders = [getattr(pipe, name) for name in family.encoders]
         for module in (pipe.transformer, pipe.vae, *encoders):

@@ -3,9 +3,10 @@
 import diffusers
 import torch
 import transformers
-from tokenizers import pre_tokenizers
 
 from helpers import TINY
+from tools.random_models import FLUX_SCHEDULER
+from tools.tiny_tokenizers import qwen_tokenizer
 
 BLOCKS = dict(
     block_out_channels=(16, 16),
@@ -21,19 +22,6 @@ BLOCKS = dict(
 )
 TRANSFORMER = dict(
     in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=32, num_attention_heads=2
-)
-# as the hub's scheduler_config.json of FLUX.1-dev and of klein: the shift that counts is the dynamic one
-SCHEDULER = dict(
-    base_image_seq_len=256,
-    base_shift=0.5,
-    max_image_seq_len=4096,
-    max_shift=1.15,
-    shift=3.0,
-    use_dynamic_shifting=True,
-)
-CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}<|im_start|>assistant\n"
 )
 
 
@@ -80,7 +68,7 @@ def flux1(folder, guidance=True):
     )
     diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
-            **{**SCHEDULER, "use_dynamic_shifting": guidance}
+            **{**FLUX_SCHEDULER, "use_dynamic_shifting": guidance}
         ),
         vae=diffusers.AutoencoderKL(scaling_factor=0.3611, shift_factor=0.1159, **BLOCKS),
         text_encoder=loud(transformers.CLIPTextModel(clip)),
@@ -94,14 +82,7 @@ def flux1(folder, guidance=True):
 
 def klein(folder):
     torch.manual_seed(0)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = transformers.Qwen2Tokenizer(
-        vocab={letter: number for number, letter in enumerate(alphabet)},
-        merges=[],
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-        chat_template=CHAT,
-        model_max_length=512,
-    )
+    tokenizer = qwen_tokenizer(512)
     qwen = transformers.Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -124,7 +105,7 @@ def klein(folder):
     vae.bn.running_mean.normal_(0, 0.3)
     vae.bn.running_var.uniform_(0.5, 2)
     diffusers.Flux2KleinPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**FLUX_SCHEDULER),
         vae=vae,
         text_encoder=loud(transformers.Qwen3ForCausalLM(qwen)),
         tokenizer=tokenizer,

@@ -132,6 +132,13 @@ def test_klein_whitens_its_latents(places):
     assert (base.decode(x) - right).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_shapes_of_a_text_are_known_before_it_is_encoded(name, places):
+    base = tiny_base(places[name])
+    text = base.encode(["a red circle"])
+    assert base.backbone.text_shapes() == tuple(tensor.shape[1:] for tensor in text)
+
+
 @pytest.mark.parametrize("name, at_512", [("flux1", 1.878), ("klein", 7.619)])
 def test_the_time_shift_grows_with_the_picture(name, at_512, places):
     """At 512 px, four steps: the study's numbers. A picture of 32 px is 8 x 8 tokens here, one of 512 px 32 x 32 there."""

@@ -22,6 +22,7 @@ import sample
 import tiny
 from gaussian import close
 from helpers import BASE, CPU, ROOT, TINY, Code, good, here, listing, load, tiny_base
+from small_backbones import flux1, klein
 from tools import ablations, bench, fake_quality, long, plots, scoreboard, tiny_scores
 
 ON_CPU = ["--device", "cpu"]
@@ -572,6 +573,8 @@ def test_the_forwards_of_a_picture_counted_by_hand():
     # rollout 2.5, fake 3 with gradient, a tenth of: student 1 with gradient, teacher 2, fake 1
     assert bench.forwards_of(settings, stage_1) == pytest.approx(2.5 + 6 + 0.1 * (2 + 2 + 1))
     assert bench.forwards_of({**settings, "gamma": 0}, stage_1) == pytest.approx(2.5 + 2 + 0.5)
+    by_input = bench.forwards_of(settings, stage_1, guided_by_input=True)
+    assert by_input == pytest.approx(2.5 + 6 + 0.1 * (2 + 1 + 1))
     third = {**settings, "consistency_share": 1 / 3}
     assert bench.forwards_of(third, stage_1) == pytest.approx(2.5 + 2 * (1 + 2 / 3) + 0.5)
     # roll-outs of all 4 steps before steps 0, 4 and 8
@@ -583,16 +586,53 @@ def test_the_forwards_of_a_picture_counted_by_hand():
     assert bench.forwards_of(settings, policy_alone) == 4 + 6 + 2 * 2
 
 
-def test_the_operations_of_a_forward_are_those_of_the_real_one():
-    base = tiny_base()
+# A CPU's attention is not counted: in each block two products of all tokens with all. SD3: 34 x 34 in
+# 3 blocks, and in the one with a second attention 16 x 16 of the picture alone; 96 channels. FLUX:
+# 4 blocks and 64 channels.
+PLACES = {
+    "sd3": (lambda _: str(TINY), 4 * 96 * (3 * 34**2 + 16**2)),
+    "flux1": (flux1, 4 * 64 * 4 * (8 * 8 + 8) ** 2),
+    "klein": (klein, 4 * 64 * 4 * (8 * 8 + 512) ** 2),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_the_operations_of_a_forward_are_those_of_the_real_one(name, tmp_path):
+    write, attention = PLACES[name]
+    place = write(tmp_path)
+    base = tiny_base(place)
     text = base.encode(["a circle"])
     x = torch.zeros(1, *base.latent_shape)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         base.velocity([], text)(x, 0.5)
-    # A CPU's attention is not counted: two products of 34 x 34 tokens in 3 blocks, and in the one
-    # with a second attention those of 16 x 16 of the picture alone; 96 channels.
-    attention = 4 * 96 * (3 * 34**2 + 16**2)
-    assert bench.forward_flops(str(TINY), 32) == counter.get_total_flops() + attention
+    assert bench.forward_flops(bench.shapes_of(place, 32)) == counter.get_total_flops() + attention
+
+
+@pytest.mark.parametrize("guidance, teacher", [(True, 1), (False, 2)])
+def test_the_operations_of_a_run_are_those_of_its_family(guidance, teacher, tmp_path, monkeypatch):
+    """FLUX.1-dev's teacher is guided by an input, FLUX.1-schnell's by a second pass."""
+    place = flux1(tmp_path, guidance=guidance)
+    settings = {"pretrained": place, "resolution": 32, "num_steps": 4, "cfg": 3.5}
+    monkeypatch.setattr(bench, "settings_of", lambda _: settings)
+    work = bench.work_of("a run", {"pictures / s": 3}, [{"loss_generator": 1.0}], gpus=2)
+    tflop = bench.forward_flops(bench.shapes_of(place, 32)) / 1e12
+    assert work["forwards a picture"] == 2.5 + 6 + 2 + teacher + 1
+    assert work["TFLOP a forward"] == tflop
+    assert work["TFLOP/s a GPU"] == pytest.approx(work["forwards a picture"] * tflop * 3 / 2)
+
+
+def test_a_base_without_t5_has_its_operations_too(tmp_path):
+    """It is given zeros in place of T5's tokens, as many as the limit allows."""
+    place = shutil.copytree(TINY, tmp_path / "base")
+    index = json.loads((place / "model_index.json").read_text())
+    for name in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(place / name)
+        index[name] = [None, None]
+    (place / "model_index.json").write_text(json.dumps(index))
+    backbone = bench.shapes_of(str(place), 32)
+    embeds, pooled = tiny_base(place).encode(["a circle"])
+    assert backbone.text_shapes() == (embeds.shape[1:], pooled.shape[1:])
+    assert embeds.shape[1] == 10 + 128
 
 
 def test_bench_reads_a_run(run):

@@ -18,15 +18,15 @@ import math
 import sys
 import time
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SD3Transformer2DModel
+from diffusers import DiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer
 
 import sample
-from backbones import StableDiffusion3
+from backbones import BACKBONES
 from checkpoint import settings_of
-from common import Parser, die, parse, setup, sides
+from common import Parser, die, parse, setup
 from tools.plots import read_log
 
 WITH_GRADIENT = 2  # forwards that one with a backward pass counts for
@@ -83,14 +83,14 @@ def parts_of(steps):
 
 
 # ---- how much work that is -----------------------------------------------------------------------
-def forwards_of(settings, steps):
+def forwards_of(settings, steps, guided_by_input=False):
     """Forward passes of the transformer that one picture of a step takes, on average.
 
     What the settings do not say is seen in the log: how often the generator is updated, the size of
-    S, which terms have a weight.
+    S, which terms have a weight. guided_by_input: the teacher's guidance takes no second pass.
     """
     K = settings["num_steps"]
-    teacher = 1 if settings["cfg"] == 1 else 2
+    teacher = 1 if settings["cfg"] == 1 or guided_by_input else 2
     looked_at = 0 if settings.get("gamma") == 0 else settings.get("consistency_share", 1)
     fake = WITH_GRADIENT * (1 + 2 * looked_at)
     anchor = teacher + 1  # teacher and fake
@@ -108,40 +108,30 @@ def forwards_of(settings, steps):
     return rollout + fake + updates * (WITH_GRADIENT + anchor)
 
 
-def forward_flops(pretrained, resolution):
-    """Operations of one forward for one picture; only shapes are computed, no weights are loaded.
+def shapes_of(pretrained, resolution):
+    """A base's backbone without weights and text encoders: its transformer and VAE are on "meta"."""
+    index = DiffusionPipeline.load_config(pretrained)
+    family = BACKBONES[index["_class_name"]]
+    given = {**family.absent(index), **dict.fromkeys(family.encoders)}
+    for name in ("transformer", "vae"):
+        _, class_name = index[name]
+        module = getattr(diffusers, class_name)
+        config = module.load_config(pretrained, subfolder=name)
+        with torch.device("meta"):
+            given[name] = module.from_config(config)
+    pipe = getattr(diffusers, family.pipeline).from_pretrained(pretrained, **given)
+    return family(pipe, resolution)
 
-    None where the base is no Stable Diffusion 3, whose shapes are not known here.
-    """
-    if DiffusionPipeline.load_config(pretrained).get("_class_name") != StableDiffusion3.pipeline:
-        return None
+
+def forward_flops(backbone):
+    """Operations of one forward for one picture; the backbone's transformer is on "meta"."""
     with torch.device("meta"):
-        config = SD3Transformer2DModel.load_config(pretrained, subfolder="transformer")
-        transformer = SD3Transformer2DModel.from_config(config)
-        vae = AutoencoderKL.load_config(pretrained, subfolder="vae")
-        unit = 2 ** (len(vae["block_out_channels"]) - 1)
-        height, width = (side // unit for side in sides(resolution))
-        tokens = prompt_tokens(pretrained)
-        inputs = {
-            "hidden_states": torch.zeros(1, config["in_channels"], height, width),
-            "encoder_hidden_states": torch.zeros(1, tokens, config["joint_attention_dim"]),
-            "pooled_projections": torch.zeros(1, config["pooled_projection_dim"]),
-            "timestep": torch.zeros(1),
-        }
+        x = torch.zeros(1, *backbone.latent_shape)
+        timestep = torch.zeros(1)
+        text = [torch.zeros(1, *shape) for shape in backbone.text_shapes()]
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            transformer(**inputs)
+            backbone.run(x, timestep, 1.0, *text)
     return counter.get_total_flops()
-
-
-def prompt_tokens(pretrained):
-    """How many tokens a prompt has for the transformer: those of CLIP and then those of T5."""
-    clip = AutoTokenizer.from_pretrained(pretrained, subfolder="tokenizer")
-    try:
-        t5 = AutoTokenizer.from_pretrained(pretrained, subfolder="tokenizer_3")
-    except (OSError, ValueError):  # a base without T5 is given zeros
-        t5 = None
-    most = StableDiffusion3.most_text_tokens
-    return clip.model_max_length + (most if t5 is None else min(most, t5.model_max_length))
 
 
 def matmul_tflops(n=8192):
@@ -166,11 +156,9 @@ def work_of(run, speed, steps, gpus):
     settings = settings_of(f"{run}/log.jsonl")
     if not settings:
         return {}
-    forwards = forwards_of(settings, steps)
-    operations = forward_flops(settings["pretrained"], settings["resolution"])
-    if operations is None:
-        return {"forwards a picture": forwards}
-    tflop = operations / 1e12
+    backbone = shapes_of(settings["pretrained"], settings["resolution"])
+    forwards = forwards_of(settings, steps, backbone.guided_by_input())
+    tflop = forward_flops(backbone) / 1e12
     achieved = forwards * tflop * speed["pictures / s"] / gpus
     work = {"forwards a picture": forwards, "TFLOP a forward": tflop, "TFLOP/s a GPU": achieved}
     if torch.cuda.is_available():

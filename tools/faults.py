@@ -28,6 +28,7 @@ SAMPLE = "sample.py"
 EVALUATE = "tools/evaluate.py"
 EXPORT = "tools/export.py"
 SCORES = "tools/tiny_scores.py"
+RANDOM = "tools/random_models.py"
 
 # The faults that passed all tests before there was an oracle, each by itself.
 KNOWN = [
@@ -1891,6 +1892,56 @@ SPEED = [
     Fault("checkpoint: directories in it", "entry.external_attr & DIRECTORY", "False"),
 ]
 
+# What measures the base models: their text's shapes, operations of a forward, models of true size.
+TRUE_SIZES = [
+    Fault(
+        "text: SD3's is T5's alone",
+        "length = self.pipe.tokenizer_max_length + self.text_tokens",
+        "length = self.text_tokens",
+        "backbones.py",
+    ),
+    Fault(
+        "text: FLUX.1's has CLIP's tokens, too",
+        "return (self.text_tokens, width), pooled",
+        "return super().text_shapes()",
+        "backbones.py",
+    ),
+    Fault(
+        "base: a part that is null is loaded",
+        "if not (index.get(name) or [None])[0]:",
+        "if name not in index:",
+        "backbones.py",
+    ),
+    Fault(
+        "operations: of one resolution",
+        "return family(pipe, resolution)",
+        "return family(pipe, 64)",
+        "tools/bench.py",
+    ),
+    Fault(
+        "operations: guidance by input is a second pass",
+        "forwards_of(settings, steps, backbone.guided_by_input())",
+        "forwards_of(settings, steps)",
+        "tools/bench.py",
+    ),
+    Fault(
+        "random: klein 9B is klein 4B",
+        "klein(out_dir, device, KLEIN9B, QWEN3_8B)",
+        "klein(out_dir, device, KLEIN4B, QWEN3_4B)",
+        RANDOM,
+    ),
+    Fault(
+        "random: FLUX.1 has SD3's scale", "scaling_factor=0.3611", "scaling_factor=1.5305", RANDOM
+    ),
+    Fault(
+        "random: files of float32",
+        "torch.set_default_dtype(torch.bfloat16)",
+        "torch.set_default_dtype(torch.float32)",
+        RANDOM,
+    ),
+    Fault("random: rotary axes in another order", "(16, 56, 56)", "(56, 16, 56)", RANDOM),
+]
+
 FAULTS = [
     *KNOWN,
     *SPEED,
@@ -1954,6 +2005,10 @@ FAULTS = [
             "image",
             "ocr",
         ),
+    ),
+    *group(
+        TRUE_SIZES,
+        *of_names("random_models", "operations", "without_t5", "shapes_of_a_text"),
     ),
     # ---- troubles that users have reported
     Fault(

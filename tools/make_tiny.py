@@ -16,7 +16,6 @@ import diffusers  # loads its classes where they are first named, as transformer
 import torch
 import torch.nn.functional as F
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from common import Parser, die, parse, setup
@@ -34,6 +33,7 @@ from tiny import (
     scenes,
 )
 from tools import random_models
+from tools.tiny_tokenizers import tokenizers
 
 # (steps, batch) of each model; the transformer's third number: how many pictures are encoded for it.
 QUALITY = {
@@ -44,53 +44,6 @@ TEXT_LENGTH = 10  # CLIP tokens, start and end included: the longest caption has
 T5_LENGTH = 8  # T5 tokens, the end included
 CAPTION_DROPOUT = 0.1
 SHIFT = 3.0  # SD3's
-
-
-# ---- tokenizers ----------------------------------------------------------------------------------
-def tokenizers(rows):
-    """A CLIP and a T5 tokenizer in which every word of the captions is one token."""
-    words = sorted({word for row in rows for word in row["prompt"].split()})
-    clip = clip_tokenizer(words)
-    t5 = t5_tokenizer(words)
-    for word in words:
-        assert len(clip.tokenize(word)) == len(t5.tokenize(word)) == 1
-    return clip, t5
-
-
-def clip_tokenizer(words):
-    """Byte pairs, merged until each word is one token."""
-    end = "</w>"
-    bpe = Tokenizer(models.BPE(end_of_word_suffix=end))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000,
-        min_frequency=1,
-        initial_alphabet=alphabet,
-        end_of_word_suffix=end,
-        show_progress=False,
-    )
-    bpe.train_from_iterator(words, trainer)
-    content = json.loads(bpe.to_str())
-    merges = [tuple(pair) for pair in content["model"]["merges"]]
-    vocabulary = alphabet + [letter + end for letter in alphabet]
-    merged = {first + second for first, second in merges}
-    vocabulary += sorted(merged - set(vocabulary))
-    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    numbers = {token: number for number, token in enumerate(vocabulary)}
-    return transformers.CLIPTokenizer(vocab=numbers, merges=merges, model_max_length=TEXT_LENGTH)
-
-
-def t5_tokenizer(words):
-    """Unigrams: each word, and single letters for what is none. Shorter pieces are likelier."""
-    pieces = [f"▁{word}" for word in words]
-    pieces.append("▁")
-    pieces += "abcdefghijklmnopqrstuvwxyz"
-    special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
-    scored = [(piece, -1.0 - len(piece) / 100) for piece in pieces]
-    return transformers.T5TokenizerFast(
-        vocab=special + scored, extra_ids=0, model_max_length=T5_LENGTH
-    )
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -380,7 +333,7 @@ def make_pipeline(out_dir, quality, seed, device):
     rows = captions("train")
     # The rewards see every caption, as real reward models do; the generator sees the train split.
     all_rows = captions("all")
-    tokenizer, tokenizer_3 = tokenizers(all_rows)
+    tokenizer, tokenizer_3 = tokenizers(all_rows, TEXT_LENGTH, T5_LENGTH)
     torch.manual_seed(seed)
     vae = train_vae(rows, *quality["vae"], device)
     torch.manual_seed(seed)
@@ -482,7 +435,7 @@ def main():
     device, _, _ = setup(args, training=False)
     if args.random:
         name, _ = args.random
-        random_models.write(name, args.out_dir, device, *tokenizers(captions()))
+        random_models.write(name, args.out_dir, device)
     else:
         quality = QUALITY.get(device.type, QUALITY["cpu"])
         make_pipeline(args.out_dir, quality, args.seed, device)

@@ -44,7 +44,7 @@ LEFT_OUT = (
 
 
 # Of the tools, those that faults are planted in.
-TOOLS = ("evaluate.py", "export.py", "tiny_scores.py")
+TOOLS = ("bench.py", "evaluate.py", "export.py", "random_models.py", "tiny_scores.py")
 # What notices most faults in the least time.
 CORE = ("tests/test_oracle.py", "tests/test_wiring.py")
 
