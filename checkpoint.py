@@ -471,12 +471,14 @@ def settled_alpha(file, given, assumed):
 # ---- the settings of a run, which travel with its weights ----------------------------------------
 # What has to be known of a run to draw from its weights, to train on, or to share them.
 SETTINGS = (
-    "pretrained", "resolution", "num_steps", "eta", "cfg", "gamma", "lora_rank", "lora_alpha", "variant",
-    "seed",
+    "pretrained", "generator_pretrained", "resolution", "num_steps", "eta", "cfg", "gamma", "lora_rank",
+    "lora_alpha", "variant", "seed",
 )  # fmt: skip
+BASES = ("pretrained", "generator_pretrained")
 # Those that are the defaults of whatever uses the weights.
 SAMPLING = {
     "pretrained": (str,),
+    "generator_pretrained": (str,),
     "resolution": (int, str),
     "num_steps": (int,),
     "eta": (int, float),
@@ -500,8 +502,9 @@ def write_settings(args, run_id, origin):
         stage_1 = find_weights(args.cold_start, "cold_start", must=False, quiet=True)
         settings["cold_start_id"] = settings_of(stage_1).get("run_id") if stage_1 else None
     settings.update((name, getattr(args, name)) for name in SETTINGS)
-    if os.path.isdir(args.pretrained):  # found again from any directory, and never on the hub
-        settings["pretrained"] = os.path.abspath(args.pretrained)
+    for name in BASES:
+        if os.path.isdir(settings[name]):  # found again from any directory, and never on the hub
+            settings[name] = os.path.abspath(settings[name])
     content = json.dumps(settings, indent=1) + "\n"
     write_atomically({os.path.join(args.out_dir, SETTINGS_NAME): content.encode()})
 
@@ -540,11 +543,11 @@ def take_settings(args, path, names=SAMPLING, called=None):
             continue
         if not may_be(name, value):
             die(f"{path}: {SETTINGS_NAME} beside it says {name} {value!r}, which cannot be")
-        if name == "pretrained" and os.path.isabs(value) and not os.path.isdir(value):
-            if "pretrained" not in flags_given():
+        if name in BASES and os.path.isabs(value) and not os.path.isdir(value):
+            if name not in flags_given():
                 note(
                     f"{path} was made with the base model {value}, which is not here: "
-                    f"{args.pretrained} is used (--pretrained)"
+                    f"{getattr(args, name) or args.pretrained} is used (--{name})"
                 )
             continue
         attribute = (called or {}).get(name, name)
@@ -568,7 +571,7 @@ SAVE_MINUTES = 20  # without a checkpoint
 # the content that counts, see `content_of`.
 FREE = {
     "out_dir", "device", "micro_batch", "steps", "epochs", "cache_text", "preset", "paper",
-    "pretrained", "cold_start", "prompts", "reward_path", "sample_every", "save_every",
+    *BASES, "cold_start", "prompts", "reward_path", "sample_every", "save_every",
     "keep_every", "start_from", "eval_rewards", "eval_every", "eval_prompts", "compile", "graphs", "wandb",
     "low_memory",
 }  # fmt: skip
@@ -584,7 +587,7 @@ class Run:
     if the disk has no room.
     """
 
-    def __init__(self, args, state, rows, transformer):
+    def __init__(self, args, state, rows, transformers):
         self.args = args
         self.state = state
         self.saved_at = time.time()
@@ -593,11 +596,12 @@ class Run:
             if os.path.exists(f"{args.out_dir}/{name}"):
                 paths.append(f"{args.out_dir}/{name}")
         check_room(args.out_dir, state, len(paths))
-        self.content = content_of(rows, transformer)
+        self.content = content_of(rows, transformers)
         if hasattr(args, "reward_path"):
             self.content["reward_path content"] = hashed(files_of(args.reward_path))
-        self.made_with = made_with(transformer.device)
-        agree_on_a_checkpoint(args.out_dir, bool(paths), transformer.device)
+        device = transformers[0].device
+        self.made_with = made_with(device)
+        agree_on_a_checkpoint(args.out_dir, bool(paths), device)
         self.start = self.load(paths) if paths else 0
         if self.start == 0:
             origin = self.begin_with(args.start_from) if args.start_from else None
@@ -758,9 +762,11 @@ def check_room(out_dir, state, checkpoints):
         )
 
 
-def content_of(rows, transformer):
+def content_of(rows, transformers):
     """{what: hash} of the frozen weights and the prompts: what the flags do not show."""
-    frozen = frozen_content(transformer)
+    frozen = []
+    for transformer in transformers:
+        frozen += frozen_content(transformer)
     return {"pretrained or cold_start content": hashed(frozen), "prompts content": hashed(rows)}
 
 

@@ -57,6 +57,21 @@ PRESETS = {  # defaults that differ; everything else is the same for every model
         resolution=1024,
         cfg=7.0,
     ),
+    "flux1": dict(pretrained="black-forest-labs/FLUX.1-dev", cfg=3.5),
+    "klein4b": dict(
+        pretrained="black-forest-labs/FLUX.2-klein-base-4B",
+        generator_pretrained="black-forest-labs/FLUX.2-klein-4B",
+        cfg=4.0,
+        lr=1e-6,
+        fake_lr=1e-6,
+    ),
+    "klein9b": dict(
+        pretrained="black-forest-labs/FLUX.2-klein-base-9B",
+        generator_pretrained="black-forest-labs/FLUX.2-klein-9B",
+        cfg=4.0,
+        lr=1e-6,
+        fake_lr=1e-6,
+    ),
     "tiny": dict(
         pretrained=os.path.join(HERE, "assets/tiny"),
         prompts=os.path.join(HERE, "assets/tiny/prompts_train.jsonl"),
@@ -86,6 +101,9 @@ def arguments():
     add("--variant", default="", metavar="NAME,...", help="other functions, see variants.py")
     # base model and prompts
     add("--pretrained", help="diffusers directory or hub id of the base model")
+    add(
+        "--generator_pretrained", default="", metavar="DIR", help="another one, the generator's own"
+    )
     add("--prompts", default="", help="file: a prompt a line, JSON lines or a JSON list")
     add("--resolution", type=resolution, default=512, help="side, or height x width as 768x512")
     add("--cfg", type=float, default=4.5, help="guidance scale of the teacher")
@@ -322,7 +340,7 @@ def main():
         "F_opt": fake_opt,
         "shapes": {key: p.shape for key, p in base.adapter("fake").items()},
     }
-    run = Run(args, state, rows, base.transformer)
+    run = Run(args, state, rows, base.transformers())
     note_prompts(base, rows)
 
     # The batch, over all GPUs together, of which this one has its rows, some at a time.

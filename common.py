@@ -93,7 +93,7 @@ FROM_1 = (
 )  # fmt: skip
 # Flags that are paths; a ~ at their beginning is the user's home directory.
 PLACES = {
-    "out_dir", "pretrained", "prompts", "metadata", "cold_start", "rtdmd", "eval_prompts", "start_from",
+    "out_dir", "pretrained", "generator_pretrained", "prompts", "metadata", "cold_start", "rtdmd", "eval_prompts", "start_from",
     "scores", "like",
 }  # fmt: skip
 RANGES = {

@@ -167,27 +167,22 @@ class LoraLinear(PeftLinear):
         return y + F.linear(F.linear(x, A), B)
 
 
-def train_only(transformer, *names):
-    """Freeze everything but these adapters -> one flat parameter for each, all its matrices in a row.
+def trainable(matrices):
+    """Let the matrices of an adapter, as from `adapter`, be trained -> one flat parameter of all.
 
-    The matrices are views of it, and their gradients views of its .grad. So the optimiser, the average
-    and the sum over ranks are one operation each, not one a matrix. The gradient is 0 and stays where
-    it is: a recorded pass adds to that very tensor.
+    The matrices become views of it, and their gradients views of its .grad. So the optimiser, the
+    average and the sum over ranks are one operation each, not one a matrix. The gradient is 0 and stays
+    where it is: a recorded pass adds to that very tensor.
     """
-    transformer.requires_grad_(False)
-    trained = []
-    for name in names:
-        matrices = list(adapter(transformer, name).values())
-        flat = torch.nn.Parameter(joined([p.detach() for p in matrices]))
-        flat.grad = torch.zeros_like(flat)
-        sizes = [p.numel() for p in matrices]
-        places = zip(matrices, flat.detach().split(sizes), flat.grad.split(sizes))
-        for p, values, gradient in places:
-            p.data = values.view_as(p)
-            p.requires_grad_(True)
-            p.grad = gradient.view_as(p)
-        trained.append(flat)
-    return trained
+    flat = torch.nn.Parameter(joined([p.detach() for p in matrices.values()]))
+    flat.grad = torch.zeros_like(flat)
+    sizes = [p.numel() for p in matrices.values()]
+    places = zip(matrices.values(), flat.detach().split(sizes), flat.grad.split(sizes))
+    for p, values, gradient in places:
+        p.data = values.view_as(p)
+        p.requires_grad_(True)
+        p.grad = gradient.view_as(p)
+    return flat
 
 
 def adapter(transformer, name):

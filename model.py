@@ -2,7 +2,8 @@
 
 One frozen transformer plays every role. Which one is said at the call, by the list of adapters that
 add to it: `play(backbone, ["generator"], text)` is the student, `play(backbone, [], text,
-negative, cfg)` the teacher with guidance.
+negative, cfg)` the teacher with guidance. With --generator_pretrained the student has a transformer of
+its own.
 """
 
 import gc
@@ -25,7 +26,7 @@ from checkpoint import SETTINGS_NAME
 from common import die, first_line, is_rank_0, note, seeded_rng
 from cps import at_least_float32, rollout, sigmas
 from hub import files_on_hub, in_words, is_hub_id
-from lora import adapter, add_adapter, load_adapter, set_adapters, train_only
+from lora import adapter, add_adapter, load_adapter, set_adapters, trainable
 from pictures import decode, quicken, save_grid
 from text import TextEncoder, TextTable
 
@@ -38,6 +39,10 @@ for logging in (transformers_logging, diffusers_logging):
 # Several adapters on one base is what we want; of the others nothing is for a user of ours to do.
 for beginning in ("Already found a `peft_config`", "The `local_dir_use_symlinks`"):
     warnings.filterwarnings("ignore", message=beginning)
+
+
+# The student's adapters, by name: stage 1's, and stage 2's stacked on that of stage 1.
+STUDENTS = ("generator", "cold_generator")
 
 
 # ---- the base model ------------------------------------------------------------------------------
@@ -55,27 +60,56 @@ class BaseModel:
 
     compile: compile the blocks and the decoder. cache_text: the transformer stays on the CPU until
     `cache_texts` has made room for it. low_memory: activations are computed again in the backward
-    pass, and pictures decoded one by one. Dies with one line where the directory or the repository is
-    no such pipeline, or the resolution does not fit.
+    pass, and pictures decoded one by one. generator_pretrained: another pipeline, whose transformer
+    plays the student. Dies with one line where a directory or a repository is no such pipeline, or the
+    resolution does not fit.
     """
 
     def __init__(
-        self, pretrained, device, resolution, compile=False, cache_text=False, low_memory=False
+        self,
+        pretrained,
+        device,
+        resolution,
+        compile=False,
+        cache_text=False,
+        low_memory=False,
+        generator_pretrained="",
     ):
         self.pretrained = pretrained
         self.device = device
         self.low_memory = low_memory
         family, self.pipe = load_pipeline(pretrained, device, transformer_waits=cache_text)
         self.backbone = family(self.pipe, resolution)
+        self.generator = self.backbone  # what plays the student: the same, or of a base of its own
+        if generator_pretrained:
+            _, pipe = load_pipeline(generator_pretrained, device, cache_text, self.pipe)
+            self.generator = family(pipe, resolution)
         self.transformer = self.pipe.transformer
         self.latent_shape = self.backbone.latent_shape
         self.text_tokens = self.backbone.text_tokens
         self.encode = TextEncoder(self.backbone.text, device)
         self.empty_text = None  # of classifier-free guidance, encoded when first needed
         if compile:
-            compile_blocks(self.pipe)
-        if low_memory:
-            checkpoint_activations(self.transformer)
+            compile_decoder(self.pipe.vae)
+        for transformer in self.transformers():
+            if compile:
+                compile_blocks(transformer)
+            if low_memory:
+                checkpoint_activations(transformer)
+
+    def transformers(self):
+        """The frozen ones: one for all roles, or one more that is the generator's own."""
+        both = (self.transformer, self.generator.pipe.transformer)
+        return list(dict.fromkeys(both))
+
+    def backbone_of(self, adapters):
+        """Where these adapters add: the generator's to the transformer that plays the student."""
+        if any(name in STUDENTS for name in adapters):
+            return self.generator
+        return self.backbone
+
+    def transformer_of(self, name):
+        return self.backbone_of([name]).pipe.transformer
 
     def sigmas(self, num_steps):
         return sigmas(num_steps, self.backbone.shift(num_steps))
@@ -95,17 +129,19 @@ class BaseModel:
     def cache_texts(self, prompts, path):
         """Encode all prompts now, into a file (TextTable), and free the text encoders.
 
-        The transformer comes to the device in their place. Dies where there is no room for it.
+        The transformers come to the device in their place. Dies where there is no room for them.
         """
-        pipe = self.pipe
-        self.encode = TextTable(self.backbone.text, pipe.vae.device, prompts, path)
+        device = self.pipe.vae.device
+        self.encode = TextTable(self.backbone.text, device, prompts, path)
         self.empty_text = None
         for name in self.backbone.encoders:
-            setattr(pipe, name, None)
+            setattr(self.pipe, name, None)
+            setattr(self.generator.pipe, name, None)
         gc.collect()
         torch.cuda.empty_cache()
         try:
-            pipe.transformer.to(pipe.vae.device)
+            for transformer in self.transformers():
+                transformer.to(device)
         except torch.cuda.OutOfMemoryError as e:
             die(
                 f"--pretrained {self.pretrained}: no room for its transformer ({first_line(e)})",
@@ -114,27 +150,31 @@ class BaseModel:
 
     def velocity(self, adapters, text, cfg=1.0):
         """The velocity function of the transformer with these adapters; with guidance if cfg is not 1."""
-        if cfg == 1 or self.backbone.guided_by_input():
-            return play(self.backbone, adapters, text, None, cfg)
+        backbone = self.backbone_of(adapters)
+        if cfg == 1 or backbone.guided_by_input():
+            return play(backbone, adapters, text, None, cfg)
         if self.empty_text is None:
             self.empty_text = self.encode([""])
-        return play(self.backbone, adapters, text, self.empty_text, cfg)
+        return play(backbone, adapters, text, self.empty_text, cfg)
 
     def decode(self, latents):
         """Latents [B,C,h,w] -> pictures [B,3,H,W] in [0,1], float32, differentiable."""
         return decode(self.pipe.vae, self.backbone.to_vae(latents), one_by_one=self.low_memory)
 
     def add_adapter(self, name, rank, alpha, seed, init_std=None):
-        add_adapter(self.transformer, name, rank, alpha, seed, init_std)
+        add_adapter(self.transformer_of(name), name, rank, alpha, seed, init_std)
 
     def load_adapter(self, name, path, given_alpha=None):
-        load_adapter(self.transformer, name, path, given_alpha)
+        load_adapter(self.transformer_of(name), name, path, given_alpha)
 
     def adapter(self, name):
-        return adapter(self.transformer, name)
+        return adapter(self.transformer_of(name), name)
 
     def train_only(self, *names):
-        return train_only(self.transformer, *names)
+        """Freeze everything but these adapters -> the weights of each, as one flat parameter."""
+        for transformer in self.transformers():
+            transformer.requires_grad_(False)
+        return [trainable(self.adapter(name)) for name in names]
 
 
 def load_base(args, device, prompts):
@@ -151,22 +191,25 @@ def load_base(args, device, prompts):
         compile=bool(args.compile) and device.type == "cuda",
         cache_text=args.cache_text,
         low_memory=args.low_memory,
+        generator_pretrained=args.generator_pretrained,
     )
     if args.cache_text:
         base.cache_texts(prompts, f"{args.out_dir}/text.bin")
     return base
 
 
-def load_pipeline(pretrained, device, transformer_waits=False):
+def load_pipeline(pretrained, device, transformer_waits=False, like=None):
     """-> (its class in backbones.py, the diffusers pipeline), frozen; bf16 on a GPU, float32 elsewhere.
 
-    transformer_waits: it stays on the CPU. Dies with one line where the directory or the repository
-    is none.
+    transformer_waits: it stays on the CPU. like: the pipeline of the teacher, whose parts the
+    generator's own base uses, all but the transformer. Dies with one line where the directory or the
+    repository is none.
     """
+    flag = "--pretrained" if like is None else "--generator_pretrained"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     here = os.path.isdir(pretrained)
     if not here and not is_hub_id(pretrained):
-        die(f"--pretrained {pretrained}: no such directory, nor a hub id (owner/name)")
+        die(f"{flag} {pretrained}: no such directory, nor a hub id (owner/name)")
     try:
         names = files_under(pretrained) if here else files_on_hub(pretrained)
         if names is None:
@@ -177,9 +220,16 @@ def load_pipeline(pretrained, device, transformer_waits=False):
             raise ValueError(f"it wants to run custom code, {'.'.join(name)}")
         if name not in BACKBONES:
             raise ValueError(f"it is a {name}")
+        if like is not None and name != type(like).__name__:
+            raise ValueError(f"it is a {name}, and --pretrained is a {type(like).__name__}")
         family = BACKBONES[name]
-        pipe = getattr(diffusers, family.pipeline).from_pretrained(
-            pretrained, dtype=dtype, variant=variant_of(names), **family.absent(index)
+        parts = family.absent(index)
+        if like is not None:
+            parts = {
+                part: thing for part, thing in like.components.items() if part != "transformer"
+            }
+        pipe = getattr(diffusers, name).from_pretrained(
+            pretrained, dtype=dtype, variant=variant_of(names), **parts
         )
         encoders = [getattr(pipe, name) for name in family.encoders]
         for module in (pipe.transformer, pipe.vae, *encoders):
@@ -188,7 +238,7 @@ def load_pipeline(pretrained, device, transformer_waits=False):
                 module.requires_grad_(False).eval().to("cpu" if waits else device)
     except Exception as e:  # a directory can be wrong in a dozen ways
         die(
-            f"--pretrained {pretrained}, which must be a pipeline of Stable Diffusion 3, FLUX.1 or "
+            f"{flag} {pretrained}, which must be a pipeline of Stable Diffusion 3, FLUX.1 or "
             f"FLUX.2-klein ({', '.join(BACKBONES)}), cannot be loaded: {in_words(e, pretrained)}",
             local=isinstance(e, torch.cuda.OutOfMemoryError),
         )
@@ -223,7 +273,7 @@ def variant_of(names):
     return None
 
 
-def compile_blocks(pipe):
+def compile_blocks(transformer):
     """Compile block by block: one graph serves all blocks of a kind.
 
     A role, a batch size, with or without gradient: a graph each, compiled when first met, and never
@@ -232,11 +282,15 @@ def compile_blocks(pipe):
     config = torch._dynamo.config
     config.cache_size_limit = 1000  # since torch 2.7 also "recompile_limit"
     config.accumulated_cache_size_limit = 1000
-    quicken(pipe.vae)
-    blocks = [*pipe.transformer.transformer_blocks]
-    blocks += getattr(pipe.transformer, "single_transformer_blocks", [])  # FLUX has both kinds
-    for module in (*blocks, pipe.vae.decoder):
-        module.compile(dynamic=False)
+    blocks = [*transformer.transformer_blocks]
+    blocks += getattr(transformer, "single_transformer_blocks", [])  # FLUX has both kinds
+    for block in blocks:
+        block.compile(dynamic=False)
+
+
+def compile_decoder(vae):
+    quicken(vae)
+    vae.decoder.compile(dynamic=False)
 
 
 def checkpoint_activations(transformer):

@@ -21,6 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from tqdm import tqdm
 
 from checkpoint import (
+    BASES,
     check_pair,
     find_weights,
     frozen_content,
@@ -54,6 +55,17 @@ TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets/tiny")
 PRESETS = {
     "sd35m": dict(pretrained=SD35M, teacher_cfg=4.5),
     "sd3m": dict(pretrained=SD3M, resolution=1024, teacher_cfg=7.0),
+    "flux1": dict(pretrained="black-forest-labs/FLUX.1-dev", teacher_cfg=3.5),
+    "klein4b": dict(
+        pretrained="black-forest-labs/FLUX.2-klein-base-4B",
+        generator_pretrained="black-forest-labs/FLUX.2-klein-4B",
+        teacher_cfg=4.0,
+    ),
+    "klein9b": dict(
+        pretrained="black-forest-labs/FLUX.2-klein-base-9B",
+        generator_pretrained="black-forest-labs/FLUX.2-klein-9B",
+        teacher_cfg=4.0,
+    ),
     "tiny": dict(
         pretrained=TINY,
         cold_start=f"{TINY}/adapters/cold_start",
@@ -81,6 +93,9 @@ def flags(description):
     # with what
     add("--preset", choices=list(PRESETS), default="sd35m", help="set of default flags")
     add("--pretrained", help="diffusers directory or hub id of the base model")
+    add(
+        "--generator_pretrained", default="", metavar="DIR", help="another one, the generator's own"
+    )
     places = "a run's out_dir, an export, a file or a hub repository"
     for stage, number in (("cold_start", 1), ("rtdmd", 2)):
         text = f"weights of stage {number}: {places}; '' leaves them out"
@@ -140,20 +155,25 @@ def settled(args, files):
 
     files: as from generator_files; what counts are the settings beside the last of them.
     """
-    names = ("pretrained", "resolution", "num_steps", "eta", "cfg")
+    names = (*BASES, "resolution", "num_steps", "eta", "cfg")
     called = {"num_steps": "steps", "cfg": "teacher_cfg"}  # a run's cfg is its teacher's
     if args.like:  # the picture says all else
-        names = ("pretrained",)
+        names = BASES
     elif args.teacher:
         args = as_teacher(args, flags_given())
-        names = ("pretrained", "resolution", "cfg")
+        names = (*BASES, "resolution", "cfg")
         called = {}
     args = argparse.Namespace(**vars(args))
     if files:
         take_settings(args, list(files.values())[-1], names, called)
     elif not args.teacher and not args.like:  # adapters that are merged into the base
-        take_settings(args, os.path.join(args.pretrained, "model_index.json"), names[1:], called)
+        take_settings(args, os.path.join(drawn_with(args), "model_index.json"), names[2:], called)
     return args
+
+
+def drawn_with(args):
+    """The base model that draws: the student's may be its own."""
+    return args.pretrained if args.teacher else args.generator_pretrained or args.pretrained
 
 
 def as_teacher(args, but_for=()):
@@ -246,7 +266,7 @@ def integrate(v, noise, levels, eta):
 def load_base(args, device):
     """The base model that the flags name."""
     compiled = bool(args.compile) and device.type == "cuda"
-    base = BaseModel(args.pretrained, device, args.resolution, compile=compiled)
+    base = BaseModel(drawn_with(args), device, args.resolution, compile=compiled)
     base.encode.at_once = 1  # so that a picture depends on its own prompt alone, to the last bit
     return base
 

@@ -35,7 +35,7 @@ from checkpoint import (
 from common import Parser, chosen_device, die, first_line, note, parse, resolution, sides
 from hub import DEFAULT_PLACES, is_hub_id
 from model import BaseModel
-from sample import ADAPTERS, PRESETS, generator_files, load_generator, settled
+from sample import ADAPTERS, PRESETS, drawn_with, generator_files, load_generator, settled
 from tools.evaluate import mean_and_error, with_error
 
 LOCAL = ("command", "started_from")  # of a run's settings: they may hold paths of this machine
@@ -49,6 +49,9 @@ def arguments():
     add("--merged", action="store_true", help="a whole pipeline in place of LoRA files")
     add("--preset", choices=list(PRESETS), default="sd35m", help="set of default flags")
     add("--pretrained", help="diffusers directory or hub id of the base model")
+    add(
+        "--generator_pretrained", default="", metavar="DIR", help="another one, the generator's own"
+    )
     places = "a run's out_dir, an export, a file or a hub repository"
     for stage, number in (("cold_start", 1), ("rtdmd", 2)):
         text = f"weights of stage {number}: {places}; '' leaves them out"
@@ -181,8 +184,10 @@ def forget_paths(folder):
 
 def sampling_settings(args):
     """What is drawn with, as in a run's settings.json; a base model that is a path is left out."""
+    has_own = bool(args.generator_pretrained)
     return {
-        "pretrained": public_name(args),
+        "pretrained": hub_name(args.pretrained) if has_own else public_name(args),
+        "generator_pretrained": public_name(args) if has_own else "",
         "resolution": args.resolution,
         "num_steps": args.steps,
         "eta": args.eta,
@@ -192,10 +197,12 @@ def sampling_settings(args):
 
 def public_name(args):
     """The base model's name for others, or None where it is a directory of this machine."""
-    if args.base_model:
-        return args.base_model
-    is_public = is_hub_id(args.pretrained) and not os.path.exists(args.pretrained)
-    return args.pretrained if is_public else None
+    return args.base_model or hub_name(drawn_with(args))
+
+
+def hub_name(place):
+    """A place if it is a hub id, None if it is a directory of this machine."""
+    return place if is_hub_id(place) and not os.path.exists(place) else None
 
 
 # ---- the model card ------------------------------------------------------------------------------
@@ -452,12 +459,12 @@ def main():
     with new_folder(args.out_dir) as folder:
         files = generator_files(args)
         args = settled(args, files)
-        base = BaseModel(args.pretrained, device, args.resolution)
+        base = BaseModel(drawn_with(args), device, args.resolution)
         load_generator(base, files, args.lora_alpha)
         export(base, files, args, folder)
     if not public_name(args):
         note(
-            f"the base model {args.pretrained} is a directory of this machine, so the export does not "
+            f"the base model {drawn_with(args)} is a directory of this machine, so the export does not "
             "name it: --base_model ID does"
         )
     print(f"{args.out_dir}: {', '.join(sorted(os.listdir(args.out_dir)))}")
