@@ -137,17 +137,17 @@ def small_base():
     """What of a base model its adapters need, around a fresh small transformer."""
     transformer = fresh()
     load_adapter = functools.partial(lora_module.load_adapter, transformer)
-    parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "text_encoder_3"))
+    parts = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer_3")
+    backbone = backbone_of(transformer)
+    backbone.shift = lambda num_steps: 3.0
     return SimpleNamespace(
         transformer=transformer,
         load_adapter=load_adapter,
         encode=SimpleNamespace(at_once=1),
-        backbone=SimpleNamespace(
-            pipeline="StableDiffusion3Pipeline", encoders=(), shift=lambda num_steps: 3.0
-        ),
+        backbone=backbone,
         sigmas=functools.partial(cps.sigmas, shift=3.0),
         device=torch.device("cpu"),
-        pipe=SimpleNamespace(**parts, scheduler=SimpleNamespace(config={})),
+        pipe=SimpleNamespace(**dict.fromkeys(parts), scheduler=SimpleNamespace(config={})),
     )
 
 
@@ -755,12 +755,17 @@ def write_export(cold_start, rtdmd, folder):
     base = small_base()
     save = StableDiffusion3Pipeline.save_lora_weights
     base.pipe = SimpleNamespace(
-        transformer=base.transformer, save_lora_weights=save, text_encoder_3=None
+        transformer=base.transformer,
+        save_lora_weights=save,
+        text_encoder_3=None,
+        tokenizer_3=None,
     )
     base.text_tokens = 8
     args = argparse.Namespace(
         merged=False,
         pretrained="owner/base",
+        generator_pretrained="",
+        teacher=False,
         base_model="",
         scores="",
         steps=4,

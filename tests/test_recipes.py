@@ -71,20 +71,21 @@ def test_what_sd3_mediums_recipe_does_not_name_is_as_for_sd35_medium():
 
 def preset_table():
     """The table of presets in docs/recipe.md -> [(program, flags of the row, the cell of each preset)]."""
-    section = RECIPE.split("## The presets")[1].split("\n\nThe rewards of")[0]
+    section = RECIPE.split("## The presets")[1].split("\n\nRank 32")[0]
     lines = [
         [cell.strip() for cell in line.strip("|\n").split("|")]
         for line in section.splitlines()
         if line.startswith("|")
     ]
     head, _, *rows = lines
-    assert head[1:] == ["`sd35m`", "`sd3m`", "`tiny`"]
+    presets = [name.strip("`") for name in head[1:]]
+    assert presets == list(cold_start.PRESETS) == list(rtdmd_rl.PRESETS) == list(sample.PRESETS)
     for name, *cells in rows:
         program = "rtdmd_rl" if name.startswith("stage 2") else "cold_start"
         yield (
             program,
             re.findall(r"`--(\w+)`", name),
-            dict(zip(("sd35m", "sd3m", "tiny"), cells, strict=True)),
+            dict(zip(presets, cells, strict=True)),
         )
 
 
@@ -98,7 +99,25 @@ def test_the_table_of_presets_says_what_the_presets_do():
             for name, value in zip(names, written, strict=True):
                 assert float(value) == flags[name], (preset, name)
                 compared += 1
-    assert compared >= 40
+    assert compared >= 100
+
+
+def test_the_recipes_of_flux_differ_from_sd35_mediums_in_nothing_that_no_table_names():
+    """docs/recipe.md: the table of presets, and that of FLUX's base models."""
+    named = {name for _, names, _ in preset_table() for name in names}
+    named |= {"preset", "pretrained", "generator_pretrained"}
+    section = RECIPE.split("## FLUX")[1].split("\n## ")[0]
+    for preset in ("flux1", "klein4b", "klein9b"):
+        for program in ("cold_start", "rtdmd_rl"):
+            ours, theirs = flags_of(program, "--preset", preset), flags_of(program)
+            assert {name for name in ours if ours[name] != theirs[name]} <= named
+            bases = [ours["pretrained"], ours["generator_pretrained"]]
+            (row,) = [line for line in section.splitlines() if line.startswith(f"| `{preset}` |")]
+            assert [base for base in bases if base] == re.findall(r"`(black-forest-labs/.*?)`", row)
+        student = flags_of("sample", "a cat", "--preset", preset)
+        teacher = flags_of("sample", "a cat", "--preset", preset, "--teacher")
+        assert [student["pretrained"], student["generator_pretrained"]] == bases
+        assert (student["cfg"], teacher["cfg"]) == (1, ours["cfg"])
 
 
 # ---------------------------------------------------------------------------------------------------------------- prompts

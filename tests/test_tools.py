@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cold_start
 import cps
+import rewards
 import rtdmd_rl
 import sample
 import tiny
@@ -660,6 +661,32 @@ def test_bench_times_a_picture(run):
     assert list(numbers)[:2] == ["batch", "steps"]
     assert float(numbers["s, draw and decode"]) > 0
     assert float(numbers["pictures / s"]) > 0
+
+
+def test_bench_times_each_reward_by_itself(monkeypatch):
+    """With new prompts in each call, since texts are kept; with the gradient of those that have one."""
+    seen = {"soft": [], "hard": []}
+    passed = [0.0]
+
+    def loader(name, seconds):
+        def score(images, prompts, metadata):
+            passed[0] += seconds
+            seen[name].append((images.requires_grad, len(images), tuple(prompts)))
+            return images.mean((1, 2, 3))
+
+        return lambda *_: score
+
+    monkeypatch.setattr(bench, "clock", lambda device: passed[0])
+    monkeypatch.setitem(rewards.REWARDS, "soft", (loader("soft", 0.5), True, ""))
+    monkeypatch.setitem(rewards.REWARDS, "hard", (loader("hard", 2.0), False, ""))
+    flags = ["--rewards", "soft,hard", "--resolution", "16x8", "--batch_size", 3, "--repeat", 2]
+    status, out, err = here(bench, "rewards", *flags, "--device", "cpu")
+    assert status == 0, err
+    numbers = {name: float(value) for name, value in re.findall(r"^(\S.*?)  +(\S+)$", out, re.M)}
+    assert numbers == {"soft, s": 0.5, "hard, s": 2.0}
+    for name, with_gradient in (("soft", True), ("hard", False)):
+        assert [call[:2] for call in seen[name]] == [(with_gradient, 3)] * 4
+        assert len({call[2] for call in seen[name]}) == 4
 
 
 # ---- tools.long: which kept file is scored, and the table

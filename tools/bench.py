@@ -2,6 +2,7 @@
 
     python -m tools.bench out/cold_start                     # seconds and parts of a step, pictures a second
     python -m tools.bench picture "a photo of two cats"      # flags as for sample.py
+    python -m tools.bench rewards --rewards clipscore,hpsv2  # each one by itself, flags as for stage 2
 
 Nothing has to be switched on for it: every run logs the seconds of each part of its steps (s_text,
 s_rollout, ...). The first steps, which compile and record, are left out. With the run's settings.json
@@ -26,7 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import sample
 from backbones import BACKBONES
 from checkpoint import settings_of
-from common import Parser, die, parse, setup
+from common import Parser, checked, die, parse, resolution, setup, sides
+from prompts import geneval_prompts
+from rewards import build_for, parse_weights
 from tools.plots import read_log
 
 WITH_GRADIENT = 2  # forwards that one with a backward pass counts for
@@ -190,6 +193,13 @@ def bench_run():
 
 
 # ---- one picture ---------------------------------------------------------------------------------
+def clock(device):
+    """Now, when the device has done all it had to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def bench_picture():
     """Time one picture with everything warm; each time the prompt is new, and so its encoding."""
     parser = sample.flags("Time one picture, drawn as sample.py draws it.")
@@ -204,22 +214,17 @@ def bench_picture():
     adapters = [] if args.teacher else sample.load_generator(base, files, args.lora_alpha)
     levels, render = sample.renderer(base, adapters, args)
 
-    def clock():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     warm_up = 2
     times = {"s, text": [], "s, noise": [], "s, draw and decode": []}
     for i in range(warm_up + args.repeat):
-        marks = [clock()]
+        marks = [clock(device)]
         text = base.encode([f"{args.prompt} {i}"] * args.batch_size)
-        marks.append(clock())
+        marks.append(clock(device))
         seeds = range(args.seed, args.seed + args.batch_size)
         noise = sample.noise_of(seeds, base.latent_shape, levels, args.eta, device)
-        marks.append(clock())
+        marks.append(clock(device))
         render(noise, *text)
-        marks.append(clock())
+        marks.append(clock(device))
         if i >= warm_up:
             for taken, before, after in zip(times.values(), marks, marks[1:]):
                 taken.append(after - before)
@@ -231,10 +236,58 @@ def bench_picture():
     show(numbers)
 
 
+# ---- rewards -------------------------------------------------------------------------------------
+def bench_rewards():
+    """Time each reward by itself on random pictures: scores, and with the gradient where it has one."""
+    parser = Parser("Seconds and memory of each reward, forward and backward, as stage 2 calls it.")
+    add = parser.add_argument
+    add("--rewards", default="clipscore,pickscore,hpsv2,geneval_soft", help="name,...")
+    add("--reward_path", action="append", default=[], metavar="NAME=PATH", help="a reward's model")
+    add(
+        "--reward_dtype", choices=("float32", "bfloat16"), default="float32", help="of their models"
+    )
+    add("--resolution", type=resolution, default=512, help="side, or height x width as 768x512")
+    add("--batch_size", type=int, default=8, help="pictures at once")
+    add("--repeat", type=int, default=10, help="calls that are timed; each has new prompts")
+    add("--device", default="auto", help="cuda, cpu, mps, or auto: the best there is")
+    parser.set_defaults(out_dir=".")
+    args = parse(parser)
+    device, _, _ = setup(args, training=False)
+    warm_up = 2
+    rows = geneval_prompts((warm_up + args.repeat) * args.batch_size)
+    dtype = getattr(torch, args.reward_dtype)
+    weights = checked(parse_weights, args.rewards)
+    pictures = torch.rand(args.batch_size, 3, *sides(args.resolution), device=device)
+    for name in weights:
+        (reward,) = checked(build_for, rows, {name: 1.0}, device, args.reward_path, dtype)
+        times = []
+        for i in range(warm_up + args.repeat):
+            batch = rows[i * args.batch_size : (i + 1) * args.batch_size]
+            start = clock(device)
+            score_once(reward, pictures, batch)
+            times.append(clock(device) - start)
+        numbers = {f"{name}, s": quantile(times[warm_up:], 0.5)}
+        if device.type == "cuda":
+            numbers[f"{name}, peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+            torch.cuda.reset_peak_memory_stats()
+        show(numbers)
+
+
+def score_once(reward, pictures, rows):
+    """Scores of pictures [B,3,H,W], and their gradient where there is one."""
+    pictures = pictures.detach().requires_grad_(reward.differentiable)
+    prompts = [row["prompt"] for row in rows]
+    scores = reward(pictures, prompts, [row["metadata"] for row in rows])
+    if reward.differentiable:
+        torch.autograd.grad(scores.sum(), pictures)
+
+
+PARTS = {"picture": bench_picture, "rewards": bench_rewards}
+
+
 def main():
-    if sys.argv[1:2] == ["picture"]:
-        del sys.argv[1]
-        bench_picture()
+    if sys.argv[1:2] and sys.argv[1] in PARTS:
+        PARTS[sys.argv.pop(1)]()
     else:
         bench_run()
 

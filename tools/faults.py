@@ -1056,7 +1056,11 @@ MODEL = [
         "names = self._active_adapter[:1]",
     ),
     Fault("adapters: subtracted", "return y + F.linear(", "return y - F.linear("),
-    Fault("train_only: lists swapped", "trained.append(flat)", "trained.insert(0, flat)"),
+    Fault(
+        "train_only: swapped",
+        "(self.adapter(name)) for name in names]",
+        "(self.adapter(name)) for name in names[::-1]]",
+    ),
     Fault(
         "train_only: a gradient that is not 0",
         "flat.grad = torch.zeros_like(flat)",
@@ -1374,8 +1378,8 @@ DRAWING = [
     ),
     Fault(
         "evaluate: --compare's teacher has the student's adapters",
-        "scores_of(base, [], rows, teacher, teacher_origin",
-        "scores_of(base, adapters, rows, teacher, teacher_origin",
+        "teachers_base, [], rows, teacher, teacher_origin",
+        "teachers_base, adapters, rows, teacher, teacher_origin",
         EVALUATE,
     ),
     Fault(
@@ -1464,8 +1468,8 @@ DRAWING = [
     ),
     Fault(
         "export: the base's directory is published",
-        "    return args.pretrained if is_public else None",
-        "    return args.pretrained",
+        "return place if is_hub_id(place) and not os.path.exists(place) else None",
+        "return place",
         EXPORT,
     ),
     Fault(
@@ -1823,7 +1827,7 @@ BASES = [
         "self.licences[None]",
     ),
     Fault("flux: the scheduler's fixed shift", "if not config.use_dynamic_shifting:", "if True:"),
-    Fault("flux: guided twice", "or self.backbone.guided_by_input()", "or False"),
+    Fault("flux: guided twice", "or backbone.guided_by_input()", "or False"),
     Fault("klein: tokens of 2 x 2 places", "patch = 1", "patch = 2", "backbones.py"),
     Fault("klein: mean of the latents", "latents * deviation + mean", "latents * deviation"),
     Fault(
@@ -1838,6 +1842,59 @@ BASES = [
     ),
     Fault("klein: fused matrices are left out", "(to_qkv_mlp_proj|to_out)", "(to_nothing)"),
     Fault("klein: the language model stays cut", "self.pipe.text_encoder = whole\n", "pass\n"),
+    Fault(
+        "own base: the student stands on the teacher's",
+        "if any(name in STUDENTS for name in adapters):",
+        "if False:",
+    ),
+    Fault(
+        "own base: all roles stand on the generator's",
+        "if any(name in STUDENTS for name in adapters):",
+        "if True:",
+    ),
+    Fault("own base: stage 1's student is left", '"generator", "cold_generator")', '"generator",)'),
+    Fault("own base: not part of a run's content", "in transformers:", "in transformers[:1]:"),
+    Fault(
+        "own base: stage 2 does not take it from stage 1",
+        '    "generator_pretrained": (str,),\n',
+        "",
+        "checkpoint.py",
+    ),
+    Fault(
+        "own base: pictures are drawn on the teacher's",
+        "else args.generator_pretrained or args.pretrained",
+        "else args.pretrained",
+        SAMPLE,
+    ),
+    Fault(
+        "own base: the teacher is drawn on the generator's",
+        "return args.pretrained if args.teacher else args.generator_pretrained",
+        "return args.generator_pretrained",
+        SAMPLE,
+    ),
+    Fault(
+        "own base: --compare's teacher is drawn on the generator's",
+        "if drawn_with(teacher) != drawn_with(args):",
+        "if False:",
+        EVALUATE,
+    ),
+    Fault(
+        "own base: of another class",
+        "if like is not None and name != type(like).__name__:",
+        "if False:",
+    ),
+    Fault(
+        "own base: the export names it as the teacher",
+        "hub_name(args.pretrained) if has_own else public_name(args)",
+        "public_name(args)",
+        EXPORT,
+    ),
+    Fault(
+        "own base: the export forgets it",
+        'public_name(args) if has_own else ""',
+        '""',
+        EXPORT,
+    ),
 ]
 
 SPEED = [
