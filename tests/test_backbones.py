@@ -12,7 +12,7 @@ import rtdmd_rl
 import sample
 from common import sides
 from cps import CPSScheduler
-from helpers import CPU, good, here, load, log_of, same_files, shell, tiny_base
+from helpers import CPU, flat, good, here, load, log_of, same_files, shell, tiny_base
 
 PROMPTS = ["a red circle", "two blue squares"]
 NAMES = ["sd3", "flux1", "schnell", "klein"]
@@ -187,60 +187,81 @@ def test_the_adapted_matrices_of_klein_are_those_of_its_attention(places):
 
 # ---- both stages
 FLAGS = ["--preset", "tiny", "--device", "cpu", "--sample_every", 0]
-ONE = [*FLAGS, "--steps", 4, "--batch_size", 3, "--micro_batch", 2, "--generator_every", 2]
-TWO = [*FLAGS, "--epochs", 2, "--prompts_per_epoch", 2, "--group_size", 2, "--micro_batch", 3]
+ONE = [*FLAGS, "--steps", 6, "--batch_size", 3, "--micro_batch", 2, "--generator_every", 2]
+TWO = [*FLAGS, "--epochs", 3, "--prompts_per_epoch", 2, "--group_size", 2, "--micro_batch", 3]
 
 
 @pytest.fixture(scope="session", params=["flux1", "klein"])
 def trained(request, places, tmp_path_factory):
+    """(where both stages of a family are, {stage: its program and flags})"""
     out = tmp_path_factory.mktemp(request.param)
     place = ["--pretrained", places[request.param], "--cfg", 3.5]
-    good(here(cold_start, *ONE, *place, "--out_dir", out / "cold"))
-    good(here(rtdmd_rl, *TWO, "--cold_start", out / "cold", "--out_dir", out / "rl"))
-    return out, place
+    commands = {
+        "cold": (cold_start, *ONE, *place),
+        "rl": (rtdmd_rl, *TWO, "--cold_start", out / "cold"),
+    }
+    for stage, command in commands.items():
+        good(here(*command, "--out_dir", out / stage))
+    return out, commands
 
 
-def test_both_stages_train_every_adapted_matrix_that_counts(trained):
+both_stages = pytest.mark.parametrize("stage", ["cold", "rl"])
+
+
+def distance(one, two, name):
+    """How far apart the adapters of two runs are, as a share of how far they went."""
+    found, expected = load(one / name), load(two / name)
+    moved = [key for key in expected if ".lora_B." in key]  # they start at 0
+    return (flat([found[key] - expected[key] for key in moved])).norm() / flat(
+        [expected[key] for key in moved]
+    ).norm()
+
+
+@both_stages
+def test_both_stages_train_every_adapted_matrix_that_counts(stage, trained):
     out, _ = trained
-    for stage in ("cold", "rl"):
-        for line in log_of(out / stage):
-            assert all(value is not None for value in line.values())
-    weights = load(out / "cold/fake.pt")
-    still = [key for key, B in weights.items() if ".lora_B." in key and not B.any()]
-    assert len(still) <= 0.1 * len(weights)
+    for line in log_of(out / stage):
+        assert all(value is not None for value in line.values())
+    for name in ("generator_ema.pt", "fake.pt"):
+        weights = load(out / stage / name)
+        still = [key for key, B in weights.items() if ".lora_B." in key and not B.any()]
+        assert len(still) <= 0.1 * len(weights)
 
 
-def test_a_stopped_run_goes_on_to_the_same_bytes(trained, tmp_path):
-    out, place = trained
-    flags = [*ONE, *place, "--out_dir", tmp_path / "run", "--save_every", 2]
+@both_stages
+def test_a_stopped_run_goes_on_to_the_same_bytes(stage, trained, tmp_path):
+    out, commands = trained
+    program, *flags = commands[stage]
+    flags += ["--out_dir", tmp_path / "run", "--save_every", 2]
     calls = []
-    real = cold_start.fake_score_loss
 
     def stopped(*inputs):
         calls.append(inputs)
-        if len(calls) > 6:
+        if len(calls) > 5:  # two passes a step: amid the third step
             raise KeyboardInterrupt
         return real(*inputs)
 
+    real = cold_start.fake_score_loss
     with pytest.raises(KeyboardInterrupt):
-        here(cold_start, *flags, fake_score_loss=stopped)
-    good(here(cold_start, *flags))
-    assert same_files(out / "cold", tmp_path / "run")
+        here(program, *flags, fake_score_loss=stopped)
+    good(here(program, *flags))
+    assert same_files(out / stage, tmp_path / "run")
 
 
-def test_low_memory_trains_the_same_adapters(trained, tmp_path):
-    out, place = trained
-    good(here(cold_start, *ONE, *place, "--low_memory", "--out_dir", tmp_path / "low"))
-    for key, expected in load(out / "cold/fake.pt").items():
-        found = load(tmp_path / "low/fake.pt")[key]
-        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5), key
+@both_stages
+def test_low_memory_trains_the_same_adapters(stage, trained, tmp_path):
+    out, commands = trained
+    good(here(*commands[stage], "--low_memory", "--out_dir", tmp_path))
+    for name in ("generator_ema.pt", "fake.pt"):
+        assert distance(tmp_path, out / stage, name) < 1e-2
 
 
-def test_two_processes_train_the_same_adapters(trained, tmp_path):
-    out, place = trained
-    good(shell(cold_start, *ONE, *place, "--out_dir", tmp_path / "two", processes=2))
-    for one, two in zip(log_of(out / "cold"), log_of(tmp_path / "two"), strict=True):
-        assert two["loss_fake"] == pytest.approx(one["loss_fake"], rel=1e-3)
+@both_stages
+def test_two_processes_train_the_same_adapters(stage, trained, tmp_path):
+    out, commands = trained
+    good(shell(*commands[stage], "--out_dir", tmp_path, processes=2))
+    for name in ("generator_ema.pt", "fake.pt"):
+        assert distance(tmp_path, out / stage, name) < 1e-2
 
 
 def test_a_picture_is_drawn_with_both_stages(trained, tmp_path):

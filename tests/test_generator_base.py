@@ -11,7 +11,7 @@ import sample
 from checkpoint import settings_of
 from helpers import CPU, TINY, good, here, load, load_both, same_files, tiny_base
 from pictures import as_saved, read_picture
-from test_backbones import FLAGS, ONE, SEEDS, TWO, pipeline
+from test_backbones import ONE, SEEDS, TWO, pipeline
 from tools import evaluate, export
 
 PROMPT = "a red circle"
@@ -97,16 +97,14 @@ def test_the_teachers_own_base_given_twice_trains_the_same(more, places, tmp_pat
         assert same_files(tmp_path / "one" / stage, tmp_path / "two" / stage)
 
 
-def test_stage_2_takes_it_from_stage_1_and_a_run_does_not_go_on_with_another(
-    trained, own, tmp_path
-):
+def test_stage_2_takes_it_from_stage_1_and_a_run_does_not_go_on_with_another(trained, places, own):
     settings = json.loads((trained / "rl/settings.json").read_text())
     assert settings["generator_pretrained"] == own
-    flags = [*FLAGS, "--epochs", 3, *TWO[len(FLAGS) + 2 :], "--cold_start", trained / "cold"]
-    flags += ["--generator_pretrained", "", "--out_dir", trained / "rl"]
-    status, _, err = here(rtdmd_rl, *flags)
-    assert status == 2
-    assert "pretrained or cold_start content" in err
+    flags = [*TWO, "--cold_start", trained / "cold", "--out_dir", trained / "rl"]
+    for another in (places["klein"], ""):
+        status, _, err = here(rtdmd_rl, *flags, "--generator_pretrained", another)
+        assert status == 2
+        assert "pretrained or cold_start content" in err
 
 
 def test_pictures_are_drawn_on_the_generators_base_and_the_teachers_on_its_own(
