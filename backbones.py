@@ -166,7 +166,7 @@ class Flux1(StableDiffusion3):
     }
 
     def unit(self):
-        return 2 * self.pipe.vae_scale_factor, None
+        return 2 * self.pipe.vae_scale_factor, None  # klein's VAE makes such squares, too
 
     def shape_of_latents(self, height, width):
         unit, _ = self.unit()
@@ -225,7 +225,7 @@ class Flux1(StableDiffusion3):
         picture, text = self.places(x.device, *size, embeds.shape[1])
         more = {}
         if pooled:
-            (more["pooled_projections"],) = pooled
+            more["pooled_projections"] = pooled[0]
         if self.guided_by_input():
             more["guidance"] = torch.full_like(timestep, guidance)
         velocity = self.pipe.transformer(

@@ -472,7 +472,7 @@ def settled_alpha(file, given, assumed):
 # What has to be known of a run to draw from its weights, to train on, or to share them.
 SETTINGS = (
     "pretrained", "generator_pretrained", "resolution", "num_steps", "eta", "cfg", "gamma", "lora_rank",
-    "lora_alpha", "variant", "seed",
+    "lora_alpha", "variant", "seed", "consistency_share", "reuse_rollouts", "generator_every",
 )  # fmt: skip
 BASES = ("pretrained", "generator_pretrained")
 # Those that are the defaults of whatever uses the weights.
@@ -501,7 +501,7 @@ def write_settings(args, run_id, origin):
     if hasattr(args, "cold_start"):
         stage_1 = find_weights(args.cold_start, "cold_start", must=False, quiet=True)
         settings["cold_start_id"] = settings_of(stage_1).get("run_id") if stage_1 else None
-    settings.update((name, getattr(args, name)) for name in SETTINGS)
+    settings.update((name, getattr(args, name)) for name in SETTINGS if hasattr(args, name))
     for name in BASES:
         if os.path.isdir(settings[name]):  # found again from any directory, and never on the hub
             settings[name] = os.path.abspath(settings[name])
@@ -539,6 +539,10 @@ def take_settings(args, path, names=SAMPLING, called=None):
     settings = settings_of(path)
     for name in names:
         value = settings.get(name)
+        if name == "generator_pretrained" and settings and name not in settings:
+            value = ""  # an older run: all roles shared one base
+        elif name == "generator_pretrained" and settings and value is None:
+            note_unnamed_base(args, path)
         if value is None:
             continue
         if not may_be(name, value):
@@ -556,6 +560,15 @@ def take_settings(args, path, names=SAMPLING, called=None):
         elif getattr(args, attribute) != value:
             given = getattr(args, attribute)
             note(f"--{attribute} {given} is used, though {path} was made with {name} {value}")
+
+
+def note_unnamed_base(args, path):
+    """An export names no directory of the machine that it was made on."""
+    if not args.generator_pretrained:
+        note(
+            f"{path} was made on a base model of the generator's own, which it does not name: "
+            "--generator_pretrained does"
+        )
 
 
 def may_be(name, value):

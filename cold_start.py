@@ -101,9 +101,7 @@ def arguments():
     add("--variant", default="", metavar="NAME,...", help="other functions, see variants.py")
     # base model and prompts
     add("--pretrained", help="diffusers directory or hub id of the base model")
-    add(
-        "--generator_pretrained", default="", metavar="DIR", help="another one, the generator's own"
-    )
+    add("--generator_pretrained", default="", metavar="DIR", help="the generator's own base model")
     add("--prompts", default="", help="file: a prompt a line, JSON lines or a JSON list")
     add("--resolution", type=resolution, default=512, help="side, or height x width as 768x512")
     add("--cfg", type=float, default=4.5, help="guidance scale of the teacher")

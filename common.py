@@ -90,11 +90,12 @@ def checked(function, *inputs):
 FROM_1 = (
     "batch_size", "steps", "epochs", "num_steps", "generator_every", "resolution",
     "lora_rank", "save_every", "prompts_per_epoch", "ema_every", "num_images", "eval_every",
+    "repeat",
 )  # fmt: skip
 # Flags that are paths; a ~ at their beginning is the user's home directory.
 PLACES = {
-    "out_dir", "pretrained", "generator_pretrained", "prompts", "metadata", "cold_start", "rtdmd", "eval_prompts", "start_from",
-    "scores", "like",
+    "out_dir", "pretrained", "generator_pretrained", "prompts", "metadata", "cold_start", "rtdmd",
+    "eval_prompts", "start_from", "scores", "like",
 }  # fmt: skip
 RANGES = {
     "eta": (0, 1),

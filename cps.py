@@ -173,7 +173,7 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
     torch's global generator. FLUX's pipelines step on tokens [B,T,C'], whose shape does not say how
     the picture lies. `scheduler.latent_shape`, (C, h, w) of a picture's latents, does: the noise is
     drawn like them, which is our loop's order, and packed into tokens. Left at None it is drawn in the
-    tokens' order: as good, but of the same seeds other images than ours.
+    tokens' order: of the same seeds other images than ours.
 
     `sigmas=` are taken as they are, but for those that come with `mu`, as FLUX's pipelines give them:
     these are an even grid, shifted here by mu where it is the picture's size that counts

@@ -61,7 +61,8 @@ class BaseModel:
     compile: compile the blocks and the decoder. cache_text: the transformer stays on the CPU until
     `cache_texts` has made room for it. low_memory: activations are computed again in the backward
     pass, and pictures decoded one by one. generator_pretrained: another pipeline, whose transformer
-    plays the student. Dies with one line where a directory or a repository is no such pipeline, or the
+    plays the student; has_teacher: False leaves the teacher's transformer out then, for who draws with
+    the student alone. Dies with one line where a directory or a repository is no such pipeline, or the
     resolution does not fit.
     """
 
@@ -74,16 +75,26 @@ class BaseModel:
         cache_text=False,
         low_memory=False,
         generator_pretrained="",
+        has_teacher=True,
     ):
         self.pretrained = pretrained
         self.device = device
         self.low_memory = low_memory
-        family, self.pipe = load_pipeline(pretrained, device, transformer_waits=cache_text)
+        parts = {}
+        if generator_pretrained and not has_teacher:
+            parts["transformer"] = None
+        family, self.pipe = load_pipeline(pretrained, device, cache_text, **parts)
+        generators_pipe = self.pipe
+        if generator_pretrained:
+            generators_pipe = load_generators_own(
+                generator_pretrained, device, cache_text, self.pipe
+            )
+        if parts:
+            self.pipe = generators_pipe
         self.backbone = family(self.pipe, resolution)
         self.generator = self.backbone  # what plays the student: the same, or of a base of its own
-        if generator_pretrained:
-            _, pipe = load_pipeline(generator_pretrained, device, cache_text, self.pipe)
-            self.generator = family(pipe, resolution)
+        if generators_pipe is not self.pipe:
+            self.generator = family(generators_pipe, resolution)
         self.transformer = self.pipe.transformer
         self.latent_shape = self.backbone.latent_shape
         self.text_tokens = self.backbone.text_tokens
@@ -99,8 +110,9 @@ class BaseModel:
 
     def transformers(self):
         """The frozen ones: one for all roles, or one more that is the generator's own."""
-        both = (self.transformer, self.generator.pipe.transformer)
-        return list(dict.fromkeys(both))
+        if self.generator is self.backbone:
+            return [self.transformer]
+        return [self.transformer, self.generator.pipe.transformer]
 
     def backbone_of(self, adapters):
         """Where these adapters add: the generator's to the transformer that plays the student."""
@@ -144,7 +156,8 @@ class BaseModel:
                 transformer.to(device)
         except torch.cuda.OutOfMemoryError as e:
             die(
-                f"--pretrained {self.pretrained}: no room for its transformer ({first_line(e)})",
+                f"--pretrained {self.pretrained}: no room for the frozen transformers "
+                f"({first_line(e)})",
                 local=True,
             )
 
@@ -198,14 +211,35 @@ def load_base(args, device, prompts):
     return base
 
 
-def load_pipeline(pretrained, device, transformer_waits=False, like=None):
+def load_generators_own(pretrained, device, transformer_waits, teachers):
+    """The pipeline whose transformer plays the student; all its other parts are the teacher's.
+
+    Dies with one line where it is none of the same kind.
+    """
+    flag = "--generator_pretrained"
+    shared = {name: part for name, part in teachers.components.items() if name != "transformer"}
+    kind = type(teachers).__name__
+    _, pipe = load_pipeline(pretrained, device, transformer_waits, flag, kind, **shared)
+    if teachers.transformer is not None and shapes(pipe.transformer) != shapes(
+        teachers.transformer
+    ):
+        die(f"{flag} {pretrained}: its transformer has other shapes than that of --pretrained")
+    return pipe
+
+
+def shapes(module):
+    return {name: p.shape for name, p in module.named_parameters()}
+
+
+def load_pipeline(
+    pretrained, device, transformer_waits=False, flag="--pretrained", kind=None, **parts
+):
     """-> (its class in backbones.py, the diffusers pipeline), frozen; bf16 on a GPU, float32 elsewhere.
 
-    transformer_waits: it stays on the CPU. like: the pipeline of the teacher, whose parts the
-    generator's own base uses, all but the transformer. Dies with one line where the directory or the
-    repository is none.
+    transformer_waits: it stays on the CPU. flag: which one names it. kind: the class that it must be of.
+    parts: those that are not loaded, since they are there, or None. Dies with one line where the
+    directory or the repository is none.
     """
-    flag = "--pretrained" if like is None else "--generator_pretrained"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     here = os.path.isdir(pretrained)
     if not here and not is_hub_id(pretrained):
@@ -220,16 +254,11 @@ def load_pipeline(pretrained, device, transformer_waits=False, like=None):
             raise ValueError(f"it wants to run custom code, {'.'.join(name)}")
         if name not in BACKBONES:
             raise ValueError(f"it is a {name}")
-        if like is not None and name != type(like).__name__:
-            raise ValueError(f"it is a {name}, and --pretrained is a {type(like).__name__}")
+        if kind and name != kind:
+            raise ValueError(f"it is a {name}, and --pretrained is a {kind}")
         family = BACKBONES[name]
-        parts = family.absent(index)
-        if like is not None:
-            parts = {
-                part: thing for part, thing in like.components.items() if part != "transformer"
-            }
         pipe = getattr(diffusers, name).from_pretrained(
-            pretrained, dtype=dtype, variant=variant_of(names), **parts
+            pretrained, dtype=dtype, variant=variant_of(names), **{**family.absent(index), **parts}
         )
         encoders = [getattr(pipe, name) for name in family.encoders]
         for module in (pipe.transformer, pipe.vae, *encoders):
@@ -242,7 +271,8 @@ def load_pipeline(pretrained, device, transformer_waits=False, like=None):
             f"FLUX.2-klein ({', '.join(BACKBONES)}), cannot be loaded: {in_words(e, pretrained)}",
             local=isinstance(e, torch.cuda.OutOfMemoryError),
         )
-    pipe.transformer.lora_layers = []  # kept by adopt_layers, for set_adapters
+    if pipe.transformer is not None:
+        pipe.transformer.lora_layers = []  # kept by adopt_layers, for set_adapters
     return family, pipe
 
 

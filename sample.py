@@ -93,9 +93,7 @@ def flags(description):
     # with what
     add("--preset", choices=list(PRESETS), default="sd35m", help="set of default flags")
     add("--pretrained", help="diffusers directory or hub id of the base model")
-    add(
-        "--generator_pretrained", default="", metavar="DIR", help="another one, the generator's own"
-    )
+    add("--generator_pretrained", default="", metavar="DIR", help="the generator's own base model")
     places = "a run's out_dir, an export, a file or a hub repository"
     for stage, number in (("cold_start", 1), ("rtdmd", 2)):
         text = f"weights of stage {number}: {places}; '' leaves them out"
@@ -155,25 +153,22 @@ def settled(args, files):
 
     files: as from generator_files; what counts are the settings beside the last of them.
     """
-    names = (*BASES, "resolution", "num_steps", "eta", "cfg")
+    names = ("resolution", "num_steps", "eta", "cfg")
     called = {"num_steps": "steps", "cfg": "teacher_cfg"}  # a run's cfg is its teacher's
     if args.like:  # the picture says all else
-        names = BASES
+        names = ()
     elif args.teacher:
         args = as_teacher(args, flags_given())
-        names = (*BASES, "resolution", "cfg")
+        names = ("resolution", "cfg")
         called = {}
     args = argparse.Namespace(**vars(args))
     if files:
-        take_settings(args, list(files.values())[-1], names, called)
+        take_settings(args, list(files.values())[-1], (*BASES, *names), called)
     elif not args.teacher and not args.like:  # adapters that are merged into the base
-        take_settings(args, os.path.join(drawn_with(args), "model_index.json"), names[2:], called)
+        if "pretrained" in flags_given() and "generator_pretrained" not in flags_given():
+            args.generator_pretrained = ""  # a preset's, which belongs to the preset's base
+        take_settings(args, os.path.join(args.pretrained, "model_index.json"), names, called)
     return args
-
-
-def drawn_with(args):
-    """The base model that draws: the student's may be its own."""
-    return args.pretrained if args.teacher else args.generator_pretrained or args.pretrained
 
 
 def as_teacher(args, but_for=()):
@@ -208,12 +203,14 @@ def load_generator(base, files, lora_alpha=None):
     """
     for adapter, path in files.items():
         base.load_adapter(adapter, path, lora_alpha)
-    base.transformer.requires_grad_(False)
+    for transformer in base.transformers():
+        transformer.requires_grad_(False)
     return list(files)
 
 
-def fix_adapters(transformer, adapters):
+def fix_adapters(base, adapters):
     """Put the adapters of each matrix together once, rounded, and not in every pass."""
+    transformer = base.backbone_of(adapters).pipe.transformer
     for layer in transformer.lora_layers:
         if layer.present(adapters):
             pair = [matrix.to(transformer.dtype) for matrix in layer.pair(adapters)]
@@ -263,10 +260,16 @@ def integrate(v, noise, levels, eta):
     return rollout(v, noise[0], levels, steps, eta, [*noise[1:], *[none] * steps])[-1]
 
 
-def load_base(args, device):
-    """The base model that the flags name."""
-    compiled = bool(args.compile) and device.type == "cuda"
-    base = BaseModel(drawn_with(args), device, args.resolution, compile=compiled)
+def load_base(args, device, has_teacher=False):
+    """The base model that the flags name. has_teacher: it draws as student and as teacher."""
+    base = BaseModel(
+        args.pretrained,
+        device,
+        args.resolution,
+        compile=bool(args.compile) and device.type == "cuda",
+        generator_pretrained="" if args.teacher else args.generator_pretrained,
+        has_teacher=has_teacher,
+    )
     base.encode.at_once = 1  # so that a picture depends on its own prompt alone, to the last bit
     return base
 
@@ -280,7 +283,7 @@ def renderer(base, adapters, args):
         levels = checked(teacher_levels, base, args.steps)
     else:
         levels = base.sigmas(args.steps)
-    fix_adapters(base.transformer, adapters)
+    fix_adapters(base, adapters)
 
     @torch.no_grad()
     def render(noise, *text):
@@ -374,7 +377,8 @@ def origin_of(base, files, args):
         adapters.append(f"{ADAPTERS[adapter]} {hash_of_file(path)}")
     pipe = base.pipe
     encoders = [getattr(pipe, name) for name in base.backbone.encoders]
-    parts = (base.transformer, pipe.vae, *encoders)
+    who = base.backbone if args.teacher else base.generator
+    parts = (who.pipe.transformer, pipe.vae, *encoders)
     content = [frozen_content(part) for part in parts if part is not None]
     return {
         "base": hashed([content, dict(pipe.scheduler.config)]),
@@ -418,7 +422,8 @@ def draw_like(base, adapters, args, origin, number):
         if text.get(name) != str(value):
             die(
                 f"--like {args.like}: was drawn with {name} {text.get(name) or 'none'}, and here it is "
-                f"{value or 'none'}; name the right ones with --pretrained, --cold_start and --rtdmd"
+                f"{value or 'none'}; name the right ones with --pretrained, --generator_pretrained, "
+                "--cold_start and --rtdmd"
             )
     levels, render = renderer(base, adapters, args)
     # as many at once as then: sums of other shapes are rounded otherwise

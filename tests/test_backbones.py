@@ -91,14 +91,12 @@ def test_without_the_latents_shape_the_pictures_are_others(name, places):
     pipe.scheduler.latent_shape = None
     others = theirs(pipe, base, 1.0)
     assert (found - others).abs().max() > 0.01
-    assert others.std().item() == pytest.approx(found.std().item(), rel=0.2)  # as good
 
 
 BREAK = {
     "time": ("run", lambda real: lambda x, t, *rest: real(x, 0.9 * t, *rest)),
     "guidance": ("run", lambda real: lambda x, t, g, *text: real(x, t, 2 * g, *text)),
     "order": ("to_vae", lambda real: lambda x: real(x.flip(1))),
-    "shift": ("shift", lambda real: lambda K: 3.0),
     "text": (
         "run",
         lambda real: lambda x, t, g, embeds, *more: real(x, t, g, 0 * embeds, *more),
@@ -109,8 +107,8 @@ BREAK = {
     ),
     "ids": ("places", lambda real: lambda *sizes: [1.5 * ids for ids in real(*sizes)]),
 }
-BROKEN = [("flux1", what) for what in BREAK if what != "shift"]
-BROKEN += [("klein", what) for what in BREAK if what not in ("pooled", "guidance", "shift")]
+BROKEN = [("flux1", what) for what in BREAK]
+BROKEN += [("klein", what) for what in BREAK if what not in ("pooled", "guidance")]
 
 
 @pytest.mark.parametrize("name, what", BROKEN)
@@ -224,8 +222,7 @@ def test_both_stages_train_every_adapted_matrix_that_counts(stage, trained):
         assert all(value is not None for value in line.values())
     for name in ("generator_ema.pt", "fake.pt"):
         weights = load(out / stage / name)
-        still = [key for key, B in weights.items() if ".lora_B." in key and not B.any()]
-        assert len(still) <= 0.1 * len(weights)
+        assert [key for key, B in weights.items() if ".lora_B." in key and not B.any()] == []
 
 
 @both_stages

@@ -1,6 +1,7 @@
 """--generator_pretrained: a second frozen transformer under the student's adapters."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import cold_start
 import rtdmd_rl
 import sample
-from checkpoint import settings_of
+from checkpoint import BASES, settings_of, take_settings
 from helpers import CPU, TINY, good, here, load, load_both, same_files, tiny_base
 from pictures import as_saved, read_picture
 from test_backbones import ONE, SEEDS, TWO, pipeline
@@ -19,12 +20,24 @@ PROMPT = "a red circle"
 
 @pytest.fixture(scope="module")
 def own(places, tmp_path_factory):
-    """A klein whose transformer is another one."""
+    """A klein of which everything is another one: only its transformer is to be used."""
     pipe = pipeline(places["klein"])
     g = torch.Generator().manual_seed(1)
     for p in pipe.transformer.parameters():
         p.data += 0.3 * p.std().nan_to_num() * torch.randn(p.shape, generator=g)
+    pipe.vae.bn.running_mean += 0.5
+    pipe.scheduler.register_to_config(use_dynamic_shifting=False)
     folder = tmp_path_factory.mktemp("own")
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def combined(places, own, tmp_path_factory):
+    """What the student is drawn with, as one pipeline: the teacher's with the other transformer."""
+    pipe = pipeline(places["klein"])
+    pipe.transformer = pipeline(own).transformer
+    folder = tmp_path_factory.mktemp("combined")
     pipe.save_pretrained(folder)
     return str(folder)
 
@@ -108,13 +121,13 @@ def test_stage_2_takes_it_from_stage_1_and_a_run_does_not_go_on_with_another(tra
 
 
 def test_pictures_are_drawn_on_the_generators_base_and_the_teachers_on_its_own(
-    trained, places, own, tmp_path
+    trained, places, combined, tmp_path
 ):
     both = ["--cold_start", trained / "cold", "--rtdmd", trained / "rl", "--device", "cpu"]
     flags = [PROMPT, "--seed", SEEDS[0], *both, "--out_dir", tmp_path]
     good(here(sample, *flags))
     good(here(sample, *flags, "--teacher", "--steps", 3))
-    base = tiny_base(own)
+    base = tiny_base(combined)
     adapters = load_both(base, trained / "cold", trained / "rl")
     student = drawn(base, adapters, base.sigmas(4), 0.9)
     base = tiny_base(places["klein"])
@@ -125,7 +138,9 @@ def test_pictures_are_drawn_on_the_generators_base_and_the_teachers_on_its_own(
     assert (student - teacher).abs().max() > 0.1
 
 
-def test_tools_evaluate_compares_with_the_teachers_own_pictures(trained, places, tmp_path):
+def test_tools_evaluate_compares_with_the_teachers_own_pictures(
+    trained, places, combined, tmp_path
+):
     flags = [
         PROMPT,
         "--seed",
@@ -142,6 +157,11 @@ def test_tools_evaluate_compares_with_the_teachers_own_pictures(trained, places,
     expected = drawn(base, [], sample.teacher_levels(base, 50), 0.0, 3.5)
     found, _ = read_picture(tmp_path / "teacher/00000.png")
     assert (found - expected).abs().max() < 0.5 / 255
+    base = tiny_base(combined)
+    adapters = load_both(base, trained / "cold", "")
+    expected = drawn(base, adapters, base.sigmas(4), 0.9)
+    found, _ = read_picture(tmp_path / "00000.png")
+    assert (found - expected).abs().max() < 0.5 / 255
 
 
 def test_another_kind_of_pipeline_is_refused_in_one_line(places, tmp_path):
@@ -153,8 +173,43 @@ def test_another_kind_of_pipeline_is_refused_in_one_line(places, tmp_path):
     assert "it is a FluxPipeline, and --pretrained is a Flux2KleinPipeline" in err
 
 
+def test_a_transformer_of_other_shapes_is_refused_in_one_line(places, tmp_path):
+    """Before the first step, and not when the first checkpoint is written."""
+    pipe = pipeline(places["klein"])
+    pipe.transformer = type(pipe.transformer).from_config(
+        {**pipe.transformer.config, "num_single_layers": 1}
+    )
+    pipe.save_pretrained(tmp_path / "other")
+    flags = [*ONE, "--pretrained", places["klein"]]
+    flags += ["--generator_pretrained", tmp_path / "other", "--out_dir", tmp_path / "out"]
+    status, _, err = here(cold_start, *flags)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert "has other shapes than that of --pretrained" in err
+
+
+def taken(settings, folder, capsys):
+    """What settings.json makes of a preset's generator_pretrained -> (it, what is said)."""
+    folder.mkdir()
+    (folder / "settings.json").write_text(json.dumps(settings))
+    args = SimpleNamespace(pretrained="", generator_pretrained="the/presets")
+    take_settings(args, str(folder / "generator_ema.pt"), BASES)
+    return args.generator_pretrained, capsys.readouterr().err
+
+
+def test_the_settings_of_a_run_decide_whether_the_generator_has_a_base_of_its_own(tmp_path, capsys):
+    old = {"pretrained": "owner/base"}  # of before there was such a thing
+    assert taken(old, tmp_path / "old", capsys) == ("", "")
+    shared = {**old, "generator_pretrained": ""}
+    assert taken(shared, tmp_path / "shared", capsys) == ("", "")
+    other = {**old, "generator_pretrained": "owner/other"}
+    assert taken(other, tmp_path / "other", capsys) == ("owner/other", "")
+    unnamed = {**old, "generator_pretrained": None}
+    assert taken(unnamed, tmp_path / "unnamed", capsys) == ("the/presets", "")
+
+
 def test_an_export_draws_on_the_generators_base_and_names_both_where_they_are_public(
-    trained, own, tmp_path, monkeypatch
+    trained, places, own, tmp_path, monkeypatch
 ):
     flags = [tmp_path / "out", "--cold_start", trained / "cold", "--rtdmd", trained / "rl"]
     good(here(export, *flags, "--device", "cpu"))
@@ -164,6 +219,11 @@ def test_an_export_draws_on_the_generators_base_and_names_both_where_they_are_pu
         settings = settings_of(str(tmp_path / "out" / stage / "generator_ema.pt"))
         assert settings["pretrained"] is None
         assert settings["generator_pretrained"] is None
+    exported = ["--cold_start", tmp_path / "out", "--rtdmd", "", "--device", "cpu"]
+    place = ["--pretrained", places["klein"], "--out_dir", tmp_path / "pictures"]
+    status, _, err = here(sample, PROMPT, *exported, *place)
+    assert status == 0
+    assert "does not name: --generator_pretrained does" in err
     monkeypatch.setattr(
         "sys.argv", ["export.py", str(tmp_path / "new"), "--preset", "klein4b", "--rtdmd", ""]
     )
@@ -179,7 +239,8 @@ def test_a_merged_export_is_a_base_of_its_own(trained, own, tmp_path):
     good(here(export, tmp_path / "merged", "--merged", *flags))
     good(here(sample, PROMPT, "--seed", SEEDS[0], *flags, "--out_dir", tmp_path / "apart"))
     none = ["--cold_start", "", "--rtdmd", "", "--device", "cpu"]
-    place = ["--pretrained", tmp_path / "merged"]
+    # with a preset that has a generator of its own, which this base replaces
+    place = ["--preset", "klein4b", "--pretrained", tmp_path / "merged"]
     good(here(sample, PROMPT, "--seed", SEEDS[0], *place, *none, "--out_dir", tmp_path / "whole"))
     one, _ = read_picture(tmp_path / "apart/00000.png")
     other, _ = read_picture(tmp_path / "whole/00000.png")

@@ -21,6 +21,7 @@ import rewards
 import rtdmd_rl
 import sample
 import tiny
+from checkpoint import settings_of
 from gaussian import close
 from helpers import BASE, CPU, ROOT, TINY, Code, good, here, listing, load, tiny_base
 from small_backbones import flux1, klein
@@ -646,6 +647,23 @@ def test_bench_reads_a_run(run):
     parts = [value for name, value in numbers.items() if name.startswith("s_")]
     assert sum(parts) == pytest.approx(numbers["s, mean"], abs=0.002)
     assert "share of it" not in numbers  # which takes a GPU
+
+
+def test_a_runs_settings_say_what_its_work_depends_on(run):
+    """Else bench counts the roll-outs and the consistency of a run that does with less."""
+    settings = settings_of(f"{run.cold}/log.jsonl")
+    (line, *_) = plots.read_log(str(run.cold))
+    usual = bench.forwards_of(settings, [line])
+    assert settings["consistency_share"] == 1
+    assert settings["reuse_rollouts"] is False
+    fewer = bench.forwards_of({**settings, "reuse_rollouts": True, "generator_every": 10}, [line])
+    assert fewer == pytest.approx(usual - 2.5 + 1.2)
+
+
+def test_bench_does_without_a_base_model_that_is_gone(monkeypatch):
+    settings = {"pretrained": "/not/here", "resolution": 32}
+    monkeypatch.setattr(bench, "settings_of", lambda _: settings)
+    assert bench.work_of("a run", {}, [], gpus=1) == {}
 
 
 def test_bench_says_where_too_few_steps_are_there(run):

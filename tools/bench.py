@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sample
 from backbones import BACKBONES
 from checkpoint import settings_of
-from common import Parser, checked, die, parse, resolution, setup, sides
+from common import Parser, checked, die, note, parse, resolution, setup, sides
 from prompts import geneval_prompts
 from rewards import build_for, parse_weights
 from tools.plots import read_log
@@ -159,7 +159,11 @@ def work_of(run, speed, steps, gpus):
     settings = settings_of(f"{run}/log.jsonl")
     if not settings:
         return {}
-    backbone = shapes_of(settings["pretrained"], settings["resolution"])
+    try:
+        backbone = shapes_of(settings["pretrained"], settings["resolution"])
+    except OSError:
+        note(f"the base model {settings['pretrained']} is not here: its operations are not known")
+        return {}
     forwards = forwards_of(settings, steps, backbone.guided_by_input())
     tflop = forward_flops(backbone) / 1e12
     achieved = forwards * tflop * speed["pictures / s"] / gpus
@@ -259,6 +263,10 @@ def bench_rewards():
     weights = checked(parse_weights, args.rewards)
     pictures = torch.rand(args.batch_size, 3, *sides(args.resolution), device=device)
     for name in weights:
+        before = 0
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
         (reward,) = checked(build_for, rows, {name: 1.0}, device, args.reward_path, dtype)
         times = []
         for i in range(warm_up + args.repeat):
@@ -268,8 +276,8 @@ def bench_rewards():
             times.append(clock(device) - start)
         numbers = {f"{name}, s": quantile(times[warm_up:], 0.5)}
         if device.type == "cuda":
-            numbers[f"{name}, peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
-            torch.cuda.reset_peak_memory_stats()
+            own = torch.cuda.max_memory_allocated() - before
+            numbers[f"{name}, peak GiB of its own"] = own / 2**30
         show(numbers)
 
 

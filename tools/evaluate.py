@@ -25,7 +25,6 @@ from sample import (
     as_teacher,
     check_prompt,
     draw_all,
-    drawn_with,
     flags,
     generator_files,
     load_base,
@@ -191,7 +190,7 @@ def main():
     files = generator_files(args)
     args = settled(args, files)
     rewards = load_rewards(args, rows, device)
-    base = load_base(args, device)
+    base = load_base(args, device, has_teacher=args.compare)
     if args.teacher:
         files = {}
     share = (rank, world)
@@ -199,18 +198,13 @@ def main():
     if args.compare:
         teacher = as_teacher(args)
         teacher.out_dir = os.path.join(args.out_dir, "teacher")
-        teachers_base = base
-        if drawn_with(teacher) != drawn_with(args):
-            teachers_base = load_base(teacher, device)
-        teacher_origin = origin_of(teachers_base, {}, teacher)
+        teacher_origin = origin_of(base, {}, teacher)
     adapters = load_generator(base, files, args.lora_alpha)
     note_prompts(base, rows[:: args.num_images])  # each once, however many pictures it gets
     who = "teacher" if args.teacher else "student"
     results = {who: scores_of(base, adapters, rows, args, origin, rewards, share)}
     if args.compare:
-        results["teacher"] = scores_of(
-            teachers_base, [], rows, teacher, teacher_origin, rewards, share
-        )
+        results["teacher"] = scores_of(base, [], rows, teacher, teacher_origin, rewards, share)
     if rank == 0:
         others = next_number(args.out_dir) - len(rows)
         if others > 0:

@@ -34,8 +34,7 @@ from checkpoint import (
 )
 from common import Parser, chosen_device, die, first_line, note, parse, resolution, sides
 from hub import DEFAULT_PLACES, is_hub_id
-from model import BaseModel
-from sample import ADAPTERS, PRESETS, drawn_with, generator_files, load_generator, settled
+from sample import ADAPTERS, PRESETS, generator_files, load_base, load_generator, settled
 from tools.evaluate import mean_and_error, with_error
 
 LOCAL = ("command", "started_from")  # of a run's settings: they may hold paths of this machine
@@ -49,9 +48,7 @@ def arguments():
     add("--merged", action="store_true", help="a whole pipeline in place of LoRA files")
     add("--preset", choices=list(PRESETS), default="sd35m", help="set of default flags")
     add("--pretrained", help="diffusers directory or hub id of the base model")
-    add(
-        "--generator_pretrained", default="", metavar="DIR", help="another one, the generator's own"
-    )
+    add("--generator_pretrained", default="", metavar="DIR", help="the generator's own base model")
     places = "a run's out_dir, an export, a file or a hub repository"
     for stage, number in (("cold_start", 1), ("rtdmd", 2)):
         text = f"weights of stage {number}: {places}; '' leaves them out"
@@ -63,7 +60,7 @@ def arguments():
     add("--eta", type=float, default=0.9, help="new noise of a step, for card and settings")
     add("--resolution", type=resolution, default=512, help="side, or height x width as 768x512")
     add("--device", default="auto", help="cuda, cpu, mps, or auto: the best there is")
-    parser.set_defaults(teacher=False, like="")
+    parser.set_defaults(teacher=False, like="", compile=0)
     args = parse(parser, PRESETS)
     if not (args.cold_start or args.rtdmd):
         die("nothing to export: --cold_start or --rtdmd must name weights")
@@ -197,7 +194,12 @@ def sampling_settings(args):
 
 def public_name(args):
     """The base model's name for others, or None where it is a directory of this machine."""
-    return args.base_model or hub_name(drawn_with(args))
+    return args.base_model or hub_name(place_of_base(args))
+
+
+def place_of_base(args):
+    """Where the base model is that the adapters belong to."""
+    return args.generator_pretrained or args.pretrained
 
 
 def hub_name(place):
@@ -459,12 +461,12 @@ def main():
     with new_folder(args.out_dir) as folder:
         files = generator_files(args)
         args = settled(args, files)
-        base = BaseModel(drawn_with(args), device, args.resolution)
+        base = load_base(args, device)
         load_generator(base, files, args.lora_alpha)
         export(base, files, args, folder)
     if not public_name(args):
         note(
-            f"the base model {drawn_with(args)} is a directory of this machine, so the export does not "
+            f"the base model {place_of_base(args)} is a directory of this machine, so the export does not "
             "name it: --base_model ID does"
         )
     print(f"{args.out_dir}: {', '.join(sorted(os.listdir(args.out_dir)))}")

@@ -1378,8 +1378,8 @@ DRAWING = [
     ),
     Fault(
         "evaluate: --compare's teacher has the student's adapters",
-        "teachers_base, [], rows, teacher, teacher_origin",
-        "teachers_base, adapters, rows, teacher, teacher_origin",
+        "base, [], rows, teacher, teacher_origin",
+        "base, adapters, rows, teacher, teacher_origin",
         EVALUATE,
     ),
     Fault(
@@ -1862,26 +1862,46 @@ BASES = [
     ),
     Fault(
         "own base: pictures are drawn on the teacher's",
-        "else args.generator_pretrained or args.pretrained",
-        "else args.pretrained",
+        'generator_pretrained="" if args.teacher else args.generator_pretrained',
+        'generator_pretrained=""',
         SAMPLE,
     ),
     Fault(
         "own base: the teacher is drawn on the generator's",
-        "return args.pretrained if args.teacher else args.generator_pretrained",
-        "return args.generator_pretrained",
+        'generator_pretrained="" if args.teacher else args.generator_pretrained',
+        "generator_pretrained=args.generator_pretrained",
         SAMPLE,
     ),
     Fault(
         "own base: --compare's teacher is drawn on the generator's",
-        "if drawn_with(teacher) != drawn_with(args):",
-        "if False:",
+        "has_teacher=args.compare",
+        "has_teacher=False",
         EVALUATE,
     ),
     Fault(
         "own base: of another class",
-        "if like is not None and name != type(like).__name__:",
+        "if kind and name != kind:",
         "if False:",
+    ),
+    Fault(
+        "own base: of other shapes",
+        "shapes(pipe.transformer) != shapes(teachers.transformer)",
+        "False",
+    ),
+    Fault(
+        "own base: its own VAE and scheduler",
+        'if name != "transformer"}',
+        'if name == "x"}',
+    ),
+    Fault(
+        "own base: an older run has the preset's",
+        'if name == "generator_pretrained" and settings and name not in settings:',
+        "if False:",
+    ),
+    Fault(
+        "own base: a preset's stays in force for merged adapters",
+        'args.generator_pretrained = ""  # a preset',
+        "pass  # a preset",
     ),
     Fault(
         "own base: the export names it as the teacher",
