@@ -220,9 +220,8 @@ def load_generators_own(pretrained, device, transformer_waits, teachers):
     shared = {name: part for name, part in teachers.components.items() if name != "transformer"}
     kind = type(teachers).__name__
     _, pipe = load_pipeline(pretrained, device, transformer_waits, flag, kind, **shared)
-    if teachers.transformer is not None and shapes(pipe.transformer) != shapes(
-        teachers.transformer
-    ):
+    own, other = pipe.transformer, teachers.transformer
+    if other is not None and shapes(own) != shapes(other):
         die(f"{flag} {pretrained}: its transformer has other shapes than that of --pretrained")
     return pipe
 

@@ -142,9 +142,11 @@ def small_base():
     backbone.shift = lambda num_steps: 3.0
     return SimpleNamespace(
         transformer=transformer,
+        transformers=lambda: [transformer],
         load_adapter=load_adapter,
         encode=SimpleNamespace(at_once=1),
         backbone=backbone,
+        generator=backbone,
         sigmas=functools.partial(cps.sigmas, shift=3.0),
         device=torch.device("cpu"),
         pipe=SimpleNamespace(**dict.fromkeys(parts), scheduler=SimpleNamespace(config={})),

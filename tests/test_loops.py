@@ -594,7 +594,7 @@ def test_with_cached_text_the_transformer_waits_until_the_text_encoders_have_lef
     monkeypatch.setattr(base.transformer, "to", full)
     with pytest.raises(SystemExit) as end:
         base.cache_texts(["a red circle"], path)
-    assert end.value.code == 2 and "no room for its transformer" in capsys.readouterr().err
+    assert end.value.code == 2 and "no room for the frozen transformers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["cold", "rl"])

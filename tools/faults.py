@@ -1885,7 +1885,7 @@ BASES = [
     ),
     Fault(
         "own base: of other shapes",
-        "shapes(pipe.transformer) != shapes(teachers.transformer)",
+        "shapes(own) != shapes(other)",
         "False",
     ),
     Fault(
