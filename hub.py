@@ -1,12 +1,15 @@
-"""The hub: asked once what a repository holds, and what to do where it cannot be had, in one line.
+"""The hub: asked once what a repository holds; and what to do, in one line, where it cannot be had.
 
-Nothing is looked up there but what a user, or a preset, names as owner/name.
+Nothing is looked up there but what a user, or a preset, names as owner/name. A directory is looked at
+like the repository that it may be a copy of.
 """
 
 import errno
+import os
 import re
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 
 from common import first_line, note, shortened
 
@@ -95,3 +98,39 @@ def causes(error):
         seen.append(error)
         error = error.__cause__ or error.__context__
     return seen
+
+
+# ---- a directory, or a repository ----------------------------------------------------------------
+def files_at(where):
+    """The names of all files of a directory or a hub repository; None where they are not known."""
+    if os.path.isdir(where):
+        return files_under(where)
+    names = files_on_hub(where)
+    return files_in_cache(where) if names is None else names
+
+
+def files_under(folder):
+    """The names of all files in a directory, as a hub repository would list them."""
+    found = []
+    for place, _, names in os.walk(folder):
+        found += [os.path.relpath(os.path.join(place, name), folder) for name in names]
+    return found
+
+
+def files_in_cache(repository):
+    """The names of a repository's files that the hub's cache has, or None where it has none."""
+    index = try_to_load_from_cache(repository, "model_index.json")
+    return files_under(os.path.dirname(index)) if isinstance(index, str) else None
+
+
+def variant_of(names):
+    """ "fp16" for a base whose transformer is there in that variant alone, else None.
+
+    names: of its files, as from `files_under`; None where they are not known.
+    """
+    weights = [
+        name for name in names or () if re.match(r"transformer[/\\].*\.(safetensors|bin)", name)
+    ]
+    if weights and all(re.search(r"\.fp16[.-]", name) for name in weights):
+        return "fp16"
+    return None

@@ -8,7 +8,6 @@ its own.
 
 import gc
 import os
-import re
 import sys
 import time
 import warnings
@@ -16,7 +15,6 @@ import warnings
 import diffusers
 import torch
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import logging as hub_logging
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
@@ -25,7 +23,7 @@ from backbones import BACKBONES
 from checkpoint import SETTINGS_NAME
 from common import die, first_line, is_rank_0, note, seeded_rng
 from cps import at_least_float32, rollout, sigmas
-from hub import files_on_hub, in_words, is_hub_id
+from hub import files_at, in_words, is_hub_id, variant_of
 from lora import adapter, add_adapter, load_adapter, set_adapters, trainable
 from pictures import decode, quicken, save_grid
 from text import TextEncoder, TextTable
@@ -80,21 +78,17 @@ class BaseModel:
         self.pretrained = pretrained
         self.device = device
         self.low_memory = low_memory
-        parts = {}
-        if generator_pretrained and not has_teacher:
-            parts["transformer"] = None
-        family, self.pipe = load_pipeline(pretrained, device, cache_text, **parts)
-        generators_pipe = self.pipe
-        if generator_pretrained:
-            generators_pipe = load_generators_own(
-                generator_pretrained, device, cache_text, self.pipe
-            )
-        if parts:
-            self.pipe = generators_pipe
+        has_own = bool(generator_pretrained)
+        left_out = {"transformer": None} if has_own and not has_teacher else {}
+        family, teachers = load_pipeline(pretrained, device, cache_text, **left_out)
+        students = teachers
+        if has_own:
+            students = load_generators_own(generator_pretrained, device, cache_text, teachers)
+        self.pipe = students if left_out else teachers
         self.backbone = family(self.pipe, resolution)
         self.generator = self.backbone  # what plays the student: the same, or of a base of its own
-        if generators_pipe is not self.pipe:
-            self.generator = family(generators_pipe, resolution)
+        if students is not self.pipe:
+            self.generator = family(students, resolution)
         self.transformer = self.pipe.transformer
         self.latent_shape = self.backbone.latent_shape
         self.text_tokens = self.backbone.text_tokens
@@ -240,13 +234,10 @@ def load_pipeline(
     directory or the repository is none.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    here = os.path.isdir(pretrained)
-    if not here and not is_hub_id(pretrained):
+    if not os.path.isdir(pretrained) and not is_hub_id(pretrained):
         die(f"{flag} {pretrained}: no such directory, nor a hub id (owner/name)")
     try:
-        names = files_under(pretrained) if here else files_on_hub(pretrained)
-        if names is None:
-            names = files_in_cache(pretrained)
+        names = files_at(pretrained)
         index = diffusers.DiffusionPipeline.load_config(pretrained)
         name = index.get("_class_name")
         if isinstance(name, list):  # a file of the repository's own and a class in it
@@ -273,33 +264,6 @@ def load_pipeline(
     if pipe.transformer is not None:
         pipe.transformer.lora_layers = []  # kept by adopt_layers, for set_adapters
     return family, pipe
-
-
-def files_under(folder):
-    """The names of all files in a directory, as a hub repository would list them."""
-    found = []
-    for place, _, names in os.walk(folder):
-        found += [os.path.relpath(os.path.join(place, name), folder) for name in names]
-    return found
-
-
-def files_in_cache(repository):
-    """The names of a repository's files that the hub's cache has, or None where it has none."""
-    index = try_to_load_from_cache(repository, "model_index.json")
-    return files_under(os.path.dirname(index)) if isinstance(index, str) else None
-
-
-def variant_of(names):
-    """ "fp16" for a base whose transformer is there in that variant alone, else None.
-
-    names: of its files, as from `files_under`; None where they are not known.
-    """
-    weights = [
-        name for name in names or () if re.match(r"transformer[/\\].*\.(safetensors|bin)", name)
-    ]
-    if weights and all(re.search(r"\.fp16[.-]", name) for name in weights):
-        return "fp16"
-    return None
 
 
 def compile_blocks(transformer):

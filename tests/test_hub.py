@@ -204,12 +204,10 @@ def test_a_long_message_ends_at_a_word():
 
 
 def test_only_a_base_without_other_weights_is_taken_as_fp16():
-    from model import variant_of
-
     half = ["transformer/diffusion_pytorch_model.fp16.safetensors", "vae/config.json"]
-    assert variant_of(half) == "fp16"
-    assert variant_of([*half, "transformer/diffusion_pytorch_model.safetensors"]) is None
-    assert variant_of(None) is None
+    assert hub.variant_of(half) == "fp16"
+    assert hub.variant_of([*half, "transformer/diffusion_pytorch_model.safetensors"]) is None
+    assert hub.variant_of(None) is None
 
 
 def test_a_base_in_fp16_alone_is_drawn_with(tmp_path):

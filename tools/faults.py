@@ -2104,7 +2104,7 @@ FAULTS = [
         "chain = [error]",
         "hub.py",
     ),
-    Fault("base: fp16 weights beside others", "and all(", "and any(", "model.py"),
+    Fault("base: fp16 weights beside others", "and all(", "and any(", "hub.py"),
     Fault("prompts: a list is a line", "isinstance(whole, (list, dict))", "False", "prompts.py"),
     Fault(
         "prompts: JSON among plain lines is drawn",
