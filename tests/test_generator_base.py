@@ -10,9 +10,9 @@ import cold_start
 import rtdmd_rl
 import sample
 from checkpoint import BASES, settings_of, take_settings
-from helpers import CPU, TINY, good, here, load, load_both, same_files, tiny_base
+from helpers import CPU, TINY, good, here, load, load_both, same_files, shell, tiny_base
 from pictures import as_saved, read_picture
-from test_backbones import ONE, SEEDS, TWO, pipeline
+from test_backbones import ONE, SEEDS, TWO, distance, pipeline
 from tools import evaluate, export
 
 PROMPT = "a red circle"
@@ -108,6 +108,13 @@ def test_the_teachers_own_base_given_twice_trains_the_same(more, places, tmp_pat
         good(here(rtdmd_rl, *stage_2))
     for stage in ("cold", "rl"):
         assert same_files(tmp_path / "one" / stage, tmp_path / "two" / stage)
+
+
+def test_two_processes_train_the_same_adapters(trained, places, own, tmp_path):
+    place = ["--pretrained", places["klein"], "--cfg", 3.5, "--generator_pretrained", own]
+    good(shell(cold_start, *ONE, *place, "--cache_text", "--out_dir", tmp_path, processes=2))
+    for name in ("generator_ema.pt", "fake.pt"):
+        assert distance(tmp_path, trained / "cold", name) < 1e-2
 
 
 def test_stage_2_takes_it_from_stage_1_and_a_run_does_not_go_on_with_another(trained, places, own):
