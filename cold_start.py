@@ -411,6 +411,8 @@ def main():
     path = None  # of the last roll-out: its states, from noise path[0] on
 
     for step in bar:
+        log.begin()
+
         # ---- draw. k is the same for all pictures and ranks, so that ranks stay in step (Eq. 8)
         draw = drawn_in(step)
         k = draw.scalars.randint(1, args.num_steps)

@@ -602,8 +602,13 @@ class Log:
         event.record()
         return event
 
+    def begin(self):
+        """A step begins: previews and checkpoints of the one before are no part of it."""
+        if not self.silent:
+            self.mark = self.now()
+
     def lap(self, part):
-        """The time since the last lap went to this part of the step; parts may come again."""
+        """The time since the last lap, or `begin`, went to this part of the step; parts may come again."""
         if not self.silent:
             self.laps.append((part, self.now()))
 
@@ -637,7 +642,6 @@ class Log:
         if torch.cuda.is_available():
             line["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.clock = now
-        self.mark = self.now()
         shown = {k: v for k, v in line.items() if k != "step" and isinstance(v, (int, float))}
         bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
         # what the parts leave of the whole: previews, checkpoints and held-out rewards of the step before

@@ -530,6 +530,8 @@ def main():
     skipped = {"generator": 0, "fake": 0}  # updates in a row that were not finite
 
     for epoch in bar:
+        log.begin()
+
         # ---- draw: prompts, the subset S of steps to reinforce (Eq. 16), and all noise
         draw = StepRandom(args.seed, epoch, n_pictures, my_rows, base.latent_shape, device)
         # k in S is the step from path[k] to path[k + 1]; the paper counts from 1

@@ -1,12 +1,15 @@
-"""Numbers that are not finite, rewards that raise or never vary, and the signs of a collapse in the log."""
+"""Numbers that are not finite, rewards that raise or never vary; the log: its seconds, and the signs of a collapse."""
 
 import itertools
+import json
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import checkpoint
 import cold_start
 import common
 import rewards
@@ -299,6 +302,42 @@ def test_a_reward_that_never_varies_is_warned_of_once(run, tmp_path, capsys, mon
         log(SimpleNamespace(set_postfix=lambda *_, **__: None), 1, flat_groups=share)
         assert share != 0.5 or not capsys.readouterr().err
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_checkpoint_between_two_steps_is_no_part_of_either(tmp_path, monkeypatch):
+    """Else its seconds are those of the next step's text."""
+    clock = [0.0]
+    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
+    log = common.Log(SimpleNamespace(out_dir=str(tmp_path), wandb=""), 0, CPU)
+    bar = SimpleNamespace(set_postfix=lambda *_, **__: None)
+    for step in range(2):
+        log.begin()
+        clock[0] += 1
+        log.lap("text")
+        clock[0] += 2
+        log.lap("fake")
+        log(bar, 8, step=step)
+        clock[0] += 5  # saves
+    first, second = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert (first["s_text"], first["s_fake"], first["s_rest"], first["seconds"]) == (1, 2, 0, 3)
+    assert (second["s_text"], second["s_fake"], second["s_rest"], second["seconds"]) == (1, 2, 5, 8)
+
+
+@pytest.mark.parametrize("stage", ["cold", "rl"])
+def test_the_loops_count_a_checkpoint_as_rest(stage, run, tmp_path, monkeypatch):
+    program, flags, *_ = stage_of(run, stage)
+    real = checkpoint.Run.save
+
+    def slow(self, step):
+        time.sleep(0.5)
+        real(self, step)
+
+    monkeypatch.setattr(checkpoint.Run, "save", slow)
+    good(here(program, *flags, "--save_every", 1, "--out_dir", tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(lines) > 1
+    for line in lines[1:]:
+        assert line["s_rest"] > 0.5
 
 
 def test_the_signs_of_a_collapse_in_the_log_are_what_they_say(tiny_parts, run, tmp_path):

@@ -1963,6 +1963,8 @@ SPEED = [
         "step * n_pictures, n_pictures",
         ONE,
     ),
+    Fault("stage 1: saving is part of the next step", "        log.begin()\n", "", ONE),
+    Fault("stage 2: saving is part of the next step", "        log.begin()\n", "", TWO),
     Fault("micro-batch: all that is free", "ROOM_USED * free", "free"),
     Fault("micro-batch: what does not grow is forgotten", "free - peaks[0]", "free"),
     Fault("train_only: gradients of their own", "gradient.view_as(p)", "torch.zeros_like(p)"),
