@@ -501,7 +501,9 @@ def write_settings(args, run_id, origin):
     if hasattr(args, "cold_start"):
         stage_1 = find_weights(args.cold_start, "cold_start", must=False, quiet=True)
         settings["cold_start_id"] = settings_of(stage_1).get("run_id") if stage_1 else None
-    settings.update((name, getattr(args, name)) for name in SETTINGS if hasattr(args, name))
+    for name in SETTINGS:
+        if hasattr(args, name):  # the last two are stage 1's alone
+            settings[name] = getattr(args, name)
     for name in BASES:
         if os.path.isdir(settings[name]):  # found again from any directory, and never on the hub
             settings[name] = os.path.abspath(settings[name])
@@ -539,10 +541,8 @@ def take_settings(args, path, names=SAMPLING, called=None):
     settings = settings_of(path)
     for name in names:
         value = settings.get(name)
-        if name == "generator_pretrained" and settings and name not in settings:
-            value = ""  # an older run: all roles shared one base
-        elif name == "generator_pretrained" and settings and value is None:
-            note_unnamed_base(args, path)
+        if name == "generator_pretrained" and settings:
+            value = generators_own(args, path, settings)
         if value is None:
             continue
         if not may_be(name, value):
@@ -562,13 +562,18 @@ def take_settings(args, path, names=SAMPLING, called=None):
             note(f"--{attribute} {given} is used, though {path} was made with {name} {value}")
 
 
-def note_unnamed_base(args, path):
-    """An export names no directory of the machine that it was made on."""
-    if not args.generator_pretrained:
+def generators_own(args, path, settings):
+    """The generator's own base model: "" where all roles share one, None where there is one without name.
+
+    The second says so, unless a flag or a preset names it.
+    """
+    value = settings.get("generator_pretrained", "")  # a run of before there was such a thing: ""
+    if value is None and not args.generator_pretrained:  # an export names no directory of its maker
         note(
             f"{path} was made on a base model of the generator's own, which it does not name: "
             "--generator_pretrained does"
         )
+    return value
 
 
 def may_be(name, value):

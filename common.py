@@ -608,7 +608,10 @@ class Log:
             self.mark = self.now()
 
     def lap(self, part):
-        """The time since the last lap, or `begin`, went to this part of the step; parts may come again."""
+        """The time since the last lap, or `begin`, went to this part of the step.
+
+        Parts may come again.
+        """
         if not self.silent:
             self.laps.append((part, self.now()))
 

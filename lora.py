@@ -24,13 +24,12 @@ TARGETS = [
     "attn.add_v_proj",
     "attn.to_add_out",
 ]
-
-
+# And those of FLUX.2's single blocks, where attention and feed-forward part share their matrices.
 FUSED = re.compile(r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)")
 
 
 def fused_targets(transformer):
-    """FLUX.2's single blocks have fused their attention to the feed-forward part: the matrices' names."""
+    """The names of a transformer's FUSED matrices; none but FLUX.2 has them."""
     found = []
     for name, module in transformer.named_modules():
         if FUSED.fullmatch(name) and isinstance(module, (torch.nn.Linear, LoraLayer)):

@@ -257,28 +257,32 @@ def bench_rewards():
     parser.set_defaults(out_dir=".")
     args = parse(parser)
     device, _, _ = setup(args, training=False)
+    for name in checked(parse_weights, args.rewards):
+        show(speed_of_reward(name, args, device))
+
+
+def speed_of_reward(name, args, device):
+    """{what: number} of one reward, which is gone when this returns."""
     warm_up = 2
     rows = geneval_prompts((warm_up + args.repeat) * args.batch_size)
-    dtype = getattr(torch, args.reward_dtype)
-    weights = checked(parse_weights, args.rewards)
     pictures = torch.rand(args.batch_size, 3, *sides(args.resolution), device=device)
-    for name in weights:
-        before = 0
-        if device.type == "cuda":
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-        (reward,) = checked(build_for, rows, {name: 1.0}, device, args.reward_path, dtype)
-        times = []
-        for i in range(warm_up + args.repeat):
-            batch = rows[i * args.batch_size : (i + 1) * args.batch_size]
-            start = clock(device)
-            score_once(reward, pictures, batch)
-            times.append(clock(device) - start)
-        numbers = {f"{name}, s": quantile(times[warm_up:], 0.5)}
-        if device.type == "cuda":
-            own = torch.cuda.max_memory_allocated() - before
-            numbers[f"{name}, peak GiB of its own"] = own / 2**30
-        show(numbers)
+    before = 0
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    dtype = getattr(torch, args.reward_dtype)
+    (reward,) = checked(build_for, rows, {name: 1.0}, device, args.reward_path, dtype)
+    times = []
+    for i in range(warm_up + args.repeat):
+        batch = rows[i * args.batch_size : (i + 1) * args.batch_size]
+        start = clock(device)
+        score_once(reward, pictures, batch)
+        times.append(clock(device) - start)
+    numbers = {f"{name}, s": quantile(times[warm_up:], 0.5)}
+    if device.type == "cuda":
+        own = torch.cuda.max_memory_allocated() - before
+        numbers[f"{name}, peak GiB of its own"] = own / 2**30
+    return numbers
 
 
 def score_once(reward, pictures, rows):

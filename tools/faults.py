@@ -1895,8 +1895,8 @@ BASES = [
     ),
     Fault(
         "own base: an older run has the preset's",
-        'if name == "generator_pretrained" and settings and name not in settings:',
-        "if False:",
+        'settings.get("generator_pretrained", "")',
+        'settings.get("generator_pretrained")',
     ),
     Fault(
         "own base: a preset's stays in force for merged adapters",
