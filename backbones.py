@@ -40,6 +40,7 @@ class StableDiffusion3:
     most_text_tokens = 128  # of T5, the release's limit; where its tokenizer allows fewer, fewer
     highest_first_level = 0.96  # a first step that ends above leaves no room to re-noise
     scheduler_steps_on_tokens = False  # and not on latents, in diffusers' pipeline
+    cudnn_attention = True  # the fastest on an H100, but see NOT_CUDNN in common.py
     # front matter of a model card, by the base's hub id; None: of a base that is not among them
     licences = {
         None: own_licence("stabilityai-ai-community", "stabilityai/stable-diffusion-3.5-medium")
@@ -156,6 +157,8 @@ class Flux1(StableDiffusion3):
     optional = ()
     most_text_tokens = 512
     scheduler_steps_on_tokens = True
+    # Both kinds of blocks attend to q, k and v of one layout, and get gradients of two.
+    cudnn_attention = False
     patch = 2  # places of the latents along a token's side
     licences = {
         None: {"license": "other"},
@@ -245,6 +248,7 @@ class Klein(Flux1):
 
     pipeline = "Flux2KleinPipeline"
     encoders = ("text_encoder",)
+    cudnn_attention = True  # v is of two layouts here
     patch = 1  # the latents lie on the tokens' grid already
     licences = {
         None: {"license": "other"},

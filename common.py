@@ -25,6 +25,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from huggingface_hub.constants import HF_HOME
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def is_rank_0():
@@ -353,6 +354,11 @@ def shard(n, rank, world):
 
 ROOM_USED = 0.9  # of what a GPU has free, by the passes; the rest is for moments, NCCL and scraps
 ON_A_CPU = 4  # pictures at once where there is no GPU whose memory could be looked at
+# All but cuDNN. PyTorch (2.11) finds cuDNN's plan for the backward pass of attention by the layout of q, k
+# and v alone. Where the output's gradient lies in memory otherwise than in the pass that the plan was made
+# for, it is read wrongly: a wrong gradient without an error, or an illegal access. Compiled blocks lay it
+# out otherwise than plain ones.
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def micro_batch(asked, n_mine, device, passes):
@@ -367,7 +373,7 @@ def micro_batch(asked, n_mine, device, passes):
     if device.type != "cuda":
         return min(n_mine, ON_A_CPU)
     peaks = []
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(NOT_CUDNN):
         for n in (1, 2):
             torch.cuda.empty_cache()
             before = torch.cuda.memory_allocated()

@@ -1,5 +1,7 @@
 """Before any test imports torch: no network, one thread, no GPU; and the programs can be imported. Then the fixtures
 that several files share.
+
+The few tests of a GPU are asked for: ON_A_GPU=1 python -m pytest tests -k on_a_gpu
 """
 
 import os
@@ -7,7 +9,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+if "ON_A_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest

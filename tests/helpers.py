@@ -7,7 +7,6 @@ them are real command lines, and the two are compared to the byte, that the diff
 import contextlib
 import io
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -25,7 +24,6 @@ import sample
 from backbones import StableDiffusion3
 from model import BaseModel
 
-os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 torch.set_num_threads(1)
 
 

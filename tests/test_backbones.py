@@ -5,6 +5,8 @@ import json
 import diffusers
 import pytest
 import torch
+import torch._inductor.config
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import backbones
 import cold_start
@@ -13,6 +15,7 @@ import sample
 from common import sides
 from cps import CPSScheduler
 from helpers import CPU, flat, good, here, load, log_of, same_files, shell, tiny_base
+from model import BaseModel
 
 PROMPTS = ["a red circle", "two blue squares"]
 NAMES = ["sd3", "flux1", "schnell", "klein"]
@@ -50,6 +53,58 @@ def theirs(pipe, base, cfg, steps=4, resolution=32):
         output_type="pt",
     ).images
     return torch.as_tensor(pictures)
+
+
+# ---- attention on a GPU
+def gradient_of_an_adapter(place, n, device, compile=False):
+    """Of a random adapter's weights, from n pictures."""
+    base = BaseModel(place, device, 32, compile=compile)
+    base.add_adapter("fake", 32, 64, seed=0)
+    g = torch.Generator(device).manual_seed(0)
+    for p in base.adapter("fake").values():
+        p.data = 0.05 * torch.randn(p.shape, generator=g, device=device)
+    (weights,) = base.train_only("fake")
+    x = torch.randn(n, *base.latent_shape, generator=g, device=device)
+    base.velocity(["fake"], base.encode(["a red circle"] * n))(x, 0.6).square().sum().backward()
+    return weights.grad
+
+
+@pytest.mark.parametrize("name, used", [("sd3", True), ("flux1", False), ("klein", True)])
+def test_cudnn_attends_where_one_layout_of_q_k_and_v_means_one_of_the_gradient(
+    name, used, places, monkeypatch
+):
+    """Its plans are found by the former alone (common.NOT_CUDNN); FLUX.1's two kinds of blocks would share one."""
+    layouts = {}  # {of q, k and v: those of the output's gradient}
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, value, **options):
+        output = attention(query, key, value, **options)
+        if output.requires_grad:
+            seen = layouts.setdefault(
+                (query.shape, key.shape, *(x.stride() for x in (query, key, value))), set()
+            )
+            output.register_hook(lambda gradient: seen.add(gradient.stride()))
+        return output
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    gradient_of_an_adapter(places[name], 2, CPU)
+    assert layouts and all(layouts.values())
+    assert all(len(seen) == 1 for seen in layouts.values()) == used
+    assert torch.backends.cuda.cudnn_sdp_enabled() == used
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="attention of a GPU")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_on_a_gpu_the_gradient_is_that_of_attention_written_out(name, compile, places, monkeypatch):
+    """In bf16 both. Plain and compiled blocks are given other shapes: common.py says why (NOT_CUDNN)."""
+    n = 3 if compile else 2
+    with sdpa_kernel(SDPBackend.MATH):
+        truth = gradient_of_an_adapter(places[name], n, torch.device("cuda"))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    torch._dynamo.reset()
+    got = gradient_of_an_adapter(places[name], n, torch.device("cuda"), compile)
+    assert (got - truth).norm() < 0.05 * truth.norm()
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.5])

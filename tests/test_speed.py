@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cold_start
 import common
@@ -103,12 +104,36 @@ def test_a_gpu_takes_as_many_as_it_holds(gib, expected, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak.bytes)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gib * 2**30 * 3 // 4, gib * 2**30))
 
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
     def passes(n):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
         peak.bytes = (5 + 1) * 2**30 + n * 5 * 2**29
 
     assert micro_batch(0, 12, torch.device("cuda"), passes) == expected
+    assert torch.backends.cuda.cudnn_sdp_enabled()
     assert f"micro-batches of {expected} pictures: each takes 2.5 GiB" in capsys.readouterr().out
     assert 1 + 2.5 * expected <= max(0.9 * gib * 3 / 4, 3.5)
+
+
+def attention_gradient(n, contiguous):
+    """d(attention)/d(q) [n,2,64,128] in bf16 on the GPU, for an output's gradient of one of two layouts."""
+    g = torch.Generator("cuda").manual_seed(0)
+    shape = (n, 64, 2, 128)
+    leaves = [torch.randn(shape, generator=g, device="cuda").bfloat16() for _ in range(4)]
+    q, k, v, gradient = (leaf.transpose(1, 2) for leaf in leaves)
+    q.requires_grad_()
+    output = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    return torch.autograd.grad(output, q, gradient.contiguous() if contiguous else gradient)[0].float()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN's attention")
+def test_on_a_gpu_the_tried_passes_leave_no_plan_of_cudnns_to_the_compiled_ones():
+    """PyTorch looks such plans up without the layout of the output's gradient, and read it wrongly."""
+    micro_batch(0, 4, torch.device("cuda"), lambda n: attention_gradient(n, contiguous=True))
+    with sdpa_kernel(SDPBackend.MATH):
+        truth = attention_gradient(2, contiguous=False)
+    assert (attention_gradient(2, contiguous=False) - truth).norm() < 0.02 * truth.norm()
 
 
 def test_what_is_asked_for_is_taken_and_no_pass_is_tried():
