@@ -183,6 +183,24 @@ def backbone_of(transformer):
     return backbone
 
 
+def watch_attention(monkeypatch):
+    """-> {layout of q, k and v: layouts of the output's gradient}, filled in by the backward passes that follow."""
+    layouts = {}
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, value, *args, **options):
+        output = attention(query, key, value, *args, **options)
+        if output.requires_grad:
+            inputs = (query, key, value)
+            layout = tuple((x.shape, x.stride()) for x in inputs)
+            seen = layouts.setdefault(layout, set())
+            output.register_hook(lambda gradient: seen.add(gradient.stride()))
+        return output
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    return layouts
+
+
 def load_both(base, cold, rl, lora_alpha=None):
     """Stack what --cold_start and --rtdmd name on the base ('' leaves one out) -> names of the adapters."""
     args = SimpleNamespace(cold_start=str(cold), rtdmd=str(rl), teacher=False)

@@ -14,7 +14,18 @@ import rtdmd_rl
 import sample
 from common import sides
 from cps import CPSScheduler
-from helpers import CPU, flat, good, here, load, log_of, same_files, shell, tiny_base
+from helpers import (
+    CPU,
+    flat,
+    good,
+    here,
+    load,
+    log_of,
+    same_files,
+    shell,
+    tiny_base,
+    watch_attention,
+)
 from model import BaseModel
 
 PROMPTS = ["a red circle", "two blue squares"]
@@ -74,19 +85,7 @@ def test_cudnn_attends_where_one_layout_of_q_k_and_v_means_one_of_the_gradient(
     name, used, places, monkeypatch
 ):
     """Its plans are found by the former alone (common.NOT_CUDNN); FLUX.1's two kinds of blocks would share one."""
-    layouts = {}  # {of q, k and v: those of the output's gradient}
-    attention = torch.nn.functional.scaled_dot_product_attention
-
-    def watched(query, key, value, **options):
-        output = attention(query, key, value, **options)
-        if output.requires_grad:
-            seen = layouts.setdefault(
-                (query.shape, key.shape, *(x.stride() for x in (query, key, value))), set()
-            )
-            output.register_hook(lambda gradient: seen.add(gradient.stride()))
-        return output
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    layouts = watch_attention(monkeypatch)
     gradient_of_an_adapter(places[name], 2, CPU)
     assert layouts and all(layouts.values())
     assert all(len(seen) == 1 for seen in layouts.values()) == used

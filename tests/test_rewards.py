@@ -15,7 +15,7 @@ from PIL import Image
 import rewards
 import tiny
 from gaussian import close
-from helpers import TINY, Code, tiny_base
+from helpers import TINY, Code, tiny_base, watch_attention
 from small_rewards import (
     BLIP_SMALL,
     CLIP_SMALL,
@@ -273,8 +273,12 @@ def test_gradients_are_those_of_finite_differences_through_resizing_and_cropping
     def f(x):
         return reward(x, prompts, [{}, {}])
 
+    layouts = watch_attention(monkeypatch)
     x = (rand(2, 3, 71, 90).double() * 0.6 + 0.2).requires_grad_()
     (gradient,) = torch.autograd.grad(f(x).sum(), x)
+    # what cuDNN needs (common.NOT_CUDNN); imagereward's attention is written out
+    assert bool(layouts) == (name != "imagereward")
+    assert all(len(seen) == 1 for seen in layouts.values())
     crop = round(90 - 90 * 71 / 90) // 2 - 4  # columns that the centre crop throws away
     assert (
         gradient.isfinite().all()

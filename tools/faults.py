@@ -2187,4 +2187,25 @@ FAULTS = [
         "if True:",
         "common.py",
     ),
+    Fault(
+        "a GPU: FLUX.1's blocks share a plan of cuDNN's attention",
+        "cudnn_attention = False",
+        "cudnn_attention = True",
+        "backbones.py",
+        first=("tests/test_backbones.py", "-k", "cudnn"),
+    ),
+    Fault(
+        "a GPU: no base does without cuDNN's attention",
+        "enable_cudnn_sdp(family.cudnn_attention)",
+        "enable_cudnn_sdp(True)",
+        "model.py",
+        first=("tests/test_backbones.py", "-k", "cudnn"),
+    ),
+    Fault(
+        "a GPU: the trial of micro-batches leaves cuDNN's plans",
+        'set_stance("force_eager"), sdpa_kernel(NOT_CUDNN):',
+        'set_stance("force_eager"):',
+        "common.py",
+        first=("tests/test_speed.py", "-k", "a_gpu_takes"),
+    ),
 ]
