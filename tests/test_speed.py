@@ -123,8 +123,10 @@ def attention_gradient(n, contiguous):
     leaves = [torch.randn(shape, generator=g, device="cuda").bfloat16() for _ in range(4)]
     q, k, v, gradient = (leaf.transpose(1, 2) for leaf in leaves)
     q.requires_grad_()
+    if contiguous:
+        gradient = gradient.contiguous()
     output = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    return torch.autograd.grad(output, q, gradient.contiguous() if contiguous else gradient)[0].float()
+    return torch.autograd.grad(output, q, gradient)[0].float()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN's attention")
