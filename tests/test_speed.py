@@ -131,7 +131,7 @@ def attention_gradient(n, contiguous):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN's attention")
 def test_on_a_gpu_the_tried_passes_leave_no_plan_of_cudnns_to_the_compiled_ones():
-    """PyTorch looks such plans up without the layout of the output's gradient, and read it wrongly."""
+    """PyTorch finds such plans without the layout of the output's gradient, and reads another wrongly."""
     micro_batch(0, 4, torch.device("cuda"), lambda n: attention_gradient(n, contiguous=True))
     with sdpa_kernel(SDPBackend.MATH):
         truth = attention_gradient(2, contiguous=False)
