@@ -1,10 +1,16 @@
-"""The Gaussian world, in which everything in the paper is computable: data are N(MEAN, COV) in two dimensions, shaped
-[B,1,1,2] so that the functions under test run unchanged, and the generator's velocities are linear in x, so every
-marginal is Gaussian and its velocity is known.
+"""The Gaussian world, in which everything in the paper is computable.
 
-`exact_normals` are a few dozen points with EXACTLY the mean and covariance of independent normals: what is quadratic in
-them has its exact expectation as the mean over the points. Most tests therefore need no Monte Carlo and hold to 1e-9;
-where sampling is needed, the tolerance is 5 standard errors.
+Data are N(MEAN, COV) in two dimensions, shaped [B,1,1,2] so that the functions under test run
+unchanged. The generator's velocities are linear in x, so every marginal is Gaussian and its
+velocity is known.
+
+`exact_normals` are a few dozen points with EXACTLY the mean and covariance of independent normals:
+what is quadratic in them has its exact expectation as the mean over the points. Most tests
+therefore need no Monte Carlo and hold to 1e-9; where sampling is needed, the tolerance is 5
+standard errors.
+
+A "field" is the pair (A, b) of a linear velocity A x + b. A "world" is the triple (s, mean,
+covariance): what x_s at noise level s is distributed like.
 """
 
 import math
@@ -13,8 +19,11 @@ import torch
 
 from cps import rollout, sigmas
 
-# ------------------------------------------------------------------------------------------------------- the Gaussian world
-D, K, LEVELS, ETAS = 2, 4, sigmas(), (0, 0.5, 0.9, 1)
+# ---- tensors -------------------------------------------------------------------------------------
+D = 2  # dimensions
+K = 4  # steps of the generator
+LEVELS = sigmas()  # 1, .9, .75, .5, 0
+ETAS = (0, 0.5, 0.9, 1)
 
 
 def f64(*values):
@@ -22,6 +31,7 @@ def f64(*values):
 
 
 def full(value, like):
+    """The value, once for each sample of `like` -> [B]."""
     return torch.full((len(like),), value, dtype=torch.float64)
 
 
@@ -29,98 +39,164 @@ def close(a, b, tolerance=1e-9):
     return torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+def over_samples(t):
+    """A level as it broadcasts over [B,1,1,D]: a float stays, [B] becomes [B,1,1,1]."""
+    if torch.is_tensor(t):
+        return t.view(-1, 1, 1, 1)
+    return t
+
+
+# ---- linear velocities ---------------------------------------------------------------------------
 def linear(field):
     """(A, b) -> the velocity A x + b."""
-    return lambda x, t=None: x @ field[0].mT + field[1]
+    A, b = field
+
+    def v(x, t=None):
+        return x @ A.mT + b
+
+    return v
 
 
 def pack(field):
+    """(A, b) -> [6] parameters."""
     return torch.cat([part.flatten() for part in field])
 
 
-EYE, MEAN, COV = torch.eye(D).double(), f64(0.8, -0.5), f64([0.6, 0.25], [0.25, 0.3])
-
-DATA = (
-    0.0,
-    MEAN,
-    COV,
-)  # a "world" (s, mean, covariance): what x_s at noise level s is distributed like
-
-
-def exact_normals(n):
-    """n tensors [2nD,1,1,D], jointly the points +-sqrt(nD) e_i of nD dimensions: mean 0, covariance exactly I."""
-    z = (n * D) ** 0.5 * torch.cat([torch.eye(n * D), -torch.eye(n * D)]).double()
-    return list(z.view(-1, n, 1, 1, D).unbind(1))
-
-
-def normals(n, B, seed=0):
-    return list(
-        torch.randn(
-            n, B, 1, 1, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-        ).unbind(0)
-    )
-
-
-def moments(x):
-    centred = (x - x.mean(0)).flatten(1)
-    return x.mean(0).flatten(), centred.T @ centred / len(x)
-
-
-def marginal(world, t):
-    """Mean and covariance at level t >= s (float or [B]): (1-t)/(1-s) x_s, plus noise until its total is t^2."""
-    s, mean, cov = world
-    t = t.view(-1, 1, 1, 1) if torch.is_tensor(t) else t
-    a = (1 - t) / (1 - s)
-    return a * mean, a**2 * cov + (t**2 - a**2 * s**2) * EYE
-
-
-def exact_field(world, t):
-    """(A, b) of the exact velocity A x + b at t: the score -P (x - mean) of the marginal, through Eq. 2."""
-    t = t.clamp(max=1 - 1e-7) if torch.is_tensor(t) else min(t, 1 - 1e-7)
-    mean, cov = marginal(world, t)
-    P, t = torch.linalg.inv(cov), t.view(-1, 1, 1, 1) if torch.is_tensor(t) else t
-    return (t * P - EYE) / (1 - t), -t / (1 - t) * (mean @ P)
-
-
-def velocity(world):
-    return lambda x, t: linear(exact_field(world, t))(x)
-
-
 def unpack(theta):
-    """[6] parameters -> (A, b); or [B,6], a copy for each sample, so that .grad holds per-sample gradients."""
-    A, b = theta[..., : D * D].unflatten(-1, (D, D)), theta[..., D * D :]
-    return (A[:, None], b[:, None, None]) if theta.dim() == 2 else (A, b)
+    """[6] parameters -> (A, b).
 
+    Or [B,6], a copy for each sample, so that .grad holds per-sample gradients.
+    """
+    A = theta[..., : D * D].unflatten(-1, (D, D))
+    b = theta[..., D * D :]
+    if theta.dim() == 2:
+        return A[:, None], b[:, None, None]
+    return A, b
 
-def rms_error(field, world, t):
-    """Relative root-mean-square error of a linear field as the world's velocity at t."""
-    (mean, cov), exact = marginal(world, t), exact_field(world, t)
-
-    def square(A, b):
-        return ((A @ cov * A).sum() + (A @ mean + b).square().sum()).item()
-
-    return math.sqrt(square(field[0] - exact[0], field[1] - exact[1]) / square(*exact))
-
-
-# The generator has the data's velocity plus an error at every level, so that student and teacher differ.
-STUDENT = {
-    s: tuple(
-        p + q for p, q in zip(exact_field(DATA, s), (f64([0.15, -0.1], [0.2, 0.1]), f64(0.2, 0.1)))
-    )
-    for s in LEVELS[:-1]
-}
 
 ZERO = torch.zeros(6).double()
 
 
+# ---- normal samples ------------------------------------------------------------------------------
+def exact_normals(n):
+    """n tensors [2nD,1,1,D], jointly the points +-sqrt(nD) e_i of nD dimensions.
+
+    Their mean is 0, their covariance exactly I.
+    """
+    axes = torch.eye(n * D)
+    points = torch.cat([axes, -axes])
+    z = (n * D) ** 0.5 * points.double()
+    return list(z.view(-1, n, 1, 1, D).unbind(1))
+
+
+def normals(n, B, seed=0):
+    """n tensors [B,1,1,D] of random normals."""
+    rng = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, B, 1, 1, D, generator=rng, dtype=torch.float64)
+    return list(z.unbind(0))
+
+
+def moments(x):
+    """Mean and covariance of samples."""
+    mean = x.mean(0)
+    centred = (x - mean).flatten(1)
+    return mean.flatten(), centred.T @ centred / len(x)
+
+
+# ---- the data, and what is known of a world ------------------------------------------------------
+EYE = torch.eye(D).double()
+MEAN = f64(0.8, -0.5)
+COV = f64([0.6, 0.25], [0.25, 0.3])
+
+DATA = (0.0, MEAN, COV)  # the world of the data
+
+
+def marginal(world, t):
+    """Mean and covariance at level t >= s (float or [B]).
+
+    They are those of (1-t)/(1-s) x_s, plus noise until its total is t^2.
+    """
+    s, mean, cov = world
+    t = over_samples(t)
+    a = (1 - t) / (1 - s)
+    sig_squared = t**2 - a**2 * s**2
+    return a * mean, a**2 * cov + sig_squared * EYE
+
+
+def exact_field(world, t):
+    """(A, b) of the exact velocity A x + b at t.
+
+    It is the score -P (x - mean) of the marginal, P the inverse of its covariance, through Eq. 2.
+    """
+    highest = 1 - 1e-7
+    t = t.clamp(max=highest) if torch.is_tensor(t) else min(t, highest)
+    mean, cov = marginal(world, t)
+    P = torch.linalg.inv(cov)
+    t = over_samples(t)
+    A = (t * P - EYE) / (1 - t)
+    b = -t / (1 - t) * (mean @ P)
+    return A, b
+
+
+def velocity(world):
+    """The world's exact velocity v(x, t)."""
+
+    def v(x, t):
+        return linear(exact_field(world, t))(x)
+
+    return v
+
+
+def rms_error(field, world, t):
+    """Relative root-mean-square error of a linear field as the world's velocity at t."""
+    mean, cov = marginal(world, t)
+    A, b = field
+    exact_A, exact_b = exact_field(world, t)
+
+    def mean_square(A, b):
+        """E|A x + b|^2"""
+        of_spread = (A @ cov * A).sum()
+        of_mean = (A @ mean + b).square().sum()
+        return (of_spread + of_mean).item()
+
+    error = mean_square(A - exact_A, b - exact_b)
+    return math.sqrt(error / mean_square(exact_A, exact_b))
+
+
+# ---- the student ---------------------------------------------------------------------------------
+def student_field(s):
+    """The data's velocity plus an error, so that student and teacher differ at every level."""
+    A, b = exact_field(DATA, s)
+    error_of_A = f64([0.15, -0.1], [0.2, 0.1])
+    error_of_b = f64(0.2, 0.1)
+    return A + error_of_A, b + error_of_b
+
+
+STUDENT = {s: student_field(s) for s in LEVELS[:-1]}
+
+
 def generator_with(theta, fields=STUDENT):
-    """v_G(x, s): the fields above plus theta, which all steps share as they share a network's weights."""
-    A, b = unpack(theta)
-    return lambda x, s: linear((fields[s][0] + A, fields[s][1] + b))(x)
+    """v_G(x, s): the fields above plus theta.
+
+    All steps share theta, as they share a network's weights.
+    """
+    more_A, more_b = unpack(theta)
+
+    def v_G(x, s):
+        A, b = fields[s]
+        return linear((A + more_A, b + more_b))(x)
+
+    return v_G
 
 
 def student_at(k, eta, extra):
-    """-> the student's exact path [x_0, ..., x_k], its world at s = t_k, and `extra` more exact normals."""
+    """The student after k steps -> (path, world, more).
+
+    path: its exact samples [x_0, ..., x_k]. world: what they are distributed like at s = t_k. more:
+    `extra` exact normals besides those that the steps used.
+    """
     z = exact_normals(k + 1 + extra)
-    path = rollout(generator_with(ZERO), z[0], LEVELS, k, eta, z[1 : k + 1])
-    return path, (LEVELS[k], *moments(path[k])), z[k + 1 :]
+    noises = z[1 : k + 1]
+    path = rollout(generator_with(ZERO), z[0], LEVELS, k, eta, noises)
+    world = (LEVELS[k], *moments(path[k]))
+    return path, world, z[k + 1 :]
