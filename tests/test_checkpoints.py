@@ -63,11 +63,12 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     run, tmp_path, stage
 ):
     program, flags, length, half = stage_of(run, stage)
-    flags, one, two = [*flags, "--out_dir", tmp_path / "out"], getattr(run, stage), tmp_path / "out"
+    one = getattr(run, stage)
+    two = tmp_path / "out"
+    flags = [*flags, "--out_dir", two]
     good(here(program, *flags, length, half))
-    with open(
-        two / "log.jsonl", "a"
-    ) as f:  # as after a kill: a step that the checkpoint does not know, and half a line
+    # as after a kill: a step that the checkpoint does not know, and half a line
+    with open(two / "log.jsonl", "a") as f:
         f.write(json.dumps({"step": half, "loss_fake": 9}) + '\n{"step": 3, "lo')
     good(here(program, *flags))
     assert same_files(one, two) and log_of(one) == log_of(two)
@@ -167,11 +168,13 @@ def small_state(tmp_path):
         }
 
     def save(step):
-        run = object.__new__(
-            checkpoint.Run
-        )  # without a model, and without looking at what is there
+        # without a model, and without looking at what is there
+        run = object.__new__(checkpoint.Run)
         run.args = SimpleNamespace(out_dir=str(tmp_path), lr=1e-3, save_every=8, keep_every=0)
-        run.state, run.content, run.made_with, run.saved_at = state(step), {}, {}, time.time()
+        run.state = state(step)
+        run.content = {}
+        run.made_with = {}
+        run.saved_at = time.time()
         run.save(step)
 
     return save
@@ -188,8 +191,10 @@ def test_killed_at_any_call_while_saving_a_whole_checkpoint_is_left_and_no_mixtu
     adapters are of one step, or stage 2 refuses them. When nobody dies: step 3, and step 2 behind it."""
     save = small_state
     for n in itertools.count():
-        [p.unlink() for p in tmp_path.iterdir()]
-        [save(step) for step in (1, 2)]
+        for path in tmp_path.iterdir():
+            path.unlink()
+        save(1)
+        save(2)
         calls = []
 
         def mortal(call, half=False):
@@ -236,12 +241,11 @@ def test_one_flipped_bit_anywhere_in_a_checkpoint_is_noticed_or_changes_nothing(
 ):
     """Every byte of a small one, and every bit of its table of contents. torch.load alone takes wrong weights, steps and flags for right: it does not look at the checksums."""
     small_state(7)
-    path, (whole, content), noticed, missed_by_torch = (
-        tmp_path / "ckpt.pt",
-        (load(tmp_path / "ckpt.pt"), (tmp_path / "ckpt.pt").read_bytes()),
-        0,
-        0,
-    )
+    path = tmp_path / "ckpt.pt"
+    whole = load(path)
+    content = path.read_bytes()
+    noticed = 0
+    missed_by_torch = 0
     directory = content.index(b"PK\x01\x02")
     bits = [(place, place % 8) for place in range(directory)]
     bits += [(place, bit) for place in range(directory, len(content)) for bit in range(8)]
@@ -406,8 +410,13 @@ def two_ranks(out_dir, *flags):
         stderr=subprocess.PIPE,
         text=True,
     )
-    log, until = out_dir / "log.jsonl", time.time() + 60
-    while not (log.exists() and log.read_bytes().count(b"\n") >= 2) and time.time() < until:
+    log = out_dir / "log.jsonl"
+    until = time.time() + 60
+
+    def two_steps_are_logged():
+        return log.exists() and log.read_bytes().count(b"\n") >= 2
+
+    while not two_steps_are_logged() and time.time() < until:
         time.sleep(0.1)
     pids = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     return job, sorted(
@@ -456,15 +465,15 @@ def test_a_checkpoint_is_saved_after_so_many_minutes_too(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SAVE_MINUTES", 1e-9)
     good(here(cold_start, *COLD, "--steps", 3, "--out_dir", tmp_path))
     assert saved == [1, 2, 3]
-    for minutes, steps in (
-        (1, [1, 8, 9]),
-        (20, [8, 9]),
-    ):  # two minutes since the last one; every 8 steps; the last step
+    # two minutes since the last one; every 8 steps; the last step
+    for minutes, steps in ((1, [1, 8, 9]), (20, [8, 9])):
         run = object.__new__(checkpoint.Run)
-        run.args, run.saved_at = SimpleNamespace(save_every=8, keep_every=0), time.time() - 120
+        run.args = SimpleNamespace(save_every=8, keep_every=0)
+        run.saved_at = time.time() - 120
         monkeypatch.setattr(checkpoint, "SAVE_MINUTES", minutes)
         saved.clear()
-        [run.save_or_stop(step, 9) for step in range(1, 10)]
+        for step in range(1, 10):
+            run.save_or_stop(step, 9)
         assert saved == steps
 
 

@@ -1,6 +1,5 @@
-"""Rewards as functions of pictures: the checker, pixels, gradients, micro-batches, wrong weights, OCR."""
+"""Rewards of pictures: the checker, pixels, gradients, micro-batches, wrong weights, OCR."""
 
-import itertools
 import math
 import random
 from collections import Counter
@@ -9,16 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import rewards
 import tiny
 from gaussian import close
-from helpers import TINY, Code, tiny_base, watch_attention
+from helpers import CPU, TINY, Code, tiny_base, watch_attention
 from small_rewards import (
     BLIP_SMALL,
     CLIP_SMALL,
+    calls_of,
+    head_layers,
     imagereward_state,
     one_reward,
     rand,
@@ -26,167 +28,229 @@ from small_rewards import (
     with_tokenizer,
 )
 
+TINY_CLIP = f"clipscore={TINY}/clip"
 
-# ----------------------------------------------------------------------------------------------- rewards and the tiny checker
+
+# ---- the tiny checker ----------------------------------------------------------------------------
+def things_of(row):
+    """The objects that a caption asks for, with their numbers and colours, in any order."""
+    things = [(entry["class"], entry["count"], entry.get("color")) for entry in row["include"]]
+    return Counter(things)
+
+
+def with_opposite_relation(prompt):
+    """The prompt with its relation turned round, or None where it has no relation."""
+    opposites = ("right of", "left of", "below", "above")
+    for relation, opposite in zip(tiny.RELATIONS, opposites):
+        if relation in prompt:
+            return prompt.replace(relation, opposite)
+    return None
+
+
 def contradictions(row):
-    """Captions of the same category that no picture of `row` satisfies: other objects, numbers or colours; last the opposite relation."""
+    """Captions of the same category that no picture of `row` satisfies.
 
-    def things(r):
-        return Counter((o["class"], o["count"], o.get("color")) for o in r["include"])
+    They have other objects, numbers or colours; the last one has the opposite relation.
+    """
+    same_category = [other for other in tiny.captions() if other["tag"] == row["tag"]]
+    other_things = [other for other in same_category if things_of(other) != things_of(row)]
+    turned = with_opposite_relation(row["prompt"])
+    turned_round = [other for other in tiny.captions() if other["prompt"] == turned]
+    return other_things + turned_round
 
-    other = [r for r in tiny.captions() if r["tag"] == row["tag"] and things(r) != things(row)]
-    a, b = next(
-        (
-            (a, b)
-            for a, b in zip(tiny.RELATIONS, ("right of", "left of", "below", "above"))
-            if a in row["prompt"]
-        ),
-        (".", "."),
-    )
-    return other + [
-        r
-        for r in tiny.captions()
-        if a in row["prompt"] and r["prompt"] == row["prompt"].replace(a, b)
-    ]
+
+@torch.no_grad()
+def through_the_vae(base, pictures):
+    """Pictures [B,3,H,W] in [0,1], encoded with the VAE's noise and decoded."""
+    vae = base.pipe.vae
+    latents = vae.encode(pictures * 2 - 1).latent_dist.sample()
+    return base.decode((latents - vae.config.shift_factor) * vae.config.scaling_factor)
 
 
 def test_the_checker_accepts_true_pictures_after_the_vae_and_rejects_captions_that_contradict_them():
-    rows, pipe, rng = tiny.captions() * 3, tiny_base().pipe, random.Random(0)
+    rows = tiny.captions() * 3
+    base = tiny_base()
+    rng = random.Random(0)
     torch.manual_seed(0)
-    with torch.no_grad():
-        latents = pipe.vae.encode(
-            tiny.render(*tiny.scenes(rows, torch.arange(len(rows)))) * 2 - 1
-        ).latent_dist.sample()
-        drawn = tiny_base().decode(
-            (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
-        )
-    (checker,) = rewards.build("checker", torch.device("cpu"))
+    scenes = tiny.scenes(rows, torch.arange(len(rows)))
+    drawn = through_the_vae(base, tiny.render(*scenes))
+    (checker,) = rewards.build("checker", CPU)
 
     def accepted(captions):
-        return checker(drawn, [r["prompt"] for r in captions], captions).mean()
+        prompts = [caption["prompt"] for caption in captions]
+        return checker(drawn, prompts, captions).mean()
 
+    some_contradiction = [rng.choice(contradictions(row)) for row in rows]
+    last_contradiction = [contradictions(row)[-1] for row in rows]
     assert accepted(rows) >= 0.98
-    assert (
-        accepted([rng.choice(contradictions(r)) for r in rows]) <= 0.05
-        and accepted([contradictions(r)[-1] for r in rows]) <= 0.05
-    )
+    assert accepted(some_contradiction) <= 0.05
+    assert accepted(last_contradiction) <= 0.05
+
+
+# ---- gradients by finite differences -------------------------------------------------------------
+def directions_of(gradient, seeded_rng):
+    """The gradient's own direction and two random ones."""
+    random_ones = torch.randn(2, *gradient.shape, generator=seeded_rng, dtype=torch.float64)
+    return (gradient, *random_ones)
+
+
+@torch.no_grad()
+def slope_error(function, x, gradient, direction):
+    """|(f(x + h d) - f(x - h d)) / 2h - gradient . d| with h = 1e-4 and d of length 1.
+
+    The values of f are added up.
+    """
+    step = 1e-4 * direction / direction.norm()
+    difference = (function(x + step) - function(x - step)).sum() / 2
+    predicted = (gradient * step).sum()
+    return abs(difference - predicted) / 1e-4
 
 
 def test_the_gradient_of_clipscore_is_that_of_finite_differences():
-    """(f(x + h d) - f(x - h d)) / 2h in three directions d, float64, pictures that are resized and cropped on the way."""
-    g = torch.Generator().manual_seed(0)
-    (score,) = rewards.build(
-        "clipscore:1", torch.device("cpu"), [f"clipscore={TINY}/clip"], torch.float64
-    )
+    """In float64 and three directions; pictures are resized and cropped on the way."""
+    seeded_rng = torch.Generator().manual_seed(0)
+    (score,) = rewards.build("clipscore:1", CPU, [TINY_CLIP], torch.float64)
 
-    def f(x):
-        return score(x, ["a red circle", "two squares"], [{}, {}]).sum()
+    def total(images):
+        return score(images, ["a red circle", "two squares"], [{}, {}]).sum()
 
-    x = (torch.rand(2, 3, 40, 48, generator=g, dtype=torch.float64) * 0.6 + 0.2).requires_grad_()
-    (gradient,) = torch.autograd.grad(f(x), x)
-    for direction in (gradient, *torch.randn(2, *x.shape, generator=g, dtype=torch.float64)):
-        d = 1e-4 * direction / direction.norm()
-        with torch.no_grad():
-            assert (
-                abs((f(x + d) - f(x - d)) / 2e-4 - (gradient * d).sum() / 1e-4)
-                < 1e-5 * gradient.norm()
-            )
+    noise = torch.rand(2, 3, 40, 48, generator=seeded_rng, dtype=torch.float64)
+    images = (noise * 0.6 + 0.2).requires_grad_()
+    (gradient,) = torch.autograd.grad(total(images), images)
+    for direction in directions_of(gradient, seeded_rng):
+        error = slope_error(total, images, gradient, direction)
+        assert error < 1e-5 * gradient.norm()
 
 
-@pytest.mark.parametrize("height, width", [(17, 23), (32, 32), (33, 47), (101, 32), (257, 63)])
+# ---- pre-processing ------------------------------------------------------------------------------
+# One step of a byte, in pixels that are normalised.
+ONE_BYTE = 1 / 255 / min(rewards.CLIP_STD)
+
+
+@pytest.mark.parametrize(
+    "height, width",
+    [
+        (17, 23),
+        (32, 32),
+        (33, 47),
+        (101, 32),
+        (257, 63),
+    ],
+)
 def test_clip_pixels_takes_pictures_of_any_size(height, width):
     pixels = rewards.clip_pixels(torch.rand(1, 3, height, width), 32)
-    assert pixels.shape == (1, 3, 32, 32) and torch.isfinite(pixels).all()
-    grey = rewards.clip_pixels(torch.full((1, 3, height, width), 0.5), 32)[0].flatten(
-        1
-    )  # a constant stays that constant
-    assert torch.allclose(
-        grey,
-        ((0.5 - torch.tensor(rewards.CLIP_MEAN)) / torch.tensor(rewards.CLIP_STD))[:, None],
-        atol=1e-5,
-    )
+    assert pixels.shape == (1, 3, 32, 32)
+    assert torch.isfinite(pixels).all()
+    grey = torch.full((1, 3, height, width), 0.5)
+    channels = rewards.clip_pixels(grey, 32)[0].flatten(1)
+    mean = torch.tensor(rewards.CLIP_MEAN)
+    std = torch.tensor(rewards.CLIP_STD)
+    # A constant stays that constant.
+    assert torch.allclose(channels, ((0.5 - mean) / std)[:, None], atol=1e-5)
 
 
 @pytest.mark.parametrize("side", [47, 224, 301])
 def test_clip_pixels_is_clips_own_preprocessing(side):
-    """transformers' CLIP processor works on bytes: it may be off by the rounding of one, 1/255 before the division by std."""
-    from transformers import CLIPImageProcessor
+    """transformers' CLIP processor works on bytes.
 
-    u = torch.linspace(0, 6, side)
-    image = (
-        (
-            torch.stack(
-                [u.sin() * u[:, None].cos(), u.cos() * u[:, None].sin(), (u + u[:, None]).sin()]
-            )
-            / 2
-            + 0.5
-        )
-        * 255
-    ).round()
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}
+    It may be off by the rounding of one, 1/255 before the division by std.
+    """
+    x = torch.linspace(0, 6, side)
+    y = x[:, None]
+    red = x.sin() * y.cos()
+    green = x.cos() * y.sin()
+    blue = (x + y).sin()
+    waves = torch.stack([red, green, blue])  # in [-1,1]
+    image = ((waves / 2 + 0.5) * 255).round()
+    picture = Image.fromarray(image.byte().permute(1, 2, 0).numpy())
+    processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 64},
+        crop_size={"height": 64, "width": 64},
     )
-    theirs = processor(
-        Image.fromarray(image.byte().permute(1, 2, 0).numpy()), return_tensors="pt"
-    ).pixel_values
-    assert (rewards.clip_pixels(image[None] / 255, 64) - theirs).abs().max() < 1 / 255 / min(
-        rewards.CLIP_STD
-    )
+    theirs = processor(picture, return_tensors="pt").pixel_values
+    ours = rewards.clip_pixels(image[None] / 255, 64)
+    assert (ours - theirs).abs().max() < ONE_BYTE
 
 
 @pytest.fixture(scope="module")
 def photographs():
     data = pytest.importorskip("skimage.data")
-    return [
-        Image.fromarray(picture)
-        for picture in (data.astronaut(), data.coffee(), data.chelsea(), data.rocket())
-    ]
+    arrays = (data.astronaut(), data.coffee(), data.chelsea(), data.rocket())
+    return [Image.fromarray(array) for array in arrays]
 
 
 def tensor_of(picture):
+    """PIL's picture, or an array of bytes -> [1,3,H,W] in [0,1]"""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
 
 
-# -------------------------------------------------------------------------------------- pre-processing, pictures and gradients
-@pytest.mark.parametrize("size", [(512, 512), (333, 501), (640, 427), (100, 150), (224, 224)])
+def assert_only_rounded(ours, theirs):
+    """Normalised pixels differ by no more than PIL's rounding.
+
+    PIL rounds to bytes (and saturates) after each of two passes. The sum of two roundings is a
+    third of a byte's step off on average and a whole one at most: .005 and .015 of a normalised
+    pixel.
+    Saturation adds something at a few sharp edges.
+    """
+    difference = (ours - theirs).abs().flatten()
+    assert difference.mean() < ONE_BYTE / 3
+    assert difference[::5].quantile(0.99) < ONE_BYTE
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        (512, 512),
+        (333, 501),
+        (640, 427),
+        (100, 150),
+        (224, 224),
+    ],
+)
 def test_clip_pixels_are_those_of_clips_published_processor_on_photographs(photographs, size):
-    """PIL rounds to bytes (and saturates) after each of two passes. The sum of two roundings is a third of a byte's step off on average and a
-    whole one at most: .005 and .015 of a normalised pixel. Saturation adds something at a few sharp edges."""
     processor = transformers.CLIPImageProcessor()
-    for picture in photographs:
-        picture = picture.resize(size[::-1])
+    for photograph in photographs:
+        picture = photograph.resize(size[::-1])
         theirs = processor(picture, return_tensors="pt").pixel_values
         ours = rewards.clip_pixels(tensor_of(picture), 224)
-        difference = (ours - theirs).abs().flatten()
-        assert difference.mean() < 1 / 3 / 255 / min(rewards.CLIP_STD) and difference[::5].quantile(
-            0.99
-        ) < 1 / 255 / min(rewards.CLIP_STD)
+        assert_only_rounded(ours, theirs)
 
 
-@pytest.mark.parametrize("size", [(512, 512), (333, 501), (640, 427), (224, 224)])
+def on_a_black_square(picture, side):
+    """The longer side to `side` by PIL's bicubic, in the middle of a black square."""
+    scale = side / max(picture.size)
+    small_size = [round(edge * scale) for edge in picture.size]
+    small = picture.resize(small_size, Image.Resampling.BICUBIC)
+    square = Image.new("RGB", (side, side))
+    corner = ((side - small.width) // 2, (side - small.height) // 2)
+    square.paste(small, corner)
+    return square
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        (512, 512),
+        (333, 501),
+        (640, 427),
+        (224, 224),
+    ],
+)
 def test_padded_pixels_are_pils_bicubic_on_a_black_square_on_photographs(photographs, size):
-    for picture in photographs:
-        picture = picture.resize(size[::-1])
-        scale = 224 / max(picture.size)
-        small = picture.resize(
-            [round(side * scale) for side in picture.size], Image.Resampling.BICUBIC
-        )
-        square = Image.new("RGB", (224, 224))
-        square.paste(small, ((224 - small.width) // 2, (224 - small.height) // 2))
-        theirs, ours = (
-            rewards.normalise(tensor_of(square)),
-            rewards.padded_pixels(tensor_of(picture), 224),
-        )
-        difference = (ours - theirs).abs().flatten()
-        assert difference.mean() < 1 / 3 / 255 / min(rewards.CLIP_STD) and difference[::5].quantile(
-            0.99
-        ) < 1 / 255 / min(rewards.CLIP_STD)
+    for photograph in photographs:
+        picture = photograph.resize(size[::-1])
+        theirs = rewards.normalise(tensor_of(on_a_black_square(picture, 224)))
+        ours = rewards.padded_pixels(tensor_of(picture), 224)
+        assert_only_rounded(ours, theirs)
 
 
 def test_the_rounding_of_the_processor_moves_the_score_of_a_random_vit_l_by_less_than_a_thousandth(
     photographs, tmp_path
 ):
-    """ViT-L/14's vision tower at its true width and patch size, six blocks of it (24 take a minute), and photographs at 512."""
+    """ViT-L/14's vision tower at its true width and patch size, on photographs at 512.
+
+    It has six blocks: 24 take a minute.
+    """
     config = transformers.CLIPConfig(
         projection_dim=768,
         vision_config=dict(
@@ -209,49 +273,48 @@ def test_the_rounding_of_the_processor_moves_the_score_of_a_random_vit_l_by_less
     )
     torch.manual_seed(0)
     transformers.CLIPModel(config).save_pretrained(with_tokenizer(tmp_path))
-    reward, processor = (
-        one_reward("clipscore", f"clipscore={tmp_path}"),
-        transformers.CLIPImageProcessor(),
-    )
+    reward = one_reward("clipscore", f"clipscore={tmp_path}")
+    processor = transformers.CLIPImageProcessor()
     vit = rewards.clip(str(tmp_path), "cpu", torch.float32)
     model = vit.model
-    for picture in photographs[:2]:
-        picture = picture.resize((512, 512))
+
+    @torch.no_grad()
+    def score_by_hand(picture):
+        pixels = processor(picture, return_tensors="pt")
+        pooled = model.vision_model(**pixels).pooler_output
+        feature = F.normalize(model.visual_projection(pooled), dim=-1)
+        cosine = (feature * vit.text_features(["a circle"])).sum()
+        return model.logit_scale.exp() / 100 * cosine
+
+    for photograph in photographs[:2]:
+        picture = photograph.resize((512, 512))
         with torch.no_grad():
             ours = reward(tensor_of(picture), ["a circle"], [{}])
-            theirs = model.visual_projection(
-                model.vision_model(**processor(picture, return_tensors="pt")).pooler_output
-            )
-            theirs = (
-                model.logit_scale.exp()
-                / 100
-                * (
-                    torch.nn.functional.normalize(theirs, dim=-1) * vit.text_features(["a circle"])
-                ).sum()
-            )
-        assert abs(ours - theirs) < 1e-3
+        assert abs(ours - score_by_hand(picture)) < 1e-3
 
 
+# ---- gradients and micro-batches of all that have a gradient -------------------------------------
 @pytest.fixture(scope="module")
 def small_models(tmp_path_factory):
-    """A small model with random weights for each of the differentiable rewards -> their --reward_path flags."""
-    t = tmp_path_factory.mktemp("small")
+    """A small random model for each differentiable reward -> their --reward_path flags."""
+    folder = tmp_path_factory.mktemp("small")
     for name, seed in (("clipscore", 0), ("pickscore", 1)):
         config = transformers.CLIPConfig(projection_dim=48, **CLIP_SMALL["hpsv2"][1])
         torch.manual_seed(seed)  # the same models whichever tests have run before
-        shake(transformers.CLIPModel(config), seed).save_pretrained(with_tokenizer(t / name))
-    head = {
-        f"layers.{i}.{k}": v
-        for i, (a, b) in zip((0, 2, 4, 6, 7), itertools.pairwise((48, 1024, 128, 64, 16, 1)))
-        for k, v in shake(torch.nn.Linear(a, b), i).state_dict().items()
-    }
-    torch.save(head, t / "aesthetic.pth")
-    torch.save(imagereward_state(), with_tokenizer(t / "imagereward") / "ImageReward.pt")
+        model = shake(transformers.CLIPModel(config), seed)
+        model.save_pretrained(with_tokenizer(folder / name))
+    head = {}
+    for number, inputs, outputs in head_layers(48):
+        layer = shake(torch.nn.Linear(inputs, outputs), number)
+        for name, tensor in layer.state_dict().items():
+            head[f"layers.{number}.{name}"] = tensor
+    torch.save(head, folder / "aesthetic.pth")
+    torch.save(imagereward_state(), with_tokenizer(folder / "imagereward") / "ImageReward.pt")
     return [
-        f"clipscore={t}/clipscore",
-        f"pickscore={t}/pickscore",
-        f"aesthetic={t}/aesthetic.pth",
-        f"imagereward={t}/imagereward",
+        f"clipscore={folder}/clipscore",
+        f"pickscore={folder}/pickscore",
+        f"aesthetic={folder}/aesthetic.pth",
+        f"imagereward={folder}/imagereward",
     ]
 
 
@@ -262,53 +325,44 @@ DIFFERENTIABLE = ("clipscore", "pickscore", "aesthetic", "imagereward")
 def test_gradients_are_those_of_finite_differences_through_resizing_and_cropping(
     name, small_models, monkeypatch
 ):
-    """Central differences in float64 along the gradient and two other directions; their error is h^2, 1e-8, times a third derivative."""
+    """Central differences in float64 along the gradient and two other directions.
+
+    Their error is h^2, 1e-8, times a third derivative.
+    """
     monkeypatch.setattr(rewards, "BLIP_L", BLIP_SMALL)
-    reward, prompts = (
-        one_reward(name, *small_models, dtype=torch.float64),
-        ["a red circle", "two squares"],
-    )
+    reward = one_reward(name, *small_models, dtype=torch.float64)
     assert reward.differentiable
 
-    def f(x):
-        return reward(x, prompts, [{}, {}])
+    def score(images):
+        return reward(images, ["a red circle", "two squares"], [{}, {}])
 
     layouts = watch_attention(monkeypatch)
-    x = (rand(2, 3, 71, 90).double() * 0.6 + 0.2).requires_grad_()
-    (gradient,) = torch.autograd.grad(f(x).sum(), x)
-    # what cuDNN needs (common.NOT_CUDNN); imagereward's attention is written out
+    images = (rand(2, 3, 71, 90).double() * 0.6 + 0.2).requires_grad_()
+    (gradient,) = torch.autograd.grad(score(images).sum(), images)
+    # cuDNN needs one layout (common.NOT_CUDNN); imagereward's attention is written out.
     assert bool(layouts) == (name != "imagereward")
     assert all(len(seen) == 1 for seen in layouts.values())
     crop = round(90 - 90 * 71 / 90) // 2 - 4  # columns that the centre crop throws away
-    assert (
-        gradient.isfinite().all()
-        and (gradient[..., crop + 4 : -crop - 4].flatten(1).norm(dim=1) > 0).all()
-        and gradient[..., :crop].abs().max() == 0
-    )
-    for direction in (
-        gradient,
-        *torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
-    ):
-        d = 1e-4 * direction / direction.norm()
-        with torch.no_grad():
-            assert (
-                abs(((f(x + d) - f(x - d)).sum() / 2 - (gradient * d).sum()) / 1e-4)
-                < 1e-5 * gradient.norm()
-            )
+    kept = gradient[..., crop + 4 : -crop - 4]
+    assert gradient.isfinite().all()
+    assert (kept.flatten(1).norm(dim=1) > 0).all()
+    assert gradient[..., :crop].abs().max() == 0
+    seeded_rng = torch.Generator().manual_seed(1)
+    for direction in directions_of(gradient, seeded_rng):
+        error = slope_error(score, images, gradient, direction)
+        assert error < 1e-5 * gradient.norm()
 
 
 def test_the_gradient_of_hpsv2s_padding_is_that_of_finite_differences():
-    x, weight = (
-        (rand(1, 3, 30, 50).double() * 0.6 + 0.2).requires_grad_(),
-        rand(3, 28, 28, seed=1).double(),
-    )
+    images = (rand(1, 3, 30, 50).double() * 0.6 + 0.2).requires_grad_()
+    weight = rand(3, 28, 28, seed=1).double()
 
-    def f(x):
-        return (rewards.padded_pixels(x, 28) * weight).square().sum()
+    def total(images):
+        return (rewards.padded_pixels(images, 28) * weight).square().sum()
 
-    (gradient,) = torch.autograd.grad(f(x), x)
-    d = 1e-4 * gradient / gradient.norm()
-    assert abs((f(x + d) - f(x - d)) / 2e-4 - gradient.norm()) < 1e-5 * gradient.norm()
+    (gradient,) = torch.autograd.grad(total(images), images)
+    error = slope_error(total, images, gradient, direction=gradient)
+    assert error < 1e-5 * gradient.norm()
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -316,38 +370,44 @@ def test_micro_batches_and_bf16_change_a_score_and_its_gradient_by_their_roundin
     name, small_models, monkeypatch
 ):
     monkeypatch.setattr(rewards, "BLIP_L", BLIP_SMALL)
-    x, prompts = (
-        rand(5, 3, 60, 60).requires_grad_(),
-        ["a red circle", "two squares", "a circle", "a circle", "a square"],
-    )
+    images = rand(5, 3, 60, 60).requires_grad_()
+    prompts = ["a red circle", "two squares", "a circle", "a circle", "a square"]
+    metadata = [{}] * 5
 
-    def run(**more):
-        return (lambda s: (s.detach(), torch.autograd.grad(s.sum(), x)[0]))(
-            one_reward(name, *small_models, **more)(x, prompts, [{}] * 5)
-        )
+    def score_and_gradient(**options):
+        reward = one_reward(name, *small_models, **options)
+        score = reward(images, prompts, metadata)
+        (gradient,) = torch.autograd.grad(score.sum(), images)
+        return score.detach(), gradient
 
-    (score, gradient), (s2, g2), (s16, _) = run(), run(batch=2), run(dtype=torch.bfloat16)
-    close(s2, score, 1e-5), close(g2, gradient, 1e-4 * gradient.abs().max().item())
-    assert (
-        score.dtype == s16.dtype == torch.float32
-        and 0 < (s16 - score).abs().max() < 0.05 * score.abs().max()
-    )  # 2^-8 a step, a few dozen steps
+    score, gradient = score_and_gradient()
+    score_in_twos, gradient_in_twos = score_and_gradient(batch=2)
+    score_in_bf16, _ = score_and_gradient(dtype=torch.bfloat16)
+    close(score_in_twos, score, 1e-5)
+    close(gradient_in_twos, gradient, 1e-4 * gradient.abs().max().item())
+    assert score.dtype == score_in_bf16.dtype == torch.float32
+    rounding = (score_in_bf16 - score).abs().max()
+    assert 0 < rounding < 0.05 * score.abs().max()  # 2^-8 a step, a few dozen steps
+    reward_in_threes = one_reward(name, *small_models, batch=3)
     with torch.no_grad():
-        close(one_reward(name, *small_models, batch=3)(x, prompts, [{}] * 5), score, 1e-5)
+        score_in_threes = reward_in_threes(images, prompts, metadata)
+    close(score_in_threes, score, 1e-5)
 
 
 def test_each_prompt_is_read_once_and_models_can_be_moved(small_models):
-    reward, calls = one_reward("pickscore", *small_models), []
-    hook = reward.models[0].text_model.register_forward_hook(lambda *_: calls.append(1))
+    reward = one_reward("pickscore", *small_models)
+    model = reward.models[0]
+    readings, hook = calls_of(model.text_model)
     for prompts in (["one", "two", "one"], ["two", "one", "one"]):
         reward(rand(3, 3, 56, 56), prompts, [{}] * 3)
     hook.remove()
-    assert len(calls) == 2  # of six
+    assert len(readings) == 2  # of six
     rewards.move([reward, reward], "meta")  # stands for another device
-    assert {p.device.type for p in reward.models[0].parameters()} == {"meta"}
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     rewards.clip.cache_clear()
 
 
+# ---- what is refused -----------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "images",
     [
@@ -361,12 +421,13 @@ def test_each_prompt_is_read_once_and_models_can_be_moved(small_models):
     ids=("nan", "above 1", "below 0", "inf", "no batch", "grey"),
 )
 def test_pictures_that_are_none_are_refused_in_one_line(images):
-    with pytest.raises(
-        ValueError,
-        match=r"^reward clipscore: pictures must be \[B,3,H,W\] with finite numbers in \[0,1\], got .*$",
-    ) as e:
-        one_reward("clipscore", f"clipscore={TINY}/clip")(images, ["a", "b"], [{}, {}])
-    assert "\n" not in str(e.value)
+    message = (
+        r"^reward clipscore: pictures must be \[B,3,H,W\] "
+        r"with finite numbers in \[0,1\], got .*$"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        one_reward("clipscore", TINY_CLIP)(images, ["a", "b"], [{}, {}])
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -393,51 +454,75 @@ def test_pictures_that_are_none_are_refused_in_one_line(images):
 def test_weights_that_are_missing_or_wrong_are_named_in_one_line_and_their_code_is_not_run(
     name, path, message, tmp_path
 ):
-    torch.save(Code(tmp_path / "proof"), tmp_path / "code.pt")
+    proof = tmp_path / "proof"
+    torch.save(Code(proof), tmp_path / "code.pt")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("<html>not found</html>")
     if path == "blip":
-        transformers.BlipVisionModel(
-            transformers.BlipVisionConfig(**BLIP_SMALL[0])
-        ).save_pretrained(with_tokenizer(tmp_path / "blip"))
-    with pytest.raises(ValueError, match=message) as e:
-        one_reward(name, f"clipscore={TINY}/clip", *([f"{name}={tmp_path / path}"] if path else []))
-    assert "\n" not in str(e.value) and not (tmp_path / "proof").exists()
+        config = transformers.BlipVisionConfig(**BLIP_SMALL[0])
+        model = transformers.BlipVisionModel(config)
+        model.save_pretrained(with_tokenizer(tmp_path / "blip"))
+    paths = [TINY_CLIP]
+    if path:
+        paths.append(f"{name}={tmp_path / path}")
+    with pytest.raises(ValueError, match=message) as error:
+        one_reward(name, *paths)
+    assert "\n" not in str(error.value)
+    assert not proof.exists()
 
 
-# ---------------------------------------------------------------------------------------------- OCR, with its real weights
+# ---- OCR, with its real weights ------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def ocr():
-    pytest.importorskip("rapidocr"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("rapidocr")
+    pytest.importorskip("onnxruntime")
     return one_reward("ocr")
 
 
-def written(text, size, fill="black", paper="white", font=None):
-    """A picture with text in the middle. font: a file among the system's DejaVu fonts, None for Pillow's own, a number for OpenCV's."""
-    from PIL import ImageDraw, ImageFont
+def write_with_opencv(picture, text, size, fill, font):
+    """The picture as an array, with text in a font of OpenCV's, which has a number."""
+    import cv2
 
+    array = np.array(picture)
+    color = Image.new("RGB", (1, 1), fill).getpixel((0, 0))
+    for i, line in enumerate(text.split("\n")):
+        cv2.putText(
+            img=array,
+            text=line,
+            org=(60, 220 + 2 * i * size),
+            fontFace=font,
+            fontScale=size / 22,
+            color=color,
+            thickness=2,
+            lineType=cv2.LINE_AA,
+        )
+    return array
+
+
+def font_of_pillow(file, size):
+    """A font: a file among the system's DejaVu fonts, or None for Pillow's own."""
+    if file is None:
+        return ImageFont.load_default(size)
+    if not Path("/usr/share/fonts/truetype/dejavu", file).exists():
+        pytest.skip(f"{file} is not on this machine")
+    return ImageFont.truetype(file, size)
+
+
+def written(text, size, fill="black", paper="white", font=None):
+    """A picture with text in the middle -> [1,3,512,512]
+
+    font: a file among the system's DejaVu fonts, None for Pillow's own, a number for OpenCV's.
+    """
     picture = Image.new("RGB", (512, 512), paper)
     if isinstance(font, int):
-        import cv2
-
-        array = np.array(picture)
-        for i, line in enumerate(text.split("\n")):
-            cv2.putText(
-                array,
-                line,
-                (60, 220 + 2 * i * size),
-                font,
-                size / 22,
-                Image.new("RGB", (1, 1), fill).getpixel((0, 0)),
-                2,
-                cv2.LINE_AA,
-            )
-        return tensor_of(array)
-    if font and not Path("/usr/share/fonts/truetype/dejavu", font).exists():
-        pytest.skip(f"{font} is not on this machine")
-    font = ImageFont.truetype(font, size) if font else ImageFont.load_default(size)
+        return tensor_of(write_with_opencv(picture, text, size, fill, font))
     ImageDraw.Draw(picture).multiline_text(
-        (256, 256), text, fill, font, anchor="mm", align="center"
+        xy=(256, 256),
+        text=text,
+        fill=fill,
+        font=font_of_pillow(font, size),
+        anchor="mm",
+        align="center",
     )
     return tensor_of(picture)
 
@@ -455,27 +540,22 @@ def written(text, size, fill="black", paper="white", font=None):
 )
 def test_ocr_reads_rendered_text(ocr, font, size):
     words = "Google\nToronto" if size > 40 else "Hello World\nfrom Google"
-    assert (
-        ocr(written(words, size, "white", "navy", font), [f'a sign with "{words}" on it'], [{}])
-        > 0.9
-    )
+    picture = written(words, size, fill="white", paper="navy", font=font)
+    score = ocr(picture, [f'a sign with "{words}" on it'], [{}])
+    assert score > 0.9
 
 
 def test_wrong_text_scores_low_and_none_scores_0(ocr):
-    images, blank = (
-        written("Hello World", 60).expand(2, -1, -1, -1),
-        torch.full((1, 3, 512, 512), 0.7),
-    )
-    wrong = ocr(
-        torch.cat([images, blank]),
-        [
-            'a "zebra crossing" sign',
-            "a storefront with 'Google Brain Toronto' written on it",
-            'an "open" sign',
-        ],
-        [{}] * 3,
-    )
-    assert wrong[:2].max() < 0.4 and wrong[2] == 0
+    two_with_text = written("Hello World", 60).expand(2, -1, -1, -1)
+    blank = torch.full((1, 3, 512, 512), 0.7)
+    prompts = [
+        'a "zebra crossing" sign',
+        "a storefront with 'Google Brain Toronto' written on it",
+        'an "open" sign',
+    ]
+    scores = ocr(torch.cat([two_with_text, blank]), prompts, [{}] * 3)
+    assert scores[:2].max() < 0.4
+    assert scores[2] == 0
 
 
 def test_the_ocr_score_is_one_minus_edit_distance_over_length(ocr):
@@ -483,11 +563,12 @@ def test_the_ocr_score_is_one_minus_edit_distance_over_length(ocr):
     for text, expected in (
         ("h el LO", 1),
         ("Hallo", 0.8),
-        ("Help", 0.5),
+        ("Help", 0.5),  # hello -> help: 2 changes in 4 letters
         ("ell", 1),
         ("Hello you", 5 / 8),
-    ):  # hello -> help: 2 changes in 4 letters
-        assert ocr(image, [f'the word "{text}"'], [{}]).item() == pytest.approx(expected)
+    ):
+        score = ocr(image, [f'the word "{text}"'], [{}])
+        assert score.item() == pytest.approx(expected)
     for prompt, text in (
         ("a 'b c' d", "b c"),
         ('"x" and "y"', "x"),
