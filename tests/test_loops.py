@@ -274,9 +274,9 @@ def test_half_of_the_policy_gradient_is_clipped_away_where_rollout_and_update_ro
 
     It clips at 1e-5 around a ratio that should be 1.
     With a bf16 rollout and a float32 update rounding moves nearly every ratio further than that, up
-    or down by chance. Where it moved the way the advantage points, the picture's gradient is 0. In
-    README: 46 % on a trained model. With the same precision (and kernels) in both nothing is
-    clipped.
+    or down by chance. Where it moved the way the advantage points, the picture's gradient is 0:
+    46 % on a trained model (docs/paper_vs_release.md). With the same precision (and kernels) in
+    both nothing is clipped.
     """
     _, base = tiny_parts
     seen = []
