@@ -12,7 +12,10 @@ import rtdmd_rl
 
 
 class Memory:
-    """Stands in for a CUDA graph: what it recorded is a call, and replaying it computes that again."""
+    """Stands in for a CUDA graph.
+
+    What it recorded is a call, and replaying it computes that again.
+    """
 
     def replay(self):
         results = self.function(*self.inputs)
@@ -36,7 +39,9 @@ def recorded(monkeypatch):
     class Remembering(model.Recorded):
         def record(self, inputs):
             memory, static, output = super().record(inputs)
-            memory.function, memory.inputs, memory.outputs = function, static, output
+            memory.function = function
+            memory.inputs = static
+            memory.outputs = output
             return memory, static, output
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Memory)
@@ -47,7 +52,8 @@ def recorded(monkeypatch):
 def test_a_recorded_function_gives_what_the_plain_one_does(recorded):
     function, _ = recorded
     for i in range(5):
-        x, y = torch.full((2,), float(i)), torch.tensor([1.0, 2.0])
+        x = torch.full((2,), float(i))
+        y = torch.tensor([1.0, 2.0])
         total, product = function(x, y)
         assert torch.equal(total, x + y)
         assert torch.equal(product, x * y)
@@ -55,8 +61,12 @@ def test_a_recorded_function_gives_what_the_plain_one_does(recorded):
 
 def test_results_of_a_recorded_function_are_not_overwritten_by_its_next_call(recorded):
     function, _ = recorded
-    results = [function(torch.full((2,), float(i)), torch.ones(2))[0] for i in range(4)]
-    assert [result[0].item() for result in results] == [1, 2, 3, 4]
+    totals = []
+    for i in range(4):
+        x = torch.full((2,), float(i))
+        total, _ = function(x, torch.ones(2))
+        totals.append(total)
+    assert [total[0].item() for total in totals] == [1, 2, 3, 4]
 
 
 def test_each_set_of_shapes_is_recorded_at_its_second_call(recorded):
@@ -69,17 +79,26 @@ def test_each_set_of_shapes_is_recorded_at_its_second_call(recorded):
 
 
 @pytest.mark.parametrize("preset", ["sd35m", "sd3m"])
-def test_a_fresh_adapter_of_stage_2_has_A_of_standard_deviation_1_at_true_width(
-    preset,
-):
+def test_a_fresh_adapter_of_stage_2_has_A_of_standard_deviation_1_at_true_width(preset):
     """One block of SD3.5's (with the second attention) and of SD3's width, bf16 as on a GPU."""
     transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=1,
-        attention_head_dim=64, num_attention_heads=24, joint_attention_dim=64,
-        caption_projection_dim=1536, pooled_projection_dim=64, pos_embed_max_size=8,
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=1,
+        attention_head_dim=64,
+        num_attention_heads=24,
+        joint_attention_dim=64,
+        caption_projection_dim=1536,
+        pooled_projection_dim=64,
+        pos_embed_max_size=8,
         dual_attention_layers=(0,) if preset == "sd35m" else (),
-    ).to(torch.bfloat16)  # fmt: skip
+    )
+    transformer = transformer.to(torch.bfloat16)
     lora.add_adapter(transformer, "generator", 32, 64, 0, rtdmd_rl.LORA_INIT_STD)
-    A = [p for key, p in lora.adapter(transformer, "generator").items() if ".lora_A." in key]
-    assert 0.98 < torch.cat([p.flatten() for p in A]).std() < 1.02
+    adapter = lora.adapter(transformer, "generator")
+    A = [p for key, p in adapter.items() if ".lora_A." in key]
+    entries = torch.cat([p.flatten() for p in A])
+    assert 0.98 < entries.std() < 1.02
     assert {p.dtype for p in A} == {torch.float32}

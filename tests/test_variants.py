@@ -1,7 +1,9 @@
-"""variants.py: each has the signature of what it replaces, its closed form, and reaches the loop that it is for.
+"""variants.py: each variant has the signature of what it replaces, and its closed form.
 
-The closed forms of sub_interval, consistency_path, generator_loss, log_prob and advantages are in the
-files of the Gaussian world: test_sampler, test_losses and test_policy.
+Each reaches the loop that it is for.
+
+The closed forms of sub_interval, consistency_path, generator_loss, log_prob and advantages are in
+the files of the Gaussian world: test_sampler, test_losses and test_policy.
 """
 
 import inspect
@@ -41,7 +43,7 @@ def place_of(name, stage):
     return PLACES[name] or PROGRAMS[stage]
 
 
-# ---- choosing
+# ---- choosing ------------------------------------------------------------------------------------
 def test_every_variant_is_listed_here():
     assert list(PLACES) == list(variants.VARIANTS)
 
@@ -64,7 +66,13 @@ def test_paper_chooses_variants_that_its_stage_knows(stage):
 
 @pytest.mark.parametrize(
     "names, stage",
-    [("nonsense", 1), ("nonsense", 2), ("free_noise", 1), ("dmd2", 2), ("printed_std,dmd2", 2)],
+    [
+        ("nonsense", 1),
+        ("nonsense", 2),
+        ("free_noise", 1),
+        ("dmd2", 2),
+        ("printed_std,dmd2", 2),
+    ],
 )
 def test_a_name_that_is_unknown_or_of_the_other_stage_ends_the_program(names, stage, capsys):
     with pytest.raises(SystemExit) as end:
@@ -75,7 +83,10 @@ def test_a_name_that_is_unknown_or_of_the_other_stage_ends_the_program(names, st
 
 @pytest.mark.parametrize(
     "names, said",
-    [("step_weight,score_gradient", "no effect"), ("dmd2", "calls no function executed_levels")],
+    [
+        ("step_weight,score_gradient", "no effect"),
+        ("dmd2", "calls no function executed_levels"),
+    ],
 )
 def test_a_variant_without_effect_ends_the_program(names, said, capsys):
     with pytest.raises(SystemExit) as end:
@@ -94,7 +105,7 @@ def test_swapping_replaces_names_where_they_are_and_adds_none():
     assert one["renoise"] == "kept"
 
 
-# ---- closed forms, of default and variant
+# ---- closed forms, of default and variant --------------------------------------------------------
 @pytest.mark.parametrize("k", range(1, K + 1))
 def test_executed_levels(k):
     assert cold_start.executed_levels(LEVELS, k) == LEVELS[: k + 1]
@@ -102,19 +113,39 @@ def test_executed_levels(k):
 
 
 def test_a_step_counts_as_1_or_as_much_as_its_gradient_is_small():
-    """A shift of x0 by d moves x_s by (1-s) d, and the loss's gradient comes back through 1-s again."""
+    """A shift of x0 by d moves x_s by (1-s) d.
+
+    The loss's gradient comes back through 1-s again.
+    """
     for s in (0.9, 0.75, 0.5, 0.0):
         assert cold_start.step_weight(s) == 1
         assert variants.step_weight(s) * (1 - s) * (1 - s) == pytest.approx(1)
 
 
 def test_the_step_weight_multiplies_the_generators_loss(monkeypatch):
-    x_s, noise = torch.randn(2, 3, 4, 1, 2, 2, generator=torch.Generator().manual_seed(0))[:, 0]
+    rng = torch.Generator().manual_seed(0)
+    drawn = torch.randn(2, 3, 4, 1, 2, 2, generator=rng)
+    x_s, noise = drawn[:, 0]
+    noise_back = noise.flip(0)
     t = torch.tensor([0.95, 0.97, 0.92, 0.98])
 
+    def teacher(x, t):
+        return 0.5 * x
+
+    def fake(x, t):
+        return 0.4 * x
+
     def loss():
-        inputs = (noise, noise.flip(0), lambda x, t: 0.5 * x, lambda x, t: 0.4 * x, 0.9)
-        return cold_start.generator_loss(x_s, 0.9, t, *inputs)
+        return cold_start.generator_loss(
+            x_s,
+            0.9,
+            t,
+            noise,
+            noise_back,
+            teacher,
+            fake,
+            eta=0.9,
+        )
 
     plain = loss()
     monkeypatch.setattr(cold_start, "step_weight", variants.step_weight)
@@ -129,8 +160,10 @@ def test_the_subsets_weight_is_1_or_that_of_the_unbiased_sum():
 
 def test_the_anchors_step_is_the_last_or_any():
     draw = SimpleNamespace(scalars=random.Random(0))
-    assert {rtdmd_rl.anchor_step(draw, K) for _ in range(100)} == {K}
-    assert {variants.anchor_step(draw, K) for _ in range(100)} == {1, 2, 3, 4}
+    by_default = {rtdmd_rl.anchor_step(draw, K) for _ in range(100)}
+    of_variant = {variants.anchor_step(draw, K) for _ in range(100)}
+    assert by_default == {K}
+    assert of_variant == {1, 2, 3, 4}
 
 
 def test_the_ratios_denominator_is_the_updates_own_or_the_rollouts():
@@ -145,12 +178,24 @@ def test_the_ratios_denominator_is_the_updates_own_or_the_rollouts():
 def noise_of_all_steps(monkeypatch, shared_noise):
     """step_noise with S = [1] for two prompts of two pictures -> [K][4, ...]"""
     monkeypatch.setattr(rtdmd_rl, "shared_noise", shared_noise)
-    draw = StepRandom(0, 7, 4, slice(0, 4), (2, 3, 3), torch.device("cpu"))
-    return rtdmd_rl.step_noise(draw, K, [1], ["a", "a", "b", "b"], 0, 7)
+    seed = 0
+    epoch = 7
+    draw = StepRandom(
+        seed,
+        epoch,
+        n_pictures=4,
+        my_rows=slice(0, 4),
+        shape=(2, 3, 3),
+        device=torch.device("cpu"),
+    )
+    prompts = ["a", "a", "b", "b"]
+    return rtdmd_rl.step_noise(draw, K, [1], prompts, seed, epoch)
 
 
 def different(noise):
-    return len({tuple(row.flatten().tolist()) for row in noise})
+    """How many different rows noise [B,...] has."""
+    rows = {tuple(row.flatten().tolist()) for row in noise}
+    return len(rows)
 
 
 def test_noise_is_shared_outside_of_the_subset_or_nowhere(monkeypatch):
@@ -159,23 +204,37 @@ def test_noise_is_shared_outside_of_the_subset_or_nowhere(monkeypatch):
     assert [different(noise) for noise in shared] == [2, 4, 2, 1]
     assert [different(noise) for noise in free] == [4, 4, 4, 1]
     for noises in (shared, free):
-        assert not noises[-1].any()  # the last step is deterministic
-        assert different(torch.cat(noises[:-1])) == sum(map(different, noises[:-1]))
+        *stochastic, last = noises
+        assert not last.any()  # the last step is deterministic
+        # No two steps have a row in common.
+        assert different(torch.cat(stochastic)) == sum(different(noise) for noise in stochastic)
 
 
 def test_how_far_the_consistency_looks_back():
     u = f64(0, 0.4999, 0.5, 0.999999)
-    assert cold_start.steps_back(u).tolist() == pytest.approx([0.001, 0.1, 0.101, 0.2])
+    back = cold_start.steps_back(u)
+    assert back.tolist() == pytest.approx([0.001, 0.1, 0.101, 0.2])
 
 
-# ---- each reaches its loop
-SMALL = {  # with seed 4: k = 3, 2 in stage 1, S = [1] and drawn_step's 1 in stage 2
-    1: [*BASE, "--seed", 4, "--steps", 2, "--batch_size", 3, "--generator_every", 1],
-    2: [
-        *BASE, "--seed", 4, "--epochs", 1, "--prompts_per_epoch", 2, "--group_size", 3,
-        "--subset", 1, "--rewards", "clipscore",
-    ],
-}  # fmt: skip
+# ---- each reaches its loop -----------------------------------------------------------------------
+# With seed 4: k = 3, 2 in stage 1, S = [1] and drawn_step's 1 in stage 2.
+SMALL_COLD = [
+    *BASE,
+    *("--seed", 4),
+    *("--steps", 2),
+    *("--batch_size", 3),
+    *("--generator_every", 1),
+]
+SMALL_RL = [
+    *BASE,
+    *("--seed", 4),
+    *("--epochs", 1),
+    *("--prompts_per_epoch", 2),
+    *("--group_size", 3),
+    *("--subset", 1),
+    *("--rewards", "clipscore"),
+]
+SMALL = {1: SMALL_COLD, 2: SMALL_RL}
 
 
 @pytest.fixture(scope="module")
@@ -187,14 +246,18 @@ def cold(tmp_path_factory):
 
 @pytest.mark.parametrize("name, stage", PAIRS)
 def test_the_flag_puts_the_variant_into_the_loop(name, stage, cold, tmp_path, monkeypatch):
-    """A run with --variant is not the default one, and is, to the byte, one with that function alone replaced."""
+    """A run with --variant is not the default one.
+
+    It is, to the byte, one with that function alone replaced.
+    """
     program = PROGRAMS[stage]
     flags = SMALL[stage]
     beside = ""
     if stage == 2:
-        # At s = 0 the printed kernel is the exact one: the anchor has to stand on an earlier step.
-        beside = "" if name == "drawn_step" else "drawn_step"
         flags = [*flags, "--cold_start", cold]
+        # At s = 0 the printed kernel is the exact one: the anchor has to stand on an earlier step.
+        if name != "drawn_step":
+            beside = "drawn_step"
     if name == "rollout_log_prob":
         # Rollout and update agree to the bit on a CPU; here they do not.
         real = rtdmd_rl.log_prob
