@@ -1,7 +1,8 @@
 """What several test files need: command lines, their flags and files, small adapters.
 
-Most runs call a program's `main()` in this process (importing torch and diffusers takes longer than the run); enough of
-them are real command lines, and the two are compared to the byte, that the difference cannot hide anything.
+Most runs call a program's `main()` in this process: importing torch and diffusers takes longer than
+the run. Some are real command lines. The two are compared to the byte often enough that the
+difference cannot hide anything.
 """
 
 import contextlib
@@ -26,28 +27,17 @@ from model import BaseModel
 
 torch.set_num_threads(1)
 
-
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets/tiny"
 CPU = torch.device("cpu")
-
 README = (ROOT / "README.md").read_text()
 
+# ---- command lines -------------------------------------------------------------------------------
 BASE = ["--preset", "tiny", "--device", "cpu", "--sample_every", 0]
-
 COLD = [*BASE, "--steps", 4, "--batch_size", 5, "--micro_batch", 3, "--generator_every", 2]
-
-RL = [
-    *BASE,
-    "--epochs",
-    2,
-    "--prompts_per_epoch",
-    5,
-    "--group_size",
-    2,
-    "--micro_batch",
-    3,
-]  # 10 = 5 + 5 = 3 + 3 + 4: split groups
+# 10 pictures = 5 + 5 = 3 + 3 + 4: groups are split.
+RL = [*BASE, "--epochs", 2, "--prompts_per_epoch", 5, "--group_size", 2, "--micro_batch", 3]
+ONE_BATCH = ["--micro_batch", 10]  # one call of a loss an update
 
 ADAPTERS = ("generator_ema.pt", "fake.pt")
 
@@ -59,9 +49,11 @@ def flags_of(module, *flags):
         return vars(module.arguments())
 
 
-# ------------------------------------------------------------------------------------------------------------------ helpers
 def shell(program, *flags, processes=1):
-    """A real command line -> (exit status, stdout, stderr); with processes > 1 under torchrun."""
+    """A real command line -> (exit status, stdout, stderr)
+
+    With processes > 1 it runs under torchrun.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -73,8 +65,8 @@ def shell(program, *flags, processes=1):
     name = program.__name__
     script = ["-m", name] if name.startswith("tools.") else [f"{name}.py"]
     start = torchrun if processes > 1 else [sys.executable]
-    command = map(str, [*start, *script, *flags])
-    done = subprocess.run(list(command), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [str(word) for word in (*start, *script, *flags)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -91,22 +83,23 @@ def unswapped():
 
 
 def here(program, *flags, **replace):
-    """The same command line in this process -> (exit status, stdout, stderr). replace: names of the program's module to replace."""
-    out, err, status, handlers = (
-        io.StringIO(),
-        io.StringIO(),
-        0,
-        {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)},
-    )
+    """The same command line in this process -> (exit status, stdout, stderr)
+
+    replace: names of the program's module, and what to put there.
+    """
+    out = io.StringIO()
+    err = io.StringIO()
+    status = 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    script = program.__name__.removeprefix("tools.") + ".py"
+    words = [script, *map(str, flags)]
     with (
         unswapped(),
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        patch.setattr(
-            sys, "argv", [program.__name__.removeprefix("tools.") + ".py", *map(str, flags)]
-        )
+        patch.setattr(sys, "argv", words)
         for name, value in replace.items():
             patch.setattr(program, name, value)
         try:
@@ -114,25 +107,36 @@ def here(program, *flags, **replace):
         except SystemExit as e:
             status = e.code
         finally:
-            [signal.signal(*handler) for handler in handlers.items()]
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return status, out.getvalue(), err.getvalue()
 
 
 def good(result):
+    """What `here` or `shell` returned has exit status 0."""
     assert result[0] == 0, result
 
 
+def stage_of(run, stage):
+    """-> (program, its flags, the flag of its length, a length)"""
+    if stage == "cold":
+        return cold_start, COLD, "--steps", 2
+    return rtdmd_rl, [*RL, "--cold_start", run.cold], "--epochs", 1
+
+
+# ---- what a run leaves ---------------------------------------------------------------------------
 def log_of(out_dir, *without):
-    """log.jsonl as a list of dicts, less the numbers that measure time."""
-    lines = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
-    return [
-        {
-            k: v
-            for k, v in line.items()
-            if k not in ("seconds", "images_per_s", "peak_gib", *without) and not k.startswith("s_")
-        }
-        for line in lines
-    ]
+    """log.jsonl as a list of dicts, less the numbers that measure time or memory."""
+    measured = {"seconds", "images_per_s", "peak_gib", *without}
+    lines = []
+    for text in (out_dir / "log.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        kept = {}
+        for name, value in line.items():
+            if name not in measured and not name.startswith("s_"):
+                kept[name] = value
+        lines.append(kept)
+    return lines
 
 
 def load(path):
@@ -140,35 +144,36 @@ def load(path):
 
 
 def flat(tensors):
-    return torch.cat(
-        [t.detach().flatten() for t in (tensors.values() if isinstance(tensors, dict) else tensors)]
-    )
+    """All numbers of tensors, or of a dict's, in one tensor."""
+    if isinstance(tensors, dict):
+        tensors = tensors.values()
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
 def same_files(one, two, names=ADAPTERS):
-    return all((one / f).read_bytes() == (two / f).read_bytes() for f in names)
+    """Whether the files of these names are equal to the byte in two folders."""
+    return all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
 
 
 def listing(folder):
-    return (
-        {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-        if folder.is_dir()
-        else {}
-    )
+    """{path: content} of all files below a folder"""
+    if not folder.is_dir():
+        return {}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): path.read_bytes() for path in files}
 
 
-def stage_of(run, stage):
-    return (
-        (cold_start, COLD, "--steps", 2)
-        if stage == "cold"
-        else (rtdmd_rl, [*RL, "--cold_start", run.cold], "--epochs", 1)
-    )
-
-
+# ---- small models and adapters -------------------------------------------------------------------
 def tiny_args(**more):
-    return SimpleNamespace(
-        **{**cold_start.PRESETS["tiny"], "lora_rank": 32, "lora_alpha": 64, "seed": 0, **more}
-    )
+    """The flags of the tiny preset; `more` replaces some or adds to them."""
+    flags = {
+        **cold_start.PRESETS["tiny"],
+        "lora_rank": 32,
+        "lora_alpha": 64,
+        "seed": 0,
+        **more,
+    }
+    return SimpleNamespace(**flags)
 
 
 def tiny_base(pretrained=TINY, resolution=32, **more):
@@ -184,7 +189,10 @@ def backbone_of(transformer):
 
 
 def watch_attention(monkeypatch):
-    """-> {layout of q, k and v: layouts of the output's gradient}, filled in by the backward passes that follow."""
+    """-> {layout of q, k and v: layouts of the output's gradient}
+
+    The backward passes that follow fill it in.
+    """
     layouts = {}
     attention = torch.nn.functional.scaled_dot_product_attention
 
@@ -194,7 +202,11 @@ def watch_attention(monkeypatch):
             inputs = (query, key, value)
             layout = tuple((x.shape, x.stride()) for x in inputs)
             seen = layouts.setdefault(layout, set())
-            output.register_hook(lambda gradient: seen.add(gradient.stride()))
+
+            def note_layout(gradient):
+                seen.add(gradient.stride())
+
+            output.register_hook(note_layout)
         return output
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
@@ -202,21 +214,31 @@ def watch_attention(monkeypatch):
 
 
 def load_both(base, cold, rl, lora_alpha=None):
-    """Stack what --cold_start and --rtdmd name on the base ('' leaves one out) -> names of the adapters."""
+    """Stack what --cold_start and --rtdmd name on the base -> names of the adapters
+
+    '' leaves one out.
+    """
     args = SimpleNamespace(cold_start=str(cold), rtdmd=str(rl), teacher=False)
     return sample.load_generator(base, sample.generator_files(args), lora_alpha)
 
 
 def random_adapter(path, seed, rank=32, pretrained=TINY):
-    """A file in the published format with random A and B, so that the adapter visibly does something -> its content"""
-    base, g = tiny_base(pretrained), torch.Generator().manual_seed(seed)
+    """A file in the published format with random A and B -> its content
+
+    With them the adapter visibly does something.
+    """
+    base = tiny_base(pretrained)
+    rng = torch.Generator().manual_seed(seed)
     base.add_adapter("x", rank, 64, 0)
-    weights = {k: torch.randn(p.shape, generator=g) * 0.05 for k, p in base.adapter("x").items()}
+    weights = {}
+    for key, matrix in base.adapter("x").items():
+        weights[key] = torch.randn(matrix.shape, generator=rng) * 0.05
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(weights, path)
     return weights
 
 
+# ---- the rest ------------------------------------------------------------------------------------
 def flip(path, place, bit=0):
     """Change one bit of a file."""
     content = bytearray(path.read_bytes())
@@ -234,8 +256,6 @@ class Code:
         return open, (self.proof, "w")
 
 
-ONE_BATCH = ["--micro_batch", 10]  # one call of a loss an update
-
-
 def want(name="cat", count=1, **more):
+    """What GenEval's metadata say of one kind of object."""
     return {"class": name, "count": count, **more}
