@@ -76,7 +76,9 @@ def gradient_of_an_adapter(place, n, device, compile=False):
         p.data = 0.05 * torch.randn(p.shape, generator=g, device=device)
     (weights,) = base.train_only("fake")
     x = torch.randn(n, *base.latent_shape, generator=g, device=device)
-    base.velocity(["fake"], base.encode(["a red circle"] * n))(x, 0.6).square().sum().backward()
+    fake = base.velocity(["fake"], base.encode(["a red circle"] * n))
+    v = fake(x, 0.6)
+    v.square().sum().backward()
     return weights.grad
 
 

@@ -388,35 +388,39 @@ def test_the_scheduler_is_loaded_with_a_pipeline_saved_with_it_and_drives_img2im
     ours = CPSScheduler.from_pretrained(TINY, subfolder="scheduler", eta=0.8)
     pipe = load(DiffusionPipeline, TINY, scheduler=ours)
     pipe.save_pretrained(tmp_path)
-    again, other = (
-        load(DiffusionPipeline, tmp_path),
-        load(DiffusionPipeline, tmp_path, scheduler=CPSScheduler(eta=0.3)),
-    )
+    again = load(DiffusionPipeline, tmp_path)
+    other = load(DiffusionPipeline, tmp_path, scheduler=CPSScheduler(eta=0.3))
     assert [p.scheduler.config.eta for p in (pipe, again, other)] == [0.8, 0.8, 0.3]
     close(drawn_by_diffusers(again), drawn_by_diffusers(pipe), 1e-6)
-    # image to image with strength .75 is the last three of the four steps, from the picture re-noised to .9
+
+    # Image to image with strength .75 is the last three of the four steps, from the picture re-noised
+    # to .9.
     image = StableDiffusion3Img2ImgPipeline(**pipe.components)
-    steps, step = [], ours.step
-    ours.step = lambda v, t, x, **more: steps.append((t.item(), x)) or step(v, t, x, **more)
+    times = []
+    states = []
+    step = ours.step
+
+    def noted_step(v, t, x, **more):
+        times.append(t.item())
+        states.append(x)
+        return step(v, t, x, **more)
+
+    ours.step = noted_step
     pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     result = drawn_by_diffusers(image, image=pictures, strength=0.75)
-    assert result.shape == pictures.shape and [t for t, _ in steps] == pytest.approx(
-        [900, 750, 500]
-    )
+    assert result.shape == pictures.shape
+    assert times == pytest.approx([900, 750, 500])
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
 
     def normal():
         return randn_tensor((2, 4, 16, 16), generator=generators)
 
-    x0 = (
-        pipe.vae.encode(image.image_processor.preprocess(pictures))
-        .latent_dist.sample(generators)
-        .sub(pipe.vae.config.shift_factor)
-        * pipe.vae.config.scaling_factor
-    )
+    encoded = pipe.vae.encode(image.image_processor.preprocess(pictures))
+    latents = encoded.latent_dist.sample(generators)
+    x0 = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
     own = tiny_base()
     start = 0.1 * x0 + 0.9 * normal()
-    close(steps[0][1], start, 1e-4)
+    close(states[0], start, 1e-4)
     noise = torch.stack([start, normal(), normal()])
     with torch.no_grad():
         v = own.velocity([], own.encode(TEXTS))
@@ -426,23 +430,22 @@ def test_the_scheduler_is_loaded_with_a_pipeline_saved_with_it_and_drives_img2im
 def test_the_scheduler_shifts_once_where_the_shift_depends_on_the_pictures_size():
     """As Flux and its like call it: sigmas= not yet shifted, and mu; on packed latents [B,L,C]."""
     theirs = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    ours, x, v = (
-        CPSScheduler.from_config(theirs.config, eta=0.0),
-        torch.randn(2, 5, 3),
-        torch.randn(2, 5, 3),
-    )
+    ours = CPSScheduler.from_config(theirs.config, eta=0.0)
+    x = torch.randn(2, 5, 3)
+    v = torch.randn(2, 5, 3)
     for scheduler in (theirs, ours):
         scheduler.set_timesteps(sigmas=np.linspace(1, 0.25, 4), mu=0.8)
         scheduler.set_begin_index(0)
     close(ours.sigmas, theirs.sigmas, 1e-6)
     close(ours.timesteps, theirs.timesteps, 1e-4)
-    close(ours.step(v, ours.timesteps[0], x)[0], theirs.step(v, theirs.timesteps[0], x)[0], 1e-5)
+    x_ours = ours.step(v, ours.timesteps[0], x)[0]
+    x_theirs = theirs.step(v, theirs.timesteps[0], x)[0]
+    close(x_ours, x_theirs, 1e-5)
     ours.set_timesteps(4, mu=0.8)
     close(ours.sigmas, theirs.sigmas, 1e-6)
-    ours, euler = (
-        CPSScheduler(),
-        FlowMatchEulerDiscreteScheduler(shift=3.0),
-    )  # without dynamic shifting mu means nothing
+    # Without dynamic shifting mu means nothing.
+    ours = CPSScheduler()
+    euler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     ours.set_timesteps(4, mu=0.8)
     euler.set_timesteps(sigmas=[1, 0.75, 0.5, 0.25])  # what the README says for users without ours
     close(ours.sigmas.tolist(), LEVELS, 1e-6)

@@ -340,16 +340,19 @@ def test_both_share_one_detector_one_clip_and_one_look_at_the_same_pictures(dete
     (held_out,) = rewards.build("geneval", "cpu", [detector.path, CLIP])  # as --eval_rewards does
     assert held_out.models[0] is soft.models[0] and len(detector.loads) == 1
 
-    images, rows = pictures(), [one_cat] * 2
+    images = pictures()
+    prompts = ["", ""]
+    rows = [one_cat] * 2
     detector.sees = row(2)
-    assert strict(images, ["", ""], rows).tolist() == [1, 1] and soft(
-        images, ["", ""], rows
-    ).tolist() == [0, 0]
+    assert strict(images, prompts, rows).tolist() == [1, 1]
+    assert soft(images, prompts, rows).tolist() == [0, 0]
     assert detector.looks == 1
     detector.sees = row(3)
     images *= 0.5  # other pictures in the same tensor are looked at again
-    assert soft(images, ["", ""], rows).tolist() == [-1, -1] and detector.looks == 2
-    assert soft(pictures(), ["", ""], rows).tolist() == [-1, -1] and detector.looks == 3
+    assert soft(images, prompts, rows).tolist() == [-1, -1]
+    assert detector.looks == 2
+    assert soft(pictures(), prompts, rows).tolist() == [-1, -1]
+    assert detector.looks == 3
 
 
 def test_the_path_of_geneval_serves_geneval_soft_unless_it_has_its_own(detector, tmp_path):

@@ -18,14 +18,11 @@ def test_the_built_in_prompts_come_in_genevals_six_categories_with_genevals_meta
         (tag, 200) for tag in tiny.CATEGORIES
     )
     for row in rows:
-        tag, include, words = (
-            row["metadata"]["tag"],
-            row["metadata"]["include"],
-            row["prompt"].split(),
-        )
-        assert (
-            row["prompt"].startswith("a photo of ") and row["metadata"]["prompt"] == row["prompt"]
-        )
+        tag = row["metadata"]["tag"]
+        include = row["metadata"]["include"]
+        words = row["prompt"].split()
+        assert row["prompt"].startswith("a photo of ")
+        assert row["metadata"]["prompt"] == row["prompt"]
         assert (
             len(include)
             == len({o["class"] for o in include})
