@@ -248,7 +248,7 @@ class Klein(Flux1):
 
     pipeline = "Flux2KleinPipeline"
     encoders = ("text_encoder",)
-    cudnn_attention = True  # v is of two layouts here
+    cudnn_attention = True  # here the two kinds of blocks differ in the layout of v, too
     patch = 1  # the latents lie on the tokens' grid already
     licences = {
         None: {"license": "other"},

@@ -247,7 +247,7 @@ def load_pipeline(
         if kind and name != kind:
             raise ValueError(f"it is a {name}, and --pretrained is a {kind}")
         family = BACKBONES[name]
-        torch.backends.cuda.enable_cudnn_sdp(family.cudnn_attention)
+        torch.backends.cuda.enable_cudnn_sdp(family.cudnn_attention)  # in all of this process
         pipe = getattr(diffusers, name).from_pretrained(
             pretrained, dtype=dtype, variant=variant_of(names), **{**family.absent(index), **parts}
         )

@@ -1,7 +1,6 @@
-"""Before any test imports torch: no network, one thread, no GPU; and the programs can be imported. Then the fixtures
-that several files share.
+"""What has to be so before any test imports torch, then the fixtures that several files share.
 
-The few tests of a GPU are asked for: ON_A_GPU=1 python -m pytest tests -k on_a_gpu
+There is no network, one thread and no GPU, and the programs can be imported. The few tests of a GPU are asked for: ON_A_GPU=1 python -m pytest tests -k on_a_gpu
 """
 
 import os

@@ -41,6 +41,10 @@ ONE_BATCH = ["--micro_batch", 10]  # one call of a loss an update
 
 ADAPTERS = ("generator_ema.pt", "fake.pt")
 
+on_a_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="a test of a GPU: ON_A_GPU=1 asks for it"
+)
+
 
 def flags_of(module, *flags):
     """What a command line means, as a dict."""
@@ -125,12 +129,16 @@ def stage_of(run, stage):
 
 
 # ---- what a run leaves ---------------------------------------------------------------------------
+def lines_of(out_dir):
+    """log.jsonl as a list of dicts."""
+    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+
+
 def log_of(out_dir, *without):
-    """log.jsonl as a list of dicts, less the numbers that measure time or memory."""
+    """The same, less the numbers that measure time or memory."""
     measured = {"seconds", "images_per_s", "peak_gib", *without}
     lines = []
-    for text in (out_dir / "log.jsonl").read_text().splitlines():
-        line = json.loads(text)
+    for line in lines_of(out_dir):
         kept = {}
         for name, value in line.items():
             if name not in measured and not name.startswith("s_"):
@@ -222,17 +230,21 @@ def load_both(base, cold, rl, lora_alpha=None):
     return sample.load_generator(base, sample.generator_files(args), lora_alpha)
 
 
-def random_adapter(path, seed, rank=32, pretrained=TINY):
-    """A file in the published format with random A and B -> its content
+def randomise(matrices, rng, device=CPU):
+    """Give an adapter random A and B, so that it visibly does something."""
+    for p in matrices.values():
+        values = torch.randn(p.shape, generator=rng) * 0.05
+        p.data = values.to(device)
 
-    With them the adapter visibly does something.
-    """
+
+def random_adapter(path, seed, rank=32, pretrained=TINY):
+    """A file in the published format with random A and B -> its content"""
     base = tiny_base(pretrained)
     rng = torch.Generator().manual_seed(seed)
     base.add_adapter("x", rank, 64, 0)
-    weights = {}
-    for key, matrix in base.adapter("x").items():
-        weights[key] = torch.randn(matrix.shape, generator=rng) * 0.05
+    matrices = base.adapter("x")
+    randomise(matrices, rng)
+    weights = {key: matrix.detach() for key, matrix in matrices.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(weights, path)
     return weights

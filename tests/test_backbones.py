@@ -21,6 +21,8 @@ from helpers import (
     here,
     load,
     log_of,
+    on_a_gpu,
+    randomise,
     same_files,
     shell,
     tiny_base,
@@ -71,11 +73,10 @@ def gradient_of_an_adapter(place, n, device, compile=False):
     """Of a random adapter's weights, from n pictures."""
     base = BaseModel(place, device, 32, compile=compile)
     base.add_adapter("fake", 32, 64, seed=0)
-    g = torch.Generator(device).manual_seed(0)
-    for p in base.adapter("fake").values():
-        p.data = 0.05 * torch.randn(p.shape, generator=g, device=device)
+    rng = torch.Generator().manual_seed(0)
+    randomise(base.adapter("fake"), rng, device)
     (weights,) = base.train_only("fake")
-    x = torch.randn(n, *base.latent_shape, generator=g, device=device)
+    x = torch.randn(n, *base.latent_shape, generator=rng).to(device)
     fake = base.velocity(["fake"], base.encode(["a red circle"] * n))
     v = fake(x, 0.6)
     v.square().sum().backward()
@@ -86,7 +87,10 @@ def gradient_of_an_adapter(place, n, device, compile=False):
 def test_cudnn_attends_where_one_layout_of_q_k_and_v_means_one_of_the_gradient(
     name, used, places, monkeypatch
 ):
-    """Its plans are found by the former alone (common.NOT_CUDNN); FLUX.1's two kinds of blocks would share one."""
+    """Its plans are found by the former alone (common.NOT_CUDNN).
+
+    FLUX.1's two kinds of blocks would share one.
+    """
     layouts = watch_attention(monkeypatch)
     gradient_of_an_adapter(places[name], 2, CPU)
     assert layouts and all(layouts.values())
@@ -94,11 +98,12 @@ def test_cudnn_attends_where_one_layout_of_q_k_and_v_means_one_of_the_gradient(
     assert torch.backends.cuda.cudnn_sdp_enabled() == used
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="attention of a GPU")
+@on_a_gpu
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_on_a_gpu_the_gradient_is_that_of_attention_written_out(name, compile, places, monkeypatch):
-    """In bf16 both. Plain and compiled blocks are given other shapes: common.py says why (NOT_CUDNN)."""
+    """Both are in bf16."""
+    # Plain and compiled blocks must not share a plan (common.NOT_CUDNN), nor then a shape.
     n = 3 if compile else 2
     with sdpa_kernel(SDPBackend.MATH):
         truth = gradient_of_an_adapter(places[name], n, torch.device("cuda"))

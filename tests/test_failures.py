@@ -5,7 +5,6 @@ collapse in it.
 """
 
 import itertools
-import json
 import math
 import time
 from types import SimpleNamespace
@@ -30,6 +29,7 @@ from helpers import (
     flat,
     good,
     here,
+    lines_of,
     listing,
     load,
     log_of,
@@ -315,11 +315,6 @@ def test_a_reward_that_never_varies_is_warned_of_once(run, tmp_path, capsys, mon
 
 
 # ---- the log -------------------------------------------------------------------------------------
-def lines_with_times(out_dir):
-    """log.jsonl as a list of dicts, with the numbers that measure time."""
-    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
-
-
 def test_a_checkpoint_between_two_steps_is_no_part_of_either(tmp_path, monkeypatch):
     """Else its seconds are those of the next step's text."""
     clock = [0.0]
@@ -339,7 +334,7 @@ def test_a_checkpoint_between_two_steps_is_no_part_of_either(tmp_path, monkeypat
         log(bar, 8, step=step)
         wait(5)  # saves
     names = ("s_text", "s_fake", "s_rest", "seconds")
-    first, second = lines_with_times(tmp_path)
+    first, second = lines_of(tmp_path)
     assert [first[name] for name in names] == [1, 2, 0, 3]
     assert [second[name] for name in names] == [1, 2, 5, 8]
 
@@ -355,7 +350,7 @@ def test_the_loops_count_a_checkpoint_as_rest(stage, run, tmp_path, monkeypatch)
 
     monkeypatch.setattr(checkpoint.Run, "save", slow)
     good(here(program, *flags, "--save_every", 1, "--out_dir", tmp_path))
-    lines = lines_with_times(tmp_path)
+    lines = lines_of(tmp_path)
     assert len(lines) > 1
     for line in lines[1:]:
         assert line["s_rest"] > 0.5

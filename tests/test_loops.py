@@ -37,6 +37,7 @@ from helpers import (
     flat,
     good,
     here,
+    lines_of,
     load,
     log_of,
     same_files,
@@ -88,8 +89,7 @@ def run_main(module, base, out_dir, monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", [*command, *flags])
     with unswapped():
         module.main()
-    with open(out_dir / "log.jsonl") as file:
-        return [json.loads(line) for line in file]
+    return lines_of(out_dir)
 
 
 def level_of(s):

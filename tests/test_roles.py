@@ -23,16 +23,22 @@ from helpers import (
     good,
     here,
     load_both,
+    on_a_gpu,
     random_adapter,
+    randomise,
     tiny_base,
 )
 
 
-def randomise(matrices, rng, device=CPU):
-    """Give an adapter random A and B, so that it visibly does something."""
-    for p in matrices.values():
-        values = torch.randn(p.shape, generator=rng) * 0.05
-        p.data = values.to(device)
+def noted_backend(graphs):
+    """The compiler's front half: tracing, guards, the joint graph. graphs: grows by each of them."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    return backend
 
 
 def generator_gradient(switch, checkpointing, compile=0, device=CPU):
@@ -109,8 +115,8 @@ def generator_gradient(switch, checkpointing, compile=0, device=CPU):
 def test_role_switching_and_checkpointing_leave_the_generators_gradient_as_it_is():
     """To 1e-6 in float32.
 
-    Checkpointing recomputes in backward; `load_pipeline` sees to it that this is done in the role
-    of the forward pass.
+    Checkpointing recomputes in backward. `checkpoint_activations` sees to it that this is done in
+    the role of the forward pass.
     """
     truth = generator_gradient("none", None)
     assert truth.norm() > 1e-2
@@ -152,19 +158,14 @@ def test_our_forward_of_an_adapted_matrix_is_pefts_own(active):
 
 @pytest.mark.parametrize("checkpointing", [None, "ours"])
 def test_compiled_blocks_play_every_role_and_give_the_eager_gradient(monkeypatch, checkpointing):
-    """--compile, with the compiler's front half: tracing, guards, the joint graph.
+    """--compile, with the compiler's front half; the back half needs a GPU or minutes.
 
-    (The back half needs a GPU or minutes.) A graph compiled for one role must not be used for
+    A graph compiled for one role must not be used for
     another, nor one for the batch without guidance for the double one.
     """
     real_compile = torch.nn.Module.compile
     graphs = []
-
-    def backend(graph, inputs):
-        from torch._dynamo.backends.debugging import aot_eager
-
-        graphs.append(graph)
-        return aot_eager(graph, inputs)
+    backend = noted_backend(graphs)
 
     def compile_with_our_backend(self, **options):
         return real_compile(self, **options, backend=backend)
@@ -180,7 +181,7 @@ def test_compiled_blocks_play_every_role_and_give_the_eager_gradient(monkeypatch
     assert 6 <= len(graphs) <= 12, len(graphs)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles for a GPU")
+@on_a_gpu
 def test_on_a_gpu_the_compiled_gradient_is_as_near_to_float32s_as_the_eager_one():
     """Both are bf16 with float32 adapters; they round at different places."""
     torch._dynamo.reset()
@@ -222,20 +223,14 @@ def six_blocks():
 
 def test_one_compiled_graph_serves_all_blocks_of_a_kind(monkeypatch):
     """Else SD3.5-M's 24 blocks compile one by one, for a quarter of an hour."""
-    from torch._dynamo.backends.debugging import aot_eager
-
-    for limit in ("cache_size_limit", "accumulated_cache_size_limit"):  # as `load_pipeline` does
+    for limit in ("cache_size_limit", "accumulated_cache_size_limit"):  # as `compile_blocks` does
         monkeypatch.setattr(torch._dynamo.config, limit, 1000)
     transformer = six_blocks()
     for name in ("one", "two"):
         lora.add_adapter(transformer, name, rank=4, alpha=64, seed=0)
     torch._dynamo.reset()
     graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return aot_eager(graph, inputs)
-
+    backend = noted_backend(graphs)
     for block in transformer.transformer_blocks:
         block.compile(dynamic=False, backend=backend)
     text = (torch.randn(2, 7, 32), torch.randn(2, 32))

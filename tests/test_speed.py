@@ -29,6 +29,7 @@ from helpers import (
     here,
     load,
     log_of,
+    on_a_gpu,
     same_files,
     tiny_base,
 )
@@ -174,7 +175,7 @@ def attention_gradient(n, contiguous):
     return gradient_of_q.float()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN's attention")
+@on_a_gpu
 def test_on_a_gpu_the_tried_passes_leave_no_plan_of_cudnns_to_the_compiled_ones():
     """PyTorch finds such plans without the layout of the output's gradient.
 

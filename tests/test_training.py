@@ -13,7 +13,7 @@ from diffusers import SD3Transformer2DModel
 import cold_start
 import common
 import rtdmd_rl
-from helpers import tiny_base
+from helpers import load, tiny_base
 from lora import adapter, add_adapter
 
 SMALL = ["--preset", "tiny", "--device", "cpu", "--sample_every", 0, "--micro_batch", 4]
@@ -30,10 +30,6 @@ def run(program, out_dir, *flags):
     return out_dir
 
 
-def read(path):
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 @pytest.fixture(scope="module")
 def cold(tmp_path_factory):
     return run(cold_start, tmp_path_factory.mktemp("cold") / "out", *COLD)
@@ -48,12 +44,12 @@ def std_of_A(weights):
 def test_the_saved_files_of_stage_2_have_A_of_standard_deviation_1(cold, tmp_path):
     out_dir = run(rtdmd_rl, tmp_path / "out", *RL, "--cold_start", cold, "--epochs", 1)
     for name in ("generator_ema.pt", "fake.pt"):
-        assert 0.98 < std_of_A(read(out_dir / name)) < 1.02
+        assert 0.98 < std_of_A(load(out_dir / name)) < 1.02
 
 
 def test_the_saved_files_of_stage_1_have_A_of_standard_deviation_1_over_rank(cold):
     for name in ("generator_ema.pt", "fake.pt"):
-        assert 0.98 < 32 * std_of_A(read(cold / name)) < 1.02
+        assert 0.98 < 32 * std_of_A(load(cold / name)) < 1.02
 
 
 def small_transformer():
@@ -125,7 +121,7 @@ def test_the_optimisers_have_the_releases_weight_decay(cold, tmp_path):
     rl = run(rtdmd_rl, tmp_path / "out", *RL, "--cold_start", cold, "--epochs", 1)
     found = []
     for out_dir in (cold, rl):
-        checkpoint = read(out_dir / "ckpt.pt")
+        checkpoint = load(out_dir / "ckpt.pt")
         for optimizer in ("G_opt", "F_opt"):
             (group,) = checkpoint[optimizer]["param_groups"]
             found.append(group["weight_decay"])
@@ -180,15 +176,15 @@ def test_the_averages_decay_warms_up_with_the_optimisers_updates(updates, of_one
 def test_no_run_is_so_short_that_zeros_are_saved(cold, tmp_path, ema_every, epochs):
     flags = ["--cold_start", cold, "--epochs", epochs, "--ema_every", ema_every]
     out_dir = run(rtdmd_rl, tmp_path / "out", *RL, *flags)
-    saved = read(out_dir / "generator_ema.pt")
+    saved = load(out_dir / "generator_ema.pt")
     assert max(matrix.abs().max() for key, matrix in saved.items() if ".lora_B." in key) > 0
 
 
 def test_a_run_too_short_for_its_average_saves_its_weights(cold, tmp_path):
     flags = ["--cold_start", cold, "--epochs", 3, "--ema_every", 8]
     out_dir = run(rtdmd_rl, tmp_path / "out", *RL, *flags)
-    saved = read(out_dir / "generator_ema.pt").values()
-    weights = read(out_dir / "ckpt.pt")["generator"]
+    saved = load(out_dir / "generator_ema.pt").values()
+    weights = load(out_dir / "ckpt.pt")["generator"]
     assert all(torch.equal(a, b) for a, b in zip(saved, weights, strict=True))
 
 
@@ -198,12 +194,12 @@ def test_adapters_average_and_moments_are_all_float32(cold, tmp_path, stage):
     out_dir = cold
     if stage == "rl":
         out_dir = run(rtdmd_rl, tmp_path / "out", *RL, "--cold_start", cold, "--epochs", 1)
-    checkpoint = read(out_dir / "ckpt.pt")
+    checkpoint = load(out_dir / "ckpt.pt")
     tensors = [*checkpoint["generator"], *checkpoint["fake"], *checkpoint["ema"]]
     for optimizer in ("G_opt", "F_opt"):
         for state in checkpoint[optimizer]["state"].values():
             tensors += [state["exp_avg"], state["exp_avg_sq"]]
-    saved = read(out_dir / "generator_ema.pt").values()
+    saved = load(out_dir / "generator_ema.pt").values()
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
     assert {tensor.dtype for tensor in saved} == {torch.float32}
 
