@@ -389,10 +389,10 @@ def main():
         text = base.encode([rows[0]["prompt"]] * n)
         fake_pass(x, half, half, half + 0.1, x, half / 10, x, x, some, *text)
         generator_pass(x, half + 0.1, half, x, half + 0.1, x, x, *text)
-        fake_params.grad.zero_()
-        student_params.grad.zero_()
 
-    at_once = micro_batch(args.micro_batch, n_mine, device, largest_passes)
+    at_once = micro_batch(args, n_mine, device, largest_passes)
+    student_params.grad.zero_()
+    fake_params.grad.zero_()
     micro_batches = [slice(i, i + at_once) for i in range(0, n_mine, at_once)]
     student_pass, fake_pass, generator_pass = graphed(
         args.graphs, device, student_pass, fake_pass, generator_pass

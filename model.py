@@ -354,36 +354,52 @@ def graphed(on, device, *functions):
 
     A graph is one launch in place of thousands, so that the GPU does not wait for Python. The
     functions give back a tensor or a tuple of tensors. For each set of shapes the first call is a
-    plain one (it compiles), the second is recorded, all others are replayed. So whatever a function
+    plain one (it compiles), the next is recorded, all others are replayed. So whatever a function
     reads besides its inputs, weights and .grad, must stay where it is, and its Python is not run
     again.
     """
     if not on or device.type != "cuda":
         return functions
-    # One pool for all: they never run at the same time, and results are copied before the next runs.
-    pool = torch.cuda.graph_pool_handle()
-    return [Recorded(function, pool) for function in functions]
+    recordings = Recordings()
+    return [Recorded(function, recordings) for function in functions]
+
+
+class Recordings:
+    """The CUDA graphs of several functions, and the memory that they share.
+
+    They never run at the same time, and results are copied before the next one runs.
+    """
+
+    def __init__(self):
+        self.known = set()  # (function, shapes) that have been met
+        self.let_go()
+
+    def let_go(self):
+        """Forget all graphs, so that their memory is free; each is recorded again when next met."""
+        self.graphs = {}
+        self.pool = torch.cuda.graph_pool_handle()  # the old one ends with its last graph
 
 
 class Recorded:
     """A function of tensors with a CUDA graph for each set of shapes that it has met twice."""
 
-    def __init__(self, function, pool):
+    def __init__(self, function, recordings):
         self.function = function
-        self.pool = pool
-        self.graphs = {}
+        self.recordings = recordings
 
     def __call__(self, *inputs):
-        key = tuple((x.shape, x.dtype) for x in inputs)
-        if key not in self.graphs:
-            self.graphs[key] = None
+        key = (self.function, *((x.shape, x.dtype) for x in inputs))
+        if key not in self.recordings.known:
+            self.recordings.known.add(key)
+            self.recordings.let_go()  # a plain pass finds no room beside what graphs keep
             start = time.perf_counter()
             output = self.function(*inputs)
             self.tell(len(inputs[0]), time.perf_counter() - start)
             return output
-        if self.graphs[key] is None:
-            self.graphs[key] = self.record(inputs)
-        graph, static, output = self.graphs[key]
+        graphs = self.recordings.graphs
+        if key not in graphs:
+            graphs[key] = self.record(inputs)
+        graph, static, output = graphs[key]
         torch._foreach_copy_(static, inputs)
         graph.replay()
         if torch.is_tensor(output):
@@ -401,7 +417,7 @@ class Recorded:
         static = [x.clone() for x in inputs]
         graph = torch.cuda.CUDAGraph()
         # thread_local: NCCL's thread may go on
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.recordings.pool, capture_error_mode="thread_local"):
             output = self.function(*static)
         return graph, static, output
 

@@ -461,20 +461,36 @@ def main():
         (gradient,) = torch.autograd.grad(det_weight * loss, x)
         return scores, loss.detach(), gradient
 
+    # fake's loss evaluates three times its pictures with gradient (once with --gamma 0), and the
+    # decoder's activations are large: the micro-batches of all other passes are twice as large.
     def largest_passes(n):
         x = torch.zeros(n, *base.latent_shape, device=device)
         half = torch.full((n,), 0.5, device=device)
         some = torch.arange(n, device=device)
         text = base.encode([rows[0]["prompt"]] * n)
         fake_pass(x, half, half, half + 0.1, x, half / 10, x, x, some, *text)
-        fake_params.grad.zero_()
+        x = torch.cat([x, x])
+        half = torch.cat([half, half])
+        policy_pass(
+            x,
+            half,
+            half - 0.1,
+            x,
+            half,
+            half,
+            half.sum(),
+            *(torch.cat([each, each]) for each in text),
+        )
+
+    def scoring(n):
+        x = torch.zeros(n, *base.latent_shape, device=device)
         move(rewards, device if args.low_memory else None)
         score_pass(x, [rows[0]["prompt"]] * n, [rows[0]["metadata"]] * n)
         move(rewards, "cpu" if args.low_memory else None)
 
-    # fake's loss evaluates three times its pictures with gradient (once with --gamma 0), and the
-    # decoder's activations are large: the micro-batches of all other passes are twice as large.
-    at_once = micro_batch(args.micro_batch, n_mine, device, largest_passes)
+    at_once = micro_batch(args, n_mine, device, largest_passes, scoring)
+    student_params.grad.zero_()
+    fake_params.grad.zero_()
     small = [slice(i, i + at_once) for i in range(0, n_mine, at_once)]
     large = [slice(i, i + 2 * at_once) for i in range(0, n_mine, 2 * at_once)]
     student_pass, fake_pass, anchor_pass, step_pass, policy_pass = graphed(

@@ -25,11 +25,9 @@ class Memory:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """-> (a function of tensors behind model.Recorded, the list of its real calls)"""
-    calls = []
+    """-> two functions of tensors, behind model.Recorded"""
 
     def function(x, y):
-        calls.append(x.shape)
         return x + y, x * y
 
     @contextlib.contextmanager
@@ -39,14 +37,20 @@ def recorded(monkeypatch):
     class Remembering(model.Recorded):
         def record(self, inputs):
             memory, static, output = super().record(inputs)
-            memory.function = function
+            memory.function = self.function
             memory.inputs = static
             memory.outputs = output
             return memory, static, output
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Memory)
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    return Remembering(function, pool=None), calls
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+
+    def other(x, y):
+        return x - y, x / y
+
+    recordings = model.Recordings()
+    return Remembering(function, recordings), Remembering(other, recordings)
 
 
 def test_a_recorded_function_gives_what_the_plain_one_does(recorded):
@@ -70,12 +74,36 @@ def test_results_of_a_recorded_function_are_not_overwritten_by_its_next_call(rec
 
 
 def test_each_set_of_shapes_is_recorded_at_its_second_call(recorded):
-    function, calls = recorded
+    function, _ = recorded
     function(torch.ones(2), torch.ones(2))
-    assert list(function.graphs.values()) == [None]
+    assert len(function.recordings.graphs) == 0
     function(torch.ones(3), torch.ones(3))
+    assert len(function.recordings.graphs) == 0
     function(torch.ones(2), torch.ones(2))
-    assert [graph is None for graph in function.graphs.values()] == [False, True]
+    assert len(function.recordings.graphs) == 1
+
+
+def test_before_a_first_call_the_recorded_graphs_are_let_go(recorded):
+    """They keep memory, which the plain pass needs. Each is recorded again at its next call.
+
+    A pool of memory ends with its last graph: another one takes its place.
+    """
+    function, other = recorded
+    recordings = function.recordings
+    x, y = torch.ones(2), torch.full((2,), 3.0)
+    for _ in range(3):
+        function(x, y)
+    assert len(recordings.graphs) == 1
+    first_pool = recordings.pool
+    other(x, y)
+    assert len(recordings.graphs) == 0
+    assert recordings.pool is not first_pool
+    for _ in range(2):
+        total, product = function(x, y)
+        difference, quotient = other(x, y)
+    assert len(recordings.graphs) == 2
+    results = [total[0], product[0], difference[0], quotient[0]]
+    assert results == pytest.approx([4, 3, -2, 1 / 3])
 
 
 @pytest.mark.parametrize("preset", ["sd35m", "sd3m"])

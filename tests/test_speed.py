@@ -111,7 +111,9 @@ def test_matrices_and_gradients_are_views_of_the_flat_ones():
         (9, 20, 9),
         (9, 9, 9),
         (9, 5, 3),
-        (9, 8, 8),
+        (9, 8, 5),
+        (9, 2, 2),
+        (13, 6, 5),
         (16, 9, 8),
         (72, 10, 9),
         (7, 3, 3),
@@ -122,40 +124,72 @@ def test_micro_batches_are_even_where_a_divisor_is_near(n, most, size):
     assert even_part(n, most) == size
 
 
+class Gpu:
+    """A machine is played: free GiB of a GPU, and what the last function took at its peak."""
+
+    def __init__(self, free, monkeypatch):
+        self.free = free
+        self.taken = 0
+        weights = 5 * GIB
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: weights)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: weights + self.taken * GIB)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GIB, 80 * GIB))
+
+    def take(self, gib):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        if gib > self.free:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        self.taken = gib
+
+
+def machine_flags(micro_batch=0, compile=0, graphs=0):
+    return SimpleNamespace(micro_batch=micro_batch, compile=compile, graphs=graphs)
+
+
 @pytest.mark.parametrize(
-    "gib, expected",
+    "free, flags, pictures, gib",
     [
-        (80, 12),
-        (48, 12),
-        (24, 6),
-        (8, 1),
+        (20, dict(compile=1, graphs=1), 7, 17.2),  # .8 (1 + 2.5 n) + .6 (.5 + .5 n), at most 18
+        (20, dict(graphs=1), 5, 16.5),  # 1 + 2.5 n + .5 + .5 n
+        (20, dict(compile=1), 8, 16.8),  # .8 (1 + 2.5 n)
+        (20, dict(), 6, 16.0),  # 1 + 2.5 n
+        (3000, dict(), 997, 2493.5),  # all there are
+        (5, dict(), 1, 3.5),  # two find no room
     ],
 )
-def test_a_gpu_takes_as_many_as_it_holds(gib, expected, monkeypatch, capsys):
-    """A machine is played on which a pass takes 1 GiB and 2.5 more a picture.
-
-    Of what is free .9 is used.
-    """
-    weights = 5 * GIB
-    total = gib * GIB
-    free = total * 3 // 4
-    peak = SimpleNamespace(bytes=0)
+def test_a_gpu_takes_as_many_as_it_holds(free, flags, pictures, gib, monkeypatch, capsys):
+    """Passes need 1 GiB and 2.5 more a picture, and the rest .5 and .5; .9 of what is free is used."""
+    gpu = Gpu(free, monkeypatch)
 
     def passes(n):
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-        peak.bytes = weights + GIB + n * 5 * GIB // 2
+        gpu.take(1 + 2.5 * n)
 
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: weights)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak.bytes)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, total))
+    def others(n):
+        gpu.take(0.5 + 0.5 * n)
+
     torch.backends.cuda.enable_cudnn_sdp(True)
-    assert micro_batch(0, 12, torch.device("cuda"), passes) == expected
+    chosen = micro_batch(machine_flags(**flags), 997, torch.device("cuda"), passes, others)
+    assert chosen == pictures
     assert torch.backends.cuda.cudnn_sdp_enabled()
-    assert f"micro-batches of {expected} pictures: each takes 2.5 GiB" in capsys.readouterr().out
-    with_one_picture = 3.5
-    assert 1 + 2.5 * expected <= max(0.9 * gib * 3 / 4, with_one_picture)
+    said = f"micro-batches of {pictures} pictures: about {gib} of the {free}.0 GiB that are free"
+    assert said in capsys.readouterr().out
+
+
+def test_a_gpu_takes_one_picture_where_the_others_find_no_room(monkeypatch):
+    """The larger of both counts, with and without graphs."""
+    gpu = Gpu(20, monkeypatch)
+
+    def passes(n):
+        gpu.take(n)
+
+    def others(n):
+        gpu.take(11 * n)
+
+    for graphs in (0, 1):
+        flags = machine_flags(graphs=graphs)
+        assert micro_batch(flags, 997, torch.device("cuda"), passes, others) == 1
 
 
 def attention_gradient(n, contiguous):
@@ -185,7 +219,7 @@ def test_on_a_gpu_the_tried_passes_leave_no_plan_of_cudnns_to_the_compiled_ones(
     def passes(n):
         attention_gradient(n, contiguous=True)
 
-    micro_batch(0, 4, torch.device("cuda"), passes)
+    micro_batch(machine_flags(), 4, torch.device("cuda"), passes)
     with sdpa_kernel(SDPBackend.MATH):
         truth = attention_gradient(2, contiguous=False)
     found = attention_gradient(2, contiguous=False)
@@ -197,19 +231,21 @@ def test_what_is_asked_for_is_taken_and_no_pass_is_tried():
         raise AssertionError
 
     gpu = torch.device("cuda")
-    assert micro_batch(5, 12, gpu, never) == 5
-    assert micro_batch(0, 12, CPU, never) == common.ON_A_CPU
-    assert micro_batch(0, 2, CPU, never) == 2
-    assert micro_batch(0, 0, gpu, never) == 1  # a process without pictures
+    assert micro_batch(machine_flags(5), 12, gpu, never) == 5
+    assert micro_batch(machine_flags(), 12, CPU, never) == common.ON_A_CPU
+    assert micro_batch(machine_flags(), 2, CPU, never) == 2
+    assert micro_batch(machine_flags(), 1, gpu, never) == 1
+    assert micro_batch(machine_flags(), 0, gpu, never) == 1  # a process without pictures
 
 
 @pytest.mark.parametrize("program, flags", [(cold_start, COLD), (rtdmd_rl, RL)])
 def test_trying_how_many_fit_leaves_no_gradient(program, flags, run, tmp_path):
     """On a machine that would try them, the first update is that of one that does not."""
 
-    def tries(asked, n_mine, device, passes):
-        passes(2)
-        return asked
+    def tries(args, n_mine, device, *functions):
+        for function in functions:
+            function(2)
+        return args.micro_batch
 
     if program is rtdmd_rl:
         flags = [*flags, "--cold_start", run.cold]

@@ -1966,7 +1966,21 @@ SPEED = [
     Fault("stage 1: saving is part of the next step", "        log.begin()\n", "", ONE),
     Fault("stage 2: saving is part of the next step", "        log.begin()\n", "", TWO),
     Fault("micro-batch: all that is free", "ROOM_USED * free", "free"),
-    Fault("micro-batch: what does not grow is forgotten", "free - peaks[0]", "free"),
+    Fault("micro-batch: what does not grow is forgotten", "return at_1 if n", "return 0 if n"),
+    Fault(
+        "micro-batch: graphs keep no memory",
+        "recorded + rest if args.graphs else max(recorded, rest)",
+        "max(recorded, rest)",
+    ),
+    Fault("micro-batch: room for the passes alone", "max(recorded, rest)", "recorded"),
+    Fault("micro-batch: compiled passes take as much", "recorded *= COMPILED_PASSES", "pass"),
+    Fault("micro-batch: a compiled decoder takes as much", "rest *= COMPILED_OTHERS", "pass"),
+    Fault("micro-batch: where there is no room nothing is needed", "most = math.inf", "most = 0"),
+    Fault(
+        "graphs: they stay beside a first call",
+        "            self.recordings.let_go()  # a plain pass finds no room beside what graphs keep\n",
+        "",
+    ),
     Fault("train_only: gradients of their own", "gradient.view_as(p)", "torch.zeros_like(p)"),
     Fault("checkpoint: directories in it", "entry.external_attr & DIRECTORY", "False"),
 ]
