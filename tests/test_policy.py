@@ -326,13 +326,17 @@ def test_advantages_have_their_closed_forms(monkeypatch):
 def test_a_group_whose_pictures_all_score_the_same_has_advantage_exactly_0():
     """Such pictures are not counted, so rounding must not let them in.
 
-    The checker's groups are often all right or all wrong.
+    The checker's groups are often all right or all wrong. The mean of seven equal numbers is rarely
+    that number.
     """
-    mixed = [1, 0, 0, 1, 0, 0, 0, 0]
-    scores = torch.tensor([[1.0] * 8 + [0.0] * 8 + [0.27] * 8 + mixed])
+    flat_groups = (torch.arange(101) / 100).repeat_interleave(7)
+    assert (flat_groups.view(-1, 7).mean(1) != flat_groups[::7]).any()
+    mixed = torch.tensor([1.0, 0, 0, 1, 0, 0, 0])
+    scores = torch.cat([flat_groups, mixed])[None]
     for advantages in ADVANTAGES.values():
-        counted = advantages(scores, [1.0], 8) != 0
-        assert counted.tolist() == [False] * 24 + [True] * 8
+        counted = advantages(scores, [1.0], 7) != 0
+        assert not counted[:-7].any()
+        assert counted[-7:].all()
 
 
 def test_the_policy_gradient_is_minus_advantage_at_ratio_1_and_is_clipped_on_one_side(monkeypatch):

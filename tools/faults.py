@@ -607,6 +607,9 @@ STAGE_2_MATHEMATICS = [
         "spread = scores.view(centred.shape).std(2, keepdim=True)",
         TWO,
     ),
+    Fault(
+        "advantages: a flat group's rounding is left", "grouped - grouped[..., :1]", "grouped", TWO
+    ),
     Fault("advantages: one spread for all rewards", "scores.std(1).view(-1, 1, 1)", "scores.std()"),
     Fault("advantages: not standardised again", "total / (total.std() + 1e-4)", "total"),
     Fault(
