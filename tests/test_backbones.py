@@ -1,5 +1,6 @@
 """The three kinds of base models: our loop against diffusers' own pipelines, and both stages on each."""
 
+import contextlib
 import json
 
 import diffusers
@@ -69,8 +70,8 @@ def theirs(pipe, base, cfg, steps=4, resolution=32):
 
 
 # ---- attention on a GPU
-def gradient_of_an_adapter(place, n, device, compile=False):
-    """Of a random adapter's weights, from n pictures."""
+def gradient_of_an_adapter(place, n, device, compile=False, attention=None):
+    """Of a random adapter's weights, from n pictures, with all kinds of attention or that one."""
     base = BaseModel(place, device, 32, compile=compile)
     base.add_adapter("fake", 32, 64, seed=0)
     rng = torch.Generator().manual_seed(0)
@@ -78,8 +79,10 @@ def gradient_of_an_adapter(place, n, device, compile=False):
     (weights,) = base.train_only("fake")
     x = torch.randn(n, *base.latent_shape, generator=rng).to(device)
     fake = base.velocity(["fake"], base.encode(["a red circle"] * n))
-    v = fake(x, 0.6)
-    v.square().sum().backward()
+    # Not before: loading says whether cuDNN attends, and would undo it.
+    with sdpa_kernel(attention) if attention else contextlib.nullcontext():
+        v = fake(x, 0.6)
+        v.square().sum().backward()
     return weights.grad
 
 
@@ -105,11 +108,11 @@ def test_on_a_gpu_the_gradient_is_that_of_attention_written_out(name, compile, p
     """Both are in bf16."""
     # Plain and compiled blocks must not share a plan (common.NOT_CUDNN), nor then a shape.
     n = 3 if compile else 2
-    with sdpa_kernel(SDPBackend.MATH):
-        truth = gradient_of_an_adapter(places[name], n, torch.device("cuda"))
+    device = torch.device("cuda")
+    truth = gradient_of_an_adapter(places[name], n, device, attention=SDPBackend.MATH)
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     torch._dynamo.reset()
-    got = gradient_of_an_adapter(places[name], n, torch.device("cuda"), compile)
+    got = gradient_of_an_adapter(places[name], n, device, compile)
     assert (got - truth).norm() < 0.05 * truth.norm()
 
 
