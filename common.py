@@ -207,6 +207,7 @@ def setup(args, training=True):
 
     Dies where a run could not end well.
     """
+    explain_full_memory(args)
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = chosen_device(args, int(os.environ.get("LOCAL_RANK", 0)))
@@ -227,6 +228,22 @@ def setup(args, training=True):
         end_on_signals()
         meet("nccl" if device.type == "cuda" else "gloo")
     return device, rank, world
+
+
+def explain_full_memory(args):
+    """From now on one more line follows the traceback where a GPU's memory is full: what to do."""
+    remedy = "give a smaller --batch_size"
+    if hasattr(args, "micro_batch"):
+        remedy = "give --low_memory, or a smaller --micro_batch than the one said above"
+
+    def explain(kind, error, trace):
+        sys.__excepthook__(kind, error, trace)
+        if issubclass(kind, torch.cuda.OutOfMemoryError):
+            program = os.path.basename(sys.argv[0])
+            print(f"{program}: the GPU's memory is full: {remedy}", file=sys.stderr, flush=True)
+
+    if hasattr(args, "batch_size") or hasattr(args, "micro_batch"):
+        sys.excepthook = explain
 
 
 def meet(backend):

@@ -140,6 +140,32 @@ def test_die_speaks_once_a_machine(monkeypatch, capsys):
         assert capsys.readouterr().err.count("something") == speaks
 
 
+# ---- a GPU's memory ------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "program, flags, remedy",
+    [
+        ("cold_start", ONE_STEP, "give --low_memory, or a smaller --micro_batch"),
+        ("sample", DRAW, "give a smaller --batch_size"),
+    ],
+)
+def test_a_full_gpu_is_said_in_the_last_line_with_what_to_do(program, flags, remedy, tmp_path):
+    """The traceback stays, since it tells which pass was too large."""
+    code = (
+        f"import sys, torch, {program}\n"
+        "def full(*inputs, **more):\n"
+        "    raise torch.cuda.OutOfMemoryError('CUDA out of memory')\n"
+        f"{program}.rollout = full\n"
+        f"sys.argv[0] = '{program}.py'\n"
+        f"{program}.main()\n"
+    )
+    command = [sys.executable, "-c", code, *map(str, flags), "--out_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"{program}.py: the GPU's memory is full: {remedy}")
+
+
 # ---- signals -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_while_texts_are_encoded_ends_the_program_at_once(name, tmp_path):
