@@ -439,6 +439,8 @@ def preview(base, adapters, rows, args, name):
     noise = [torch.randn(shape, generator=rng, device=base.device) for _ in levels]
     student = base.velocity(adapters, text)
     path = rollout(student, noise[0], levels, args.num_steps, args.eta, noise[1:])
+    # One by one, in the little memory that training leaves.
+    pictures = [base.decode(latents) for latents in path[-1].split(1)]
     picture = f"{args.out_dir}/samples/{name}.png"
-    save_grid(base.decode(path[-1]), picture)
+    save_grid(torch.cat(pictures), picture)
     return picture
