@@ -2040,8 +2040,10 @@ TRUE_SIZES = [
 
 FAULTS = [
     *KNOWN,
-    *SPEED,
-    *BASES,
+    *group(SPEED, "tests/test_speed.py", "tests/test_model.py"),
+    *group(
+        BASES, "tests/test_backbones.py", "tests/test_generator_base.py", "tests/test_export.py"
+    ),
     *HOUSE,
     *group(
         SAMPLER,
