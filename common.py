@@ -73,6 +73,15 @@ def shortened(error):
     return cut(" ".join(str(error).split()) or repr(error))
 
 
+def causes(error):
+    """An exception and those that it came from."""
+    seen = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return seen
+
+
 def cut(text):
     if len(text) <= LONGEST:
         return text
@@ -234,11 +243,12 @@ def explain_full_memory(args):
     """From now on one more line follows the traceback where a GPU's memory is full: what to do."""
     remedy = "give a smaller --batch_size"
     if hasattr(args, "micro_batch"):
-        remedy = "give --low_memory, or a smaller --micro_batch than the one said above"
+        remedy = "give --low_memory, or --micro_batch and fewer than now (at least 1)"
 
     def explain(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
-        if issubclass(kind, torch.cuda.OutOfMemoryError):
+        # By its words: the recording of a graph hides it behind an error of its own.
+        if any("out of memory" in str(e) for e in causes(error)):
             program = os.path.basename(sys.argv[0])
             print(f"{program}: the GPU's memory is full: {remedy}", file=sys.stderr, flush=True)
 
@@ -370,9 +380,9 @@ def shard(n, rank, world):
 
 
 ROOM_USED = 0.9  # of what a GPU has free, by the passes; the rest is for moments, NCCL and scraps
-# Memory of what is compiled over that of the plain code. Measured: .64 (SD3.5-M) and .78 (FLUX.1) for
-# the passes, .51 for the decoder with CLIP-L behind it.
-COMPILED_PASSES, COMPILED_OTHERS = 0.8, 0.6
+# Memory of compiled code over that of plain code. Measured: .64 (SD3.5-M) and .78 (FLUX.1) for what is
+# recorded, .51 for the decoder with CLIP-L behind it.
+COMPILED_RECORDED, COMPILED_REST = 0.8, 0.6
 ON_A_CPU = 4  # pictures at once where there is no GPU whose memory could be looked at
 # All but cuDNN. PyTorch (2.11) finds cuDNN's plan for the backward pass of attention by the layout of q, k
 # and v alone. Where the output's gradient lies in memory otherwise than in the pass that the plan was made
@@ -381,11 +391,11 @@ ON_A_CPU = 4  # pictures at once where there is no GPU whose memory could be loo
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def micro_batch(args, n_mine, device, passes, others=lambda n: None):
+def micro_batch(args, n_mine, device, recorded, rest=lambda n: None):
     """How many pictures a pass takes at once: what --micro_batch asks for or, for 0, what this GPU holds.
 
-    n_mine: pictures of this process, which is never exceeded. passes(n), others(n): what needs the most
-    memory with n pictures, of that which is recorded as CUDA graphs, and of the rest. Both are tried
+    n_mine: pictures of this process, which is never exceeded. recorded(n), rest(n): what needs the most
+    memory with n pictures, of that which is recorded as CUDA graphs, and of what is not. Both are tried
     with one and with two pictures, not compiled; gradients are left behind. Says what it has chosen.
     """
     if args.micro_batch or n_mine <= 1:
@@ -393,16 +403,18 @@ def micro_batch(args, n_mine, device, passes, others=lambda n: None):
     if device.type != "cuda":
         return min(n_mine, ON_A_CPU)
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(NOT_CUDNN):
-        of_passes, of_others = [(peak(f, 1), peak(f, 2)) for f in (passes, others)]
+        of_recorded, of_rest = [(peak(f, 1), peak(f, 2)) for f in (recorded, rest)]
 
     def needed(n):
-        recorded = along_a_line(*of_passes, n)
-        rest = along_a_line(*of_others, n)
-        if args.compile:
-            recorded *= COMPILED_PASSES
-            rest *= COMPILED_OTHERS
+        kept = along_a_line(*of_recorded, n)
+        more = along_a_line(*of_rest, n)
+        if (
+            args.compile and not args.low_memory
+        ):  # which keeps so little that compiling saves nothing
+            kept *= COMPILED_RECORDED
+            more *= COMPILED_REST
         # Graphs keep their memory, so that the rest comes on top of it.
-        return recorded + rest if args.graphs else max(recorded, rest)
+        return kept + more if args.graphs else max(kept, more)
 
     free, _ = torch.cuda.mem_get_info()
     fitting = 1
@@ -410,9 +422,11 @@ def micro_batch(args, n_mine, device, passes, others=lambda n: None):
         fitting += 1
     chosen = even_part(n_mine, fitting)
     if is_rank_0():
+        gib = needed(chosen) / 2**30
+        amount = f"about {gib:.1f}" if gib < math.inf else "more than all"
         print(
-            f"micro-batches of {chosen} pictures: about {needed(chosen) / 2**30:.1f} of the "
-            f"{free / 2**30:.1f} GiB that are free (--micro_batch)",
+            f"micro-batches of {chosen} pictures: {amount} of the {free / 2**30:.1f} GiB that are free "
+            "(--micro_batch)",
             flush=True,
         )
     return chosen
@@ -434,15 +448,17 @@ def peak(function, n):
 
 
 def along_a_line(at_1, at_2, n):
-    """The value at n on the line through those at 1 and 2."""
-    return at_1 if n == 1 else at_1 + (n - 1) * (at_2 - at_1)
+    """The value at n on the line through those at 1 and 2, which may be infinite."""
+    if n == 1:
+        return at_1
+    return at_1 + (n - 1) * (at_2 - at_1) if at_2 < math.inf else math.inf
 
 
 def even_part(n, most):
     """The size of micro-batches of n pictures, at most `most`.
 
     A divisor of n above most/2, if there is one: passes are compiled once for each size, and a divisor
-    leaves no smaller one at the end. Else as even as the least number of micro-batches can be.
+    leaves no smaller one at the end. Else the smallest size that needs no more micro-batches.
     """
     if n <= most:
         return n

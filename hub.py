@@ -11,7 +11,7 @@ import re
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from common import first_line, note, shortened
+from common import causes, first_line, note, shortened
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Where the stages write unless told otherwise. These two are never taken for a hub repository:
@@ -89,15 +89,6 @@ def in_words(error, where):
     if among(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         return f"the hub cannot be asked, and its cache has no whole copy of {where}"
     return shortened(error)
-
-
-def causes(error):
-    """An exception and those that it came from."""
-    seen = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        error = error.__cause__ or error.__context__
-    return seen
 
 
 # ---- a directory, or a repository ----------------------------------------------------------------

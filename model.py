@@ -25,7 +25,7 @@ from common import die, first_line, is_rank_0, note, seeded_rng
 from cps import at_least_float32, rollout, sigmas
 from hub import files_at, in_words, is_hub_id, variant_of
 from lora import adapter, add_adapter, load_adapter, set_adapters, trainable
-from pictures import decode, quicken, save_grid
+from pictures import decode, decode_each, quicken, save_grid
 from text import TextEncoder, TextTable
 
 # Before anything is loaded, the models of rewards too: else there are progress bars, and what the
@@ -354,9 +354,9 @@ def graphed(on, device, *functions):
 
     A graph is one launch in place of thousands, so that the GPU does not wait for Python. The
     functions give back a tensor or a tuple of tensors. For each set of shapes the first call is a
-    plain one (it compiles), the next is recorded, all others are replayed. So whatever a function
-    reads besides its inputs, weights and .grad, must stay where it is, and its Python is not run
-    again.
+    plain one (it compiles) and lets all graphs go. A later one is recorded where there is no graph,
+    and else replayed: its Python is not run. So whatever a function reads besides its inputs, weights
+    and .grad, must stay where it is.
     """
     if not on or device.type != "cuda":
         return functions
@@ -372,16 +372,19 @@ class Recordings:
 
     def __init__(self):
         self.known = set()  # (function, shapes) that have been met
+        self.graphs = {}
         self.let_go()
 
     def let_go(self):
         """Forget all graphs, so that their memory is free; each is recorded again when next met."""
+        if self.graphs:
+            torch.cuda.synchronize()  # one of them may be at work
         self.graphs = {}
         self.pool = torch.cuda.graph_pool_handle()  # the old one ends with its last graph
 
 
 class Recorded:
-    """A function of tensors with a CUDA graph for each set of shapes that it has met twice."""
+    """A function of tensors with a CUDA graph for each set of shapes that is not new to it."""
 
     def __init__(self, function, recordings):
         self.function = function
@@ -439,8 +442,6 @@ def preview(base, adapters, rows, args, name):
     noise = [torch.randn(shape, generator=rng, device=base.device) for _ in levels]
     student = base.velocity(adapters, text)
     path = rollout(student, noise[0], levels, args.num_steps, args.eta, noise[1:])
-    # One by one, in the little memory that training leaves.
-    pictures = [base.decode(latents) for latents in path[-1].split(1)]
     picture = f"{args.out_dir}/samples/{name}.png"
-    save_grid(torch.cat(pictures), picture)
+    save_grid(decode_each(base, path[-1]), picture)
     return picture

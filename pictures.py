@@ -35,6 +35,11 @@ def decode(vae, latents, one_by_one=False):
     return (at_least_float32(pictures) / 2 + 0.5).clamp(0, 1)
 
 
+def decode_each(base, latents):
+    """base.decode, picture by picture: for a look, in the little memory that training leaves."""
+    return torch.cat([base.decode(one) for one in latents.split(1)])
+
+
 def quicken(vae):
     """Put the decoder into the layout in which convolutions are fast, channels last, and keep it there.
 

@@ -54,7 +54,7 @@ from common import (
 from cps import at_least_float32, cps_step, log_prob, rollout
 from hub import DEFAULT_PLACES
 from model import graphed, load_base, preview
-from pictures import save_grid
+from pictures import decode_each, save_grid
 from prompts import load_prompts
 from rewards import build_for, move, parse_weights
 from text import note_prompts
@@ -462,33 +462,29 @@ def main():
         return scores, loss.detach(), gradient
 
     # fake's loss evaluates three times its pictures with gradient (once with --gamma 0), and the
-    # decoder's activations are large: the micro-batches of all other passes are twice as large.
-    def largest_passes(n):
+    # decoder's activations are large: the micro-batches of all other passes are twice as large. Of
+    # those the student's with gradient are the largest: policy_pass, and step_pass is like it.
+    def trial_inputs(n):
         x = torch.zeros(n, *base.latent_shape, device=device)
         half = torch.full((n,), 0.5, device=device)
+        return x, half, base.encode([rows[0]["prompt"]] * n)
+
+    def largest_recorded(n):
+        x, half, text = trial_inputs(n)
         some = torch.arange(n, device=device)
-        text = base.encode([rows[0]["prompt"]] * n)
         fake_pass(x, half, half, half + 0.1, x, half / 10, x, x, some, *text)
-        x = torch.cat([x, x])
-        half = torch.cat([half, half])
-        policy_pass(
-            x,
-            half,
-            half - 0.1,
-            x,
-            half,
-            half,
-            half.sum(),
-            *(torch.cat([each, each]) for each in text),
-        )
+        x, half, text = trial_inputs(min(2 * n, n_mine))
+        policy_pass(x, half, half - 0.1, x, half, half, half.sum(), *text)
 
     def scoring(n):
-        x = torch.zeros(n, *base.latent_shape, device=device)
-        move(rewards, device if args.low_memory else None)
-        score_pass(x, [rows[0]["prompt"]] * n, [rows[0]["metadata"]] * n)
-        move(rewards, "cpu" if args.low_memory else None)
+        x, _, _ = trial_inputs(n)
+        try:
+            move(rewards, device if args.low_memory else None)
+            score_pass(x, [rows[0]["prompt"]] * n, [rows[0]["metadata"]] * n)
+        finally:  # there may be no room
+            move(rewards, "cpu" if args.low_memory else None)
 
-    at_once = micro_batch(args, n_mine, device, largest_passes, scoring)
+    at_once = micro_batch(args, n_mine, device, largest_recorded, scoring)
     student_params.grad.zero_()
     fake_params.grad.zero_()
     small = [slice(i, i + at_once) for i in range(0, n_mine, at_once)]
@@ -757,7 +753,7 @@ def evaluate(base, rows, rewards, args, name):
             noise.append(torch.stack(of_each))
         student = base.velocity(STUDENT, base.encode(prompts))
         path = rollout(student, noise[0], levels, args.num_steps, args.eta, noise[1:])
-        pictures.append(base.decode(path[-1]))
+        pictures.append(decode_each(base, path[-1]))
         sums += torch.stack([r(pictures[-1], prompts, metadata).sum() for r in rewards])
     move(rewards, "cpu" if args.low_memory else None)
     if rank == 0 and pictures:

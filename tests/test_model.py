@@ -25,13 +25,18 @@ class Memory:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """-> two functions of tensors, behind model.Recorded"""
+    """-> two functions of tensors, behind model.Recorded
+
+    Their recordings' .beside has the number of graphs at each call.
+    """
 
     def function(x, y):
+        graphs_beside.append(len(recordings.graphs))
         return x + y, x * y
 
     @contextlib.contextmanager
     def graph(memory, pool, capture_error_mode):
+        assert pool is recordings.pool
         yield
 
     class Remembering(model.Recorded):
@@ -45,11 +50,14 @@ def recorded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Memory)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
     def other(x, y):
+        graphs_beside.append(len(recordings.graphs))
         return x - y, x / y
 
     recordings = model.Recordings()
+    graphs_beside = recordings.beside = []
     return Remembering(function, recordings), Remembering(other, recordings)
 
 
@@ -96,6 +104,7 @@ def test_before_a_first_call_the_recorded_graphs_are_let_go(recorded):
     assert len(recordings.graphs) == 1
     first_pool = recordings.pool
     other(x, y)
+    assert recordings.beside[-1] == 0
     assert len(recordings.graphs) == 0
     assert recordings.pool is not first_pool
     for _ in range(2):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cold_start
@@ -33,6 +33,7 @@ from helpers import (
     same_files,
     tiny_base,
 )
+from model import BaseModel
 from pictures import quicken
 
 GIB = 2**30
@@ -125,27 +126,32 @@ def test_micro_batches_are_even_where_a_divisor_is_near(n, most, size):
 
 
 class Gpu:
-    """A machine is played: free GiB of a GPU, and what the last function took at its peak."""
+    """A machine is played: free GiB of a GPU, and what its functions took at their peak."""
 
     def __init__(self, free, monkeypatch):
         self.free = free
-        self.taken = 0
+        self.most = 70  # loading the model
         weights = 5 * GIB
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: weights)
-        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: weights + self.taken * GIB)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: weights + self.most * GIB)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GIB, 80 * GIB))
+
+    def reset(self):
+        self.most = 0
 
     def take(self, gib):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         if gib > self.free:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        self.taken = gib
+        self.most = max(self.most, gib)
 
 
-def machine_flags(micro_batch=0, compile=0, graphs=0):
-    return SimpleNamespace(micro_batch=micro_batch, compile=compile, graphs=graphs)
+def machine_flags(micro_batch=0, compile=0, graphs=0, low_memory=False):
+    return SimpleNamespace(
+        micro_batch=micro_batch, compile=compile, graphs=graphs, low_memory=low_memory
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,6 +161,7 @@ def machine_flags(micro_batch=0, compile=0, graphs=0):
         (20, dict(graphs=1), 5, 16.5),  # 1 + 2.5 n + .5 + .5 n
         (20, dict(compile=1), 8, 16.8),  # .8 (1 + 2.5 n)
         (20, dict(), 6, 16.0),  # 1 + 2.5 n
+        (20, dict(compile=1, graphs=1, low_memory=True), 5, 16.5),  # 1 + 2.5 n + .5 + .5 n
         (3000, dict(), 997, 2493.5),  # all there are
         (5, dict(), 1, 3.5),  # two find no room
     ],
@@ -177,19 +184,46 @@ def test_a_gpu_takes_as_many_as_it_holds(free, flags, pictures, gib, monkeypatch
     assert said in capsys.readouterr().out
 
 
-def test_a_gpu_takes_one_picture_where_the_others_find_no_room(monkeypatch):
-    """The larger of both counts, with and without graphs."""
+@pytest.mark.parametrize("graphs", [0, 1])
+@pytest.mark.parametrize("a_picture, amount", [(11, "about 1"), (21, "more than all of")])
+def test_a_gpu_takes_one_picture_where_the_others_find_no_room(
+    a_picture, amount, graphs, monkeypatch, capsys
+):
+    """For two, or not even for one: the larger of both counts, with and without graphs."""
     gpu = Gpu(20, monkeypatch)
 
     def passes(n):
         gpu.take(n)
 
     def others(n):
-        gpu.take(11 * n)
+        gpu.take(a_picture * n)
 
-    for graphs in (0, 1):
-        flags = machine_flags(graphs=graphs)
-        assert micro_batch(flags, 997, torch.device("cuda"), passes, others) == 1
+    flags = machine_flags(graphs=graphs)
+    assert micro_batch(flags, 997, torch.device("cuda"), passes, others) == 1
+    assert f"micro-batches of 1 pictures: {amount}" in capsys.readouterr().out
+
+
+def test_passes_are_tried_as_they_are_not_compiled(monkeypatch):
+    """Compiling takes minutes, for a number of pictures that may be another than the chosen one."""
+    gpu = Gpu(20, monkeypatch)
+    compiled_graphs = []
+
+    def backend(graph, inputs):
+        compiled_graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=backend)
+    def compiled(x):
+        return x + 1
+
+    def passes(n):
+        gpu.take(n)
+        compiled(torch.zeros(n))
+
+    micro_batch(machine_flags(compile=1), 4, torch.device("cuda"), passes)
+    assert compiled_graphs == []
+    compiled(torch.zeros(2))
+    assert len(compiled_graphs) == 1
 
 
 def attention_gradient(n, contiguous):
@@ -239,17 +273,41 @@ def test_what_is_asked_for_is_taken_and_no_pass_is_tried():
 
 
 @pytest.mark.parametrize("program, flags", [(cold_start, COLD), (rtdmd_rl, RL)])
-def test_trying_how_many_fit_leaves_no_gradient(program, flags, run, tmp_path):
-    """On a machine that would try them, the first update is that of one that does not."""
+def test_trying_how_many_fit_leaves_no_gradient(program, flags, run, tmp_path, monkeypatch):
+    """On a machine that would try them, the first update is that of one that does not.
+
+    What is tried is what needs most: the fake score's three evaluations with gradient; in stage 1 the
+    generator's pass, in stage 2 one of the student with twice the pictures, and decoding.
+    """
+    seen = []
+    real_forward = SD3Transformer2DModel.forward
+    real_decode = BaseModel.decode
+
+    def forward(self, hidden_states, *inputs, **more):
+        seen.append((len(hidden_states), torch.is_grad_enabled()))
+        return real_forward(self, hidden_states, *inputs, **more)
+
+    def decode(self, latents):
+        seen.append(("decoded", len(latents), latents.requires_grad))
+        return real_decode(self, latents)
 
     def tries(args, n_mine, device, *functions):
-        for function in functions:
-            function(2)
+        with monkeypatch.context() as noting:
+            noting.setattr(SD3Transformer2DModel, "forward", forward)
+            noting.setattr(BaseModel, "decode", decode)
+            for function in functions:
+                function(2)
         return args.micro_batch
 
+    fake_score = [(2, True), (4, True)]  # the last two evaluations in one batch
     if program is rtdmd_rl:
         flags = [*flags, "--cold_start", run.cold]
+        wanted = [*fake_score, (4, True), ("decoded", 2, True)]
+    else:
+        student, guided_teacher, fake = (2, True), (4, False), (2, False)
+        wanted = [*fake_score, student, guided_teacher, fake]
     good(here(program, *flags, "--out_dir", tmp_path / "tried", micro_batch=tries))
+    assert Counter(seen) == Counter(wanted)
     good(here(program, *flags, "--out_dir", tmp_path / "plain"))
     assert same_files(tmp_path / "tried", tmp_path / "plain")
 

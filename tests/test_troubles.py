@@ -141,29 +141,45 @@ def test_die_speaks_once_a_machine(monkeypatch, capsys):
 
 
 # ---- a GPU's memory ------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "program, flags, remedy",
-    [
-        ("cold_start", ONE_STEP, "give --low_memory, or a smaller --micro_batch"),
-        ("sample", DRAW, "give a smaller --batch_size"),
-    ],
-)
-def test_a_full_gpu_is_said_in_the_last_line_with_what_to_do(program, flags, remedy, tmp_path):
-    """The traceback stays, since it tells which pass was too large."""
+FULL = "torch.cuda.OutOfMemoryError('CUDA out of memory')"
+OTHER = "RuntimeError('the recording failed')"
+
+
+def said_of(program, flags, error, out_dir):
+    """The last line of stderr of a program whose roll-out raises that error."""
     code = (
         f"import sys, torch, {program}\n"
-        "def full(*inputs, **more):\n"
-        "    raise torch.cuda.OutOfMemoryError('CUDA out of memory')\n"
-        f"{program}.rollout = full\n"
+        "def rollout(*inputs, **more):\n"
+        f"    raise {error}\n"
+        f"{program}.rollout = rollout\n"
         f"sys.argv[0] = '{program}.py'\n"
         f"{program}.main()\n"
     )
-    command = [sys.executable, "-c", code, *map(str, flags), "--out_dir", str(tmp_path)]
+    command = [sys.executable, "-c", code, *map(str, flags), "--out_dir", str(out_dir)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "program, flags, error, remedy",
+    [
+        ("cold_start", ONE_STEP, FULL, "give --low_memory, or --micro_batch"),
+        ("cold_start", ONE_STEP, f"{OTHER} from {FULL}", "give --low_memory, or --micro_batch"),
+        ("sample", DRAW, FULL, "give a smaller --batch_size"),
+    ],
+)
+def test_a_full_gpu_is_said_in_the_last_line_with_what_to_do(
+    program, flags, error, remedy, tmp_path
+):
+    """The traceback stays, since it tells which pass was too large."""
+    last = said_of(program, flags, error, tmp_path)
     assert last.startswith(f"{program}.py: the GPU's memory is full: {remedy}")
+
+
+def test_another_error_ends_with_its_own_words(tmp_path):
+    assert said_of("cold_start", ONE_STEP, OTHER, tmp_path) == "RuntimeError: the recording failed"
 
 
 # ---- signals -------------------------------------------------------------------------------------

@@ -224,8 +224,17 @@ def test_previews_show_the_adapters_that_they_are_asked_for(tmp_path):
     for p in base.adapter("generator").values():
         torch.nn.init.constant_(p.data, 0.1)
     rows = [{"prompt": "a circle"}, {"prompt": "a red square"}]
+    at_once = []
+    real_decode = base.decode
+
+    def decode(latents):
+        at_once.append(len(latents))
+        return real_decode(latents)
+
+    base.decode = decode
     for name, adapters in (("base", []), ("again", []), ("generator", ["generator"])):
         model.preview(base, adapters, rows, args, name)
+    assert at_once == 3 * 8 * [1]  # in the little memory that training leaves
     plain, again, generator = (
         (tmp_path / f"samples/{name}.png").read_bytes() for name in ("base", "again", "generator")
     )
