@@ -266,6 +266,22 @@ def test_one_flipped_bit_anywhere_in_a_checkpoint_is_noticed_or_changes_nothing(
     )
 
 
+def test_an_entry_that_is_marked_as_a_directory_is_refused(small_state, tmp_path, capsys):
+    """torch.load reads nothing of it, without an error, and its tensor holds what was in memory."""
+    small_state(7)
+    path = tmp_path / "ckpt.pt"
+    marked = tmp_path / "marked.pt"
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(marked, "w") as archive:
+        for entry in whole.infolist():
+            content = whole.read(entry)
+            if "/data/" in entry.filename:
+                entry.external_attr |= 0x10
+            archive.writestr(entry, content)
+    with pytest.raises(SystemExit):
+        checkpoint.read(str(marked), "checkpoint")
+    assert "an entry is marked as a directory" in capsys.readouterr().err
+
+
 def test_a_damaged_byte_in_each_part_of_a_real_checkpoint_is_refused_and_the_one_before_it_goes_on(
     run, tmp_path
 ):
