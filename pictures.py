@@ -37,7 +37,8 @@ def decode(vae, latents, one_by_one=False):
 
 def decode_each(base, latents):
     """base.decode, picture by picture: for a look, in the little memory that training leaves."""
-    return torch.cat([base.decode(one) for one in latents.split(1)])
+    each = [base.decode(one) for one in latents.split(1)]
+    return torch.cat(each)
 
 
 def quicken(vae):
