@@ -403,7 +403,8 @@ def micro_batch(args, n_mine, device, recorded, rest=lambda n: None):
     if device.type != "cuda":
         return min(n_mine, ON_A_CPU)
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(NOT_CUDNN):
-        of_recorded, of_rest = [(peak(f, 1), peak(f, 2)) for f in (recorded, rest)]
+        of_recorded = peak(recorded, 1), peak(recorded, 2)
+        of_rest = peak(rest, 1), peak(rest, 2)
 
     def needed(n):
         kept = along_a_line(*of_recorded, n)
