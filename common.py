@@ -241,9 +241,12 @@ def setup(args, training=True):
 
 def explain_full_memory(args):
     """From now on one more line follows the traceback where a GPU's memory is full: what to do."""
-    remedy = "give a smaller --batch_size"
     if hasattr(args, "micro_batch"):
         remedy = "give --low_memory, or --micro_batch and fewer than now (at least 1)"
+    elif hasattr(args, "batch_size"):
+        remedy = "give a smaller --batch_size"
+    else:
+        return
 
     def explain(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
@@ -252,8 +255,7 @@ def explain_full_memory(args):
             program = os.path.basename(sys.argv[0])
             print(f"{program}: the GPU's memory is full: {remedy}", file=sys.stderr, flush=True)
 
-    if hasattr(args, "batch_size") or hasattr(args, "micro_batch"):
-        sys.excepthook = explain
+    sys.excepthook = explain
 
 
 def meet(backend):
@@ -409,9 +411,8 @@ def micro_batch(args, n_mine, device, recorded, rest=lambda n: None):
     def needed(n):
         kept = along_a_line(*of_recorded, n)
         more = along_a_line(*of_rest, n)
-        if (
-            args.compile and not args.low_memory
-        ):  # which keeps so little that compiling saves nothing
+        # With --low_memory the blocks' inputs are kept, compiled or not.
+        if args.compile and not args.low_memory:
             kept *= COMPILED_RECORDED
             more *= COMPILED_REST
         # Graphs keep their memory, so that the rest comes on top of it.
@@ -452,7 +453,9 @@ def along_a_line(at_1, at_2, n):
     """The value at n on the line through those at 1 and 2, which may be infinite."""
     if n == 1:
         return at_1
-    return at_1 + (n - 1) * (at_2 - at_1) if at_2 < math.inf else math.inf
+    if at_2 == math.inf:
+        return math.inf
+    return at_1 + (n - 1) * (at_2 - at_1)
 
 
 def even_part(n, most):

@@ -11,6 +11,7 @@ prompt: score.wrong, a function (prompt, metadata of it) -> what is wrong, or No
 """
 
 import ast
+import contextlib
 import functools
 import math
 import os
@@ -1109,8 +1110,23 @@ def guarded(reward):
 
 
 def move(rewards, device):
-    """All models of these rewards to a device, between scoring and update; None: nowhere."""
-    if device:
-        for reward in rewards:
-            for model in reward.models:
-                model.to(device)
+    """All models of these rewards to a device."""
+    for reward in rewards:
+        for model in reward.models:
+            model.to(device)
+
+
+@contextlib.contextmanager
+def brought(rewards, device, wait_on_cpu):
+    """With it the models of these rewards are on the device, where they otherwise wait on the CPU.
+
+    Nothing moves unless they do wait (--low_memory).
+    """
+    if not wait_on_cpu:
+        yield
+        return
+    try:
+        move(rewards, device)
+        yield
+    finally:  # there may be no room for them
+        move(rewards, "cpu")

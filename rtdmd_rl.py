@@ -56,7 +56,7 @@ from hub import DEFAULT_PLACES
 from model import graphed, load_base, preview
 from pictures import decode_each, save_grid
 from prompts import load_prompts
-from rewards import build_for, move, parse_weights
+from rewards import brought, build_for, parse_weights
 from text import note_prompts
 
 PRESETS = {  # defaults that differ; everything else is the same for every model
@@ -461,14 +461,14 @@ def main():
         (gradient,) = torch.autograd.grad(det_weight * loss, x)
         return scores, loss.detach(), gradient
 
-    # fake's loss evaluates three times its pictures with gradient (once with --gamma 0), and the
-    # decoder's activations are large: the micro-batches of all other passes are twice as large. Of
-    # those the student's with gradient are the largest: policy_pass, and step_pass is like it.
     def trial_inputs(n):
         x = torch.zeros(n, *base.latent_shape, device=device)
         half = torch.full((n,), 0.5, device=device)
         return x, half, base.encode([rows[0]["prompt"]] * n)
 
+    # fake's loss evaluates three times its pictures with gradient (once with --gamma 0), and the
+    # decoder's activations are large: the micro-batches of all other passes are twice as large. Of
+    # those the student's with gradient are the largest: policy_pass, and step_pass is like it.
     def largest_recorded(n):
         x, half, text = trial_inputs(n)
         some = torch.arange(n, device=device)
@@ -477,12 +477,9 @@ def main():
         policy_pass(x, half, half - 0.1, x, half, half, half.sum(), *text)
 
     def scoring(n):
-        x, _, _ = trial_inputs(n)
-        try:
-            move(rewards, device if args.low_memory else None)
+        x = torch.zeros(n, *base.latent_shape, device=device)
+        with brought(rewards, device, args.low_memory):
             score_pass(x, [rows[0]["prompt"]] * n, [rows[0]["metadata"]] * n)
-        finally:  # there may be no room
-            move(rewards, "cpu" if args.low_memory else None)
 
     at_once = micro_batch(args, n_mine, device, largest_recorded, scoring)
     student_params.grad.zero_()
@@ -513,12 +510,11 @@ def main():
         scores = torch.zeros(len(rewards), n_pictures, device=device)  # a rank fills in its own
         my_scores = scores[:, my_rows]
         gradient = torch.zeros_like(latents)
-        move(rewards, device if args.low_memory else None)
-        for b in small:
-            my_scores[:, b], loss, gradient[b] = score_pass(latents[b], prompts[b], metadata[b])
-            sums.add(loss_det=loss)
-            squares.add(slope_det=gradient[b].square().sum())
-        move(rewards, "cpu" if args.low_memory else None)
+        with brought(rewards, device, args.low_memory):
+            for b in small:
+                my_scores[:, b], loss, gradient[b] = score_pass(latents[b], prompts[b], metadata[b])
+                sums.add(loss_det=loss)
+                squares.add(slope_det=gradient[b].square().sum())
         return all_reduce(scores), gradient
 
     def my_prompts(epoch):
@@ -739,23 +735,22 @@ def evaluate(base, rows, rewards, args, name):
     mine = range(len(rows))[shard(len(rows), rank, world)]
     sums = torch.zeros(len(rewards), device=device)
     pictures = []
-    move(rewards, device if args.low_memory else None)
-    for i in range(0, len(mine), EVAL_BATCH):
-        places = mine[i : i + EVAL_BATCH]
-        prompts = [rows[place]["prompt"] for place in places]
-        metadata = [rows[place]["metadata"] for place in places]
-        noise = []
-        for k in range(args.num_steps + 1):
-            of_each = []
-            for place in places:
-                rng = seeded_rng(device, "eval", args.seed, place, k)
-                of_each.append(torch.randn(base.latent_shape, generator=rng, device=device))
-            noise.append(torch.stack(of_each))
-        student = base.velocity(STUDENT, base.encode(prompts))
-        path = rollout(student, noise[0], levels, args.num_steps, args.eta, noise[1:])
-        pictures.append(decode_each(base, path[-1]))
-        sums += torch.stack([r(pictures[-1], prompts, metadata).sum() for r in rewards])
-    move(rewards, "cpu" if args.low_memory else None)
+    with brought(rewards, device, args.low_memory):
+        for i in range(0, len(mine), EVAL_BATCH):
+            places = mine[i : i + EVAL_BATCH]
+            prompts = [rows[place]["prompt"] for place in places]
+            metadata = [rows[place]["metadata"] for place in places]
+            noise = []
+            for k in range(args.num_steps + 1):
+                of_each = []
+                for place in places:
+                    rng = seeded_rng(device, "eval", args.seed, place, k)
+                    of_each.append(torch.randn(base.latent_shape, generator=rng, device=device))
+                noise.append(torch.stack(of_each))
+            student = base.velocity(STUDENT, base.encode(prompts))
+            path = rollout(student, noise[0], levels, args.num_steps, args.eta, noise[1:])
+            pictures.append(decode_each(base, path[-1]))
+            sums += torch.stack([r(pictures[-1], prompts, metadata).sum() for r in rewards])
     if rank == 0 and pictures:
         save_grid(torch.cat(pictures)[:64], f"{args.out_dir}/samples/{name}.png")
     means = (all_reduce(sums) / len(rows)).tolist()

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 
 import cold_start
 import cps
@@ -187,6 +188,25 @@ def tiny_args(**more):
 def tiny_base(pretrained=TINY, resolution=32, **more):
     """The tiny base model on the CPU."""
     return BaseModel(str(pretrained), CPU, resolution, **more)
+
+
+def small_transformer(layers, dual_layers):
+    """A bare transformer of SD3.5's kind; the blocks of dual_layers have a second attention."""
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        pos_embed_max_size=16,
+        dual_attention_layers=dual_layers,
+        qk_norm="rms_norm",
+    )
 
 
 def backbone_of(transformer):

@@ -34,7 +34,7 @@ import lora as lora_module
 import model
 import rtdmd_rl
 import sample
-from helpers import backbone_of
+from helpers import backbone_of, small_transformer
 from tools import export
 
 torch.set_num_threads(1)
@@ -53,21 +53,7 @@ TEXT = (torch.ones(2, 7, 32), torch.ones(2, 32))
 def base():
     """A transformer of SD3.5's kind, three small blocks, the first with a second attention."""
     torch.manual_seed(0)
-    return SD3Transformer2DModel(
-        sample_size=16,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=32,
-        pooled_projection_dim=32,
-        pos_embed_max_size=16,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    ).requires_grad_(False)
+    return small_transformer(3, (0,)).requires_grad_(False)
 
 
 def fresh():

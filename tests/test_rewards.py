@@ -4,6 +4,7 @@ import math
 import random
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -405,6 +406,17 @@ def test_each_prompt_is_read_once_and_models_can_be_moved(small_models):
     rewards.move([reward, reward], "meta")  # stands for another device
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     rewards.clip.cache_clear()
+
+
+@pytest.mark.parametrize("waits, devices", [(True, ["meta", "cpu"]), (False, [])])
+def test_models_that_wait_on_the_cpu_go_back_there_after_an_error_too(waits, devices):
+    moves = []
+    model = SimpleNamespace(to=moves.append)
+    reward = SimpleNamespace(models=[model])
+    with pytest.raises(MemoryError), rewards.brought([reward], "meta", waits):
+        assert moves == devices[:1]
+        raise MemoryError
+    assert moves == devices
 
 
 # ---- what is refused -----------------------------------------------------------------------------

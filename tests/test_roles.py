@@ -5,7 +5,6 @@ Switching adapters, stacking them, checkpointing and compiling its blocks.
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
 from peft.tuners.lora import Linear as PeftLinear
 from PIL import Image
 
@@ -26,6 +25,7 @@ from helpers import (
     on_a_gpu,
     random_adapter,
     randomise,
+    small_transformer,
     tiny_base,
 )
 
@@ -204,21 +204,7 @@ def six_blocks():
 
     Blocks with a second attention, without, and the last, which drops its text.
     """
-    return SD3Transformer2DModel(
-        sample_size=16,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=6,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=32,
-        pooled_projection_dim=32,
-        pos_embed_max_size=16,
-        dual_attention_layers=(0, 1, 2),
-        qk_norm="rms_norm",
-    )
+    return small_transformer(6, (0, 1, 2))
 
 
 def test_one_compiled_graph_serves_all_blocks_of_a_kind(monkeypatch):

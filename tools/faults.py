@@ -1984,7 +1984,7 @@ SPEED = [
         "args.compile and not args.low_memory",
         "args.compile",
     ),
-    Fault("micro-batch: infinity is a number", "at_2 < math.inf else math.inf", "True else 0"),
+    Fault("micro-batch: infinity is a number", "if at_2 == math.inf:", "if False:"),
     Fault(
         "micro-batch: passes are tried as compiled",
         'torch.compiler.set_stance("force_eager"), sdpa',
