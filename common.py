@@ -381,7 +381,7 @@ def shard(n, rank, world):
     return slice(rank * n // world, (rank + 1) * n // world)
 
 
-ROOM_USED = 0.9  # of what a GPU has free, by the passes; the rest is for moments, NCCL and scraps
+ROOM_USED = 0.95  # of what a GPU has free, by the passes; the rest is for moments, NCCL and scraps
 # Memory of compiled code over that of plain code. Measured: .64 (SD3.5-M) and .78 (FLUX.1) for what is
 # recorded, .51 for the decoder with CLIP-L behind it.
 COMPILED_RECORDED, COMPILED_REST = 0.8, 0.6

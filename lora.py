@@ -156,12 +156,19 @@ class LoraLinear(PeftLinear):
         B = torch.cat([self.scaling[name] * self.lora_B[name].weight for name in names], 1)
         return A, B
 
-    def forward(self, x):
-        y = self.base_layer(x)
+    def active_pair(self):
+        """The pair of what adds to the base just now; None where this matrix has none of it."""
         names = self._active_adapter
         if not self.present(names):
+            return None
+        return self.fixed.get(tuple(names)) or self.pair(names)
+
+    def forward(self, x):
+        y = self.base_layer(x)
+        pair = self.active_pair()
+        if pair is None:
             return y
-        A, B = self.fixed.get(tuple(names)) or self.pair(names)
+        A, B = pair
         A, B = A.to(x.dtype), B.to(x.dtype)  # bf16 adapters in a float32 model
         return y + F.linear(F.linear(x, A), B)
 

@@ -19,6 +19,7 @@ from huggingface_hub.utils import logging as hub_logging
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from attention import join_projections
 from backbones import BACKBONES
 from checkpoint import SETTINGS_NAME
 from common import die, first_line, is_rank_0, note, seeded_rng
@@ -94,12 +95,21 @@ class BaseModel:
         self.text_tokens = self.backbone.text_tokens
         self.encode = TextEncoder(self.backbone.text, device)
         self.empty_text = None  # of classifier-free guidance, encoded when first needed
+        self.compile = compile
         if compile:
-            compile_decoder(self.pipe.vae)
+            quicken(self.pipe.vae)
+            self.pipe.vae.decoder.compile(dynamic=False)
+        if not cache_text:
+            self.settle()
+
+    def settle(self):
+        """The transformers come to the device, where they are compiled if that is asked for."""
         for transformer in self.transformers():
-            if compile:
+            transformer.to(self.device)
+            if self.compile:
+                join_projections(transformer)
                 compile_blocks(transformer)
-            if low_memory:
+            if self.low_memory:
                 checkpoint_activations(transformer)
 
     def transformers(self):
@@ -137,8 +147,7 @@ class BaseModel:
 
         The transformers come to the device in their place. Dies where there is no room for them.
         """
-        device = self.pipe.vae.device
-        self.encode = TextTable(self.backbone.text, device, prompts, path)
+        self.encode = TextTable(self.backbone.text, self.device, prompts, path)
         self.empty_text = None
         for name in self.backbone.encoders:
             setattr(self.pipe, name, None)
@@ -146,8 +155,7 @@ class BaseModel:
         gc.collect()
         torch.cuda.empty_cache()
         try:
-            for transformer in self.transformers():
-                transformer.to(device)
+            self.settle()
         except torch.cuda.OutOfMemoryError as e:
             die(
                 f"--pretrained {self.pretrained}: no room for the frozen transformers "
@@ -280,11 +288,6 @@ def compile_blocks(transformer):
     blocks += getattr(transformer, "single_transformer_blocks", [])  # FLUX has both kinds
     for block in blocks:
         block.compile(dynamic=False)
-
-
-def compile_decoder(vae):
-    quicken(vae)
-    vae.decoder.compile(dynamic=False)
 
 
 def checkpoint_activations(transformer):

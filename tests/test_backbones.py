@@ -104,15 +104,15 @@ def test_cudnn_attends_where_one_layout_of_q_k_and_v_means_one_of_the_gradient(
 @on_a_gpu
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_on_a_gpu_the_gradient_is_that_of_attention_written_out(name, compile, places, monkeypatch):
+def test_on_a_gpu_the_gradient_is_that_of_attention_written_out(name, compile, places):
     """Both are in bf16."""
     # Plain and compiled blocks must not share a plan (common.NOT_CUDNN), nor then a shape.
     n = 3 if compile else 2
     device = torch.device("cuda")
     truth = gradient_of_an_adapter(places[name], n, device, attention=SDPBackend.MATH)
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     torch._dynamo.reset()
-    got = gradient_of_an_adapter(places[name], n, device, compile)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        got = gradient_of_an_adapter(places[name], n, device, compile)
     assert (got - truth).norm() < 0.05 * truth.norm()
 
 

@@ -28,7 +28,8 @@ ALLOWED = {
     "text": {"common"},
     "lora": {"checkpoint", "common", "cps"},
     "backbones": {"common"},
-    "model": {"backbones", "checkpoint", "common", "cps", "hub", "lora", "pictures", "text"},
+    "attention": {"lora"},
+    "model": {"attention", "backbones", "checkpoint", "common", "cps", "hub", "lora", "pictures", "text"},
     "rewards": {"common", "hub", "prompts", "tiny"},
     "cold_start": {"checkpoint", "common", "cps", "model", "prompts", "text", "variants"},
     "rtdmd_rl": {

@@ -1,0 +1,117 @@
+"""Attention of Stable Diffusion 3 with q, k and v in one product, where the blocks are compiled.
+
+The three have the same input. Joined, it is read once in place of three times, in the backward pass,
+too, and few tokens fill a GPU better. docs/performance.md has what that is worth.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import JointAttnProcessor2_0
+
+from lora import LoraLinear
+
+
+def join_projections(transformer):
+    """Let every attention of Stable Diffusion 3 compute q, k and v together; others stay as they are.
+
+    To be called where the weights will stay: each matrix becomes a part of a larger one in memory.
+    """
+    for layer in transformer.modules():
+        if isinstance(getattr(layer, "processor", None), JointAttnProcessor2_0):
+            layer.set_processor(JointAttention(layer))
+
+
+class JointAttention:
+    """A processor of diffusers' Attention: attention over a picture's tokens and, if there are, a text's."""
+
+    def __init__(self, layer):
+        self.picture = Joined(layer, ("to_q", "to_k", "to_v"))
+        self.text = None
+        if layer.add_q_proj is not None:
+            self.text = Joined(layer, ("add_q_proj", "add_k_proj", "add_v_proj"))
+
+    def __call__(self, layer, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        """hidden_states [B,N,D] of a picture, encoder_hidden_states [B,L,D] of a text -> the same.
+
+        There never is a mask: Stable Diffusion 3 attends to the padding of its texts, too.
+        """
+        q, k, v = by_heads(self.picture(hidden_states), layer.heads)
+        if layer.norm_q is not None:
+            q = layer.norm_q(q)
+            k = layer.norm_k(k)
+        if encoder_hidden_states is None:
+            seen = attend(q, k, v)
+            return project_out(layer, seen)
+
+        text_q, text_k, text_v = by_heads(self.text(encoder_hidden_states), layer.heads)
+        if layer.norm_added_q is not None:
+            text_q = layer.norm_added_q(text_q)
+            text_k = layer.norm_added_k(text_k)
+        q = torch.cat([q, text_q], 2)
+        k = torch.cat([k, text_k], 2)
+        v = torch.cat([v, text_v], 2)
+        seen = attend(q, k, v)
+        picture, text = seen.tensor_split([hidden_states.shape[1]], 1)
+        if not layer.context_pre_only:  # the last block drops its text
+            text = layer.to_add_out(text)
+        return project_out(layer, picture), text
+
+
+def by_heads(tensors, heads):
+    """[B,N,D] each -> [B,heads,N,D / heads] each"""
+    return [tensor.unflatten(2, (heads, -1)).transpose(1, 2) for tensor in tensors]
+
+
+def attend(q, k, v):
+    """[B,heads,N,d] each -> [B,N,heads d]"""
+    seen = F.scaled_dot_product_attention(q, k, v)
+    return seen.transpose(1, 2).flatten(2)
+
+
+def project_out(layer, x):
+    project, _ = layer.to_out  # and a dropout of nothing
+    return project(x)
+
+
+class Joined:
+    """Adapted matrices of one input as one: W x + B A x with their W, and their A, below one another.
+
+    owner, names: the module whose matrices they are; adapters may be put on them later. Their weights
+    move into one tensor, of which each keeps its rows.
+    """
+
+    def __init__(self, owner, names):
+        self.owner = owner
+        self.names = names
+        layers = self.layers()
+        self.weight = torch.cat([layer.weight for layer in layers]).detach()
+        self.bias = torch.cat([layer.bias for layer in layers]).detach()
+        self.sizes = [len(layer.weight) for layer in layers]
+        for layer, rows in zip(layers, self.weight.split(self.sizes)):
+            layer.weight.data = rows
+
+    def layers(self):
+        return [getattr(self.owner, name) for name in self.names]
+
+    def __call__(self, x):
+        """x [...,D] -> what each matrix and its active adapters give."""
+        y = F.linear(x, self.weight, self.bias)
+        pairs = [pair_of(layer) for layer in self.layers()]
+        every_A, every_B = zip(*pairs)
+        A = torch.cat(every_A).to(x.dtype)
+        B = torch.block_diag(*every_B).to(x.dtype)
+        if len(A) > 0:
+            y = y + F.linear(F.linear(x, A), B)
+        return y.split(self.sizes, -1)
+
+
+def pair_of(layer):
+    """The A [r,in] and B [out,r] of a matrix's active adapters; r is 0 where it has none."""
+    pair = None
+    if isinstance(layer, LoraLinear):
+        pair = layer.active_pair()
+    if pair is not None:
+        return pair
+    weight = layer.weight
+    n_out, n_in = weight.shape
+    return weight.new_empty(0, n_in), weight.new_empty(n_out, 0)

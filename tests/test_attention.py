@@ -1,0 +1,107 @@
+"""q, k and v in one product (attention.py): the same numbers, for any adapters."""
+
+import pytest
+import torch
+
+import lora
+from attention import JointAttention, join_projections
+from helpers import backbone_of, randomise, small_transformer, tiny_base
+from model import play
+
+
+@pytest.fixture
+def transformer():
+    """Four blocks, of which the first two have a second attention and the last drops its text."""
+    torch.manual_seed(0)
+    return small_transformer(4, (0, 1))
+
+
+def with_adapters(transformer, targets):
+    """Adapters "one" and "two" of different rank on these matrices -> the weights of "two", trained."""
+    rng = torch.Generator().manual_seed(0)
+    real_targets = lora.TARGETS
+    for name, rank in (("one", 4), ("two", 8)):
+        lora.TARGETS = targets
+        try:
+            lora.add_adapter(transformer, name, rank, 64, seed=0)
+        finally:
+            lora.TARGETS = real_targets
+        randomise(lora.adapter(transformer, name), rng)
+    transformer.requires_grad_(False)
+    return lora.trainable(lora.adapter(transformer, "two"))
+
+
+def velocity_and_gradient(transformer, active, weights):
+    rng = torch.Generator().manual_seed(1)
+    text = (torch.randn(2, 7, 32, generator=rng), torch.randn(2, 32, generator=rng))
+    x = torch.randn(2, 4, 16, 16, generator=rng)
+    weights.grad.zero_()
+    v = play(backbone_of(transformer), active, text)(x, 0.6)
+    if "two" in active:
+        v.square().sum().backward()
+    return v.detach(), weights.grad.clone()
+
+
+@pytest.mark.parametrize("active", [[], ["one"], ["one", "two"]])
+@pytest.mark.parametrize(
+    "targets", [lora.TARGETS, ["attn.to_k", "attn.add_v_proj"], ["attn.to_out.0"]]
+)
+def test_joined_they_give_the_same_velocity_and_gradient(transformer, targets, active):
+    """Whatever matrices have adapters: all, some of an attention's three, or none of them."""
+    weights = with_adapters(transformer, targets)
+    v, gradient = velocity_and_gradient(transformer, active, weights)
+    join_projections(transformer)
+    v_joined, gradient_joined = velocity_and_gradient(transformer, active, weights)
+    assert (v_joined - v).abs().max() < 1e-5 * v.abs().max()
+    assert (gradient_joined - gradient).norm() <= 1e-5 * gradient.norm()
+    assert (gradient.norm() > 1) == ("two" in active)
+
+
+def test_adapters_may_come_after_the_joining(transformer):
+    """So the programs do: the base is loaded first."""
+    join_projections(transformer)
+    weights = with_adapters(transformer, lora.TARGETS)
+    v_joined, gradient_joined = velocity_and_gradient(transformer, ["two"], weights)
+    torch.manual_seed(0)
+    plain = small_transformer(4, (0, 1))
+    weights = with_adapters(plain, lora.TARGETS)
+    v, gradient = velocity_and_gradient(plain, ["two"], weights)
+    assert (v_joined - v).abs().max() < 1e-5 * v.abs().max()
+    assert (gradient_joined - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_the_joined_weights_are_held_once_and_stay_what_they_were(transformer):
+    before = {name: p.clone() for name, p in transformer.named_parameters()}
+    join_projections(transformer)
+    after = dict(transformer.named_parameters())
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    attention = transformer.transformer_blocks[0].attn
+    storages = {
+        getattr(attention, name).weight.untyped_storage().data_ptr()
+        for name in ("to_q", "to_k", "to_v")
+    }
+    assert storages == {attention.processor.picture.weight.untyped_storage().data_ptr()}
+
+
+def test_every_attention_of_stable_diffusion_3_is_joined_and_no_other(transformer, places):
+    """Both of a block that has two. FLUX has processors of its own."""
+    join_projections(transformer)
+    processors = transformer.attn_processors.values()
+    assert len(processors) == 4 + 2
+    assert all(isinstance(processor, JointAttention) for processor in processors)
+    other = tiny_base(places["flux1"]).transformer
+    join_projections(other)
+    assert not any(isinstance(p, JointAttention) for p in other.attn_processors.values())
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("cache_text", [False, True])
+def test_the_base_is_joined_where_it_is_compiled_alone(compile, cache_text, tmp_path, monkeypatch):
+    """And once it is on the device. (The compiler itself is left out: joining is what is looked at.)"""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    base = tiny_base(compile=compile, cache_text=cache_text)
+    if cache_text:
+        base.cache_texts(["a red circle"], str(tmp_path / "text.bin"))
+    processors = base.transformer.attn_processors.values()
+    assert all(isinstance(processor, JointAttention) == compile for processor in processors)
