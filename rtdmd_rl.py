@@ -561,6 +561,13 @@ def main():
         path, log_p = roll_out(x_start, level, noise, large_texts)
         log.lap("rollout")
 
+        # ---- score the pictures; differentiable rewards give a gradient at their latents (Eq. 15).
+        # Before anything has to wait for the GPU: Python prepares it while the GPU still draws
+        scores, reward_gradient = score(path[K], prompts, metadata, sums, squares)
+        # {end: gradient at path[end]}
+        gradients = {K: reward_gradient} if det_weight else {}
+        log.lap("rewards")
+
         # ---- fake follows the student: one update, on the finished pictures by default (Eq. 10-12)
         here, below = level[last], level[min(last + 1, K)]
         t = renoise_time(levels[last], draw.uniform())
@@ -570,12 +577,6 @@ def main():
             sums.add(loss_fake=fake_pass(*rows_of(inputs, b), some, *text))
         grad_fake = update(fake_params, fake_opt, skipped, "fake", sums["loss_fake"])
         log.lap("fake")
-
-        # ---- score the pictures; differentiable rewards give a gradient at their latents (Eq. 15)
-        scores, reward_gradient = score(path[K], prompts, metadata, sums, squares)
-        # {end: gradient at path[end]}
-        gradients = {K: reward_gradient} if det_weight else {}
-        log.lap("rewards")
 
         # ---- AC-DMD, the anchor to the teacher: one more gradient (Eq. 9)
         if args.dm_weight:

@@ -11,9 +11,17 @@ from model import play
 
 @pytest.fixture
 def transformer():
-    """Four blocks, of which the first two have a second attention and the last drops its text."""
+    return four_blocks()
+
+
+def four_blocks():
+    """The first two have a second attention and the last drops its text; every norm is another one."""
     torch.manual_seed(0)
-    return small_transformer(4, (0, 1))
+    transformer = small_transformer(4, (0, 1))
+    for name, p in transformer.named_parameters():
+        if ".norm_" in name:
+            torch.nn.init.normal_(p)
+    return transformer
 
 
 def with_adapters(transformer, targets):
@@ -62,8 +70,7 @@ def test_adapters_may_come_after_the_joining(transformer):
     join_projections(transformer)
     weights = with_adapters(transformer, lora.TARGETS)
     v_joined, gradient_joined = velocity_and_gradient(transformer, ["two"], weights)
-    torch.manual_seed(0)
-    plain = small_transformer(4, (0, 1))
+    plain = four_blocks()
     weights = with_adapters(plain, lora.TARGETS)
     v, gradient = velocity_and_gradient(plain, ["two"], weights)
     assert (v_joined - v).abs().max() < 1e-5 * v.abs().max()
@@ -95,6 +102,12 @@ def test_every_attention_of_stable_diffusion_3_is_joined_and_no_other(transforme
     assert not any(isinstance(p, JointAttention) for p in other.attn_processors.values())
 
 
+def joined(base):
+    """Whether all of its attentions are."""
+    processors = base.transformer.attn_processors.values()
+    return all(isinstance(processor, JointAttention) for processor in processors)
+
+
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("cache_text", [False, True])
 def test_the_base_is_joined_where_it_is_compiled_alone(compile, cache_text, tmp_path, monkeypatch):
@@ -102,6 +115,6 @@ def test_the_base_is_joined_where_it_is_compiled_alone(compile, cache_text, tmp_
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
     base = tiny_base(compile=compile, cache_text=cache_text)
     if cache_text:
+        assert not joined(base)  # it is on the CPU
         base.cache_texts(["a red circle"], str(tmp_path / "text.bin"))
-    processors = base.transformer.attn_processors.values()
-    assert all(isinstance(processor, JointAttention) == compile for processor in processors)
+    assert joined(base) == compile

@@ -1939,6 +1939,17 @@ SPEED = [
     Fault("quicken: a group's bias is shifted", "- group_mean * scale", "+ group_mean * scale"),
     Fault("quicken: attention without its scale", "torch.bmm(scale * query,", "torch.bmm(query,"),
     Fault("quicken: the norms stay", "is torch.nn.GroupNorm", "is torch.nn.LayerNorm"),
+    Fault("joined: q and k change places", '"to_q", "to_k", "to_v"', '"to_k", "to_q", "to_v"'),
+    Fault("joined: adapters add nothing", "if len(A) > 0:", "if False:"),
+    Fault("joined: the text has the picture's norm", "norm_added_q(text_q)", "norm_q(text_q)"),
+    Fault(
+        "joined: the picture's q has the norm of k", "q = layer.norm_q(q)", "q = layer.norm_k(q)"
+    ),
+    Fault("joined: the text's keys come first", "torch.cat([k, text_k]", "torch.cat([text_k, k]"),
+    Fault("joined: the text is cut off too early", "[hidden_states.shape[1]], 1", "[1], 1"),
+    Fault("joined: the weights are held twice", "layer.weight.data = rows", "pass"),
+    Fault("joined: while the weights are on the CPU", "if not cache_text:\n", "if True:\n"),
+    Fault("joined: though nothing is compiled", "if self.compile:\n", "if True:\n"),
     Fault("share: no weight", "there / share)", "there)", ONE),
     Fault(
         "share: other pictures' noise",
