@@ -22,7 +22,7 @@ def join_projections(transformer):
 
 
 class JointAttention:
-    """A processor of diffusers' Attention: attention over a picture's tokens and, if there are, a text's."""
+    """A processor of diffusers' Attention: over a picture's tokens and, if there are any, a text's."""
 
     def __init__(self, layer):
         self.picture = Joined(layer, ("to_q", "to_k", "to_v"))

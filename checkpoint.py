@@ -372,9 +372,9 @@ def alpha_of(path, weights, metadata, in_diffusers_format):
     """The alpha that the file or something beside it says, or None.
 
     In this order: the file's metadata, adapter_config.json beside it, diffusers' own format,
-    settings.json and ckpt.pt of the run that made it. A file in diffusers' format without metadata means alpha = rank: its
-    writers put alpha into B, as every export of ours does. Dies where what says it is damaged or contradicts the
-    file.
+    settings.json and ckpt.pt of the run that made it. A file in diffusers' format without metadata
+    means alpha = rank: its writers put alpha into B, as every export of ours does. Dies where what
+    says it is damaged or contradicts the file.
     """
     folder = os.path.dirname(path)
     if "lora_adapter_metadata" in metadata:
@@ -563,7 +563,7 @@ def take_settings(args, path, names=SAMPLING, called=None):
 
 
 def generators_own(args, path, settings):
-    """The generator's own base model: "" where all roles share one, None where there is one without name.
+    """The generator's own base model; "" where all roles share one, None where it has no name.
 
     The second says so, unless a flag or a preset names it.
     """

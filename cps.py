@@ -28,8 +28,9 @@ def sigmas(num_steps=4, shift=3.0):
     """Noise levels t_0..t_K of a K-step sampler: an even grid from 1, SD3's time shift, and 0.
 
     The shift t -> 3t/(1+2t) is applied ONCE: sigmas() is [1.0, 0.9, 0.75, 0.5, 0.0]. (A scheduler
-    that is given these as `sigmas=` shifts them again, and diffusers' own grid for 4 steps is [1, .858,
-    .602, .009]: sampling or training at such times is the common bug of few-step SD3 code.) Raises ValueError if num_steps < 1 or shift <= 0.
+    that is given these as `sigmas=` shifts them again, and diffusers' own grid for 4 steps is [1,
+    .858, .602, .009]: sampling or training at such times is the common bug of few-step SD3 code.)
+    Raises ValueError if num_steps < 1 or shift <= 0.
     """
     if num_steps < 1 or shift <= 0:
         raise ValueError(f"sigmas needs num_steps >= 1 and shift > 0, got {num_steps} and {shift}")
@@ -92,8 +93,8 @@ def renoise(x_s, sigma_s, sigma_t, noise):
         x_t = a x_s + sig n,    a = (1-t)/(1-s),    sig^2 = t^2 - a^2 s^2
 
     so that x_t has the marginal of level t whenever x_s has that of level s. (With App. B's printed
-    sig = (t-s)/(1-s) it has not: see the variant printed_std, and the test of the Gaussian world.) s = 0
-    gives (1-t) x0 + t n: ordinary re-noising, ordinary DMD2.
+    sig = (t-s)/(1-s) it has not: see the variant printed_std, and the test of the Gaussian world.)
+    s = 0 gives (1-t) x0 + t n: ordinary re-noising, ordinary DMD2.
     """
     x_s = at_least_float32(x_s)
     s = per_sample(sigma_s, x_s)

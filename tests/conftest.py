@@ -1,6 +1,7 @@
 """What has to be so before any test imports torch, then the fixtures that several files share.
 
-There is no network, one thread and no GPU, and the programs can be imported. The few tests of a GPU are asked for: ON_A_GPU=1 python -m pytest tests -k on_a_gpu
+There is no network, one thread and no GPU, and the programs can be imported. The few tests of a GPU
+are asked for: ON_A_GPU=1 python -m pytest tests -k on_a_gpu
 """
 
 import os
@@ -41,7 +42,7 @@ def places(tmp_path_factory):
     }
 
 
-# ------------------------------------------------------------------------------------------------- stage 1 -> stage 2 -> sample
+# ---- stage 1 -> stage 2 -> sample
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """Both stages and sample.py as a user runs them: three command lines."""

@@ -203,7 +203,10 @@ def test_the_shapes_of_a_text_are_known_before_it_is_encoded(name, places):
 
 @pytest.mark.parametrize("name, at_512", [("flux1", 1.878), ("klein", 7.619)])
 def test_the_time_shift_grows_with_the_picture(name, at_512, places):
-    """At 512 px, four steps: the study's numbers. A picture of 32 px is 8 x 8 tokens here, one of 512 px 32 x 32 there."""
+    """At 512 px, four steps: the study's numbers.
+
+    A picture of 32 px is 8 x 8 tokens here, one of 512 px 32 x 32 there.
+    """
     base = tiny_base(places[name])
     base.backbone.tokens = 32 * 32
     assert base.backbone.shift(4) == pytest.approx(at_512, abs=1e-3)

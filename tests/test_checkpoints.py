@@ -42,7 +42,10 @@ from helpers import (
 
 
 def test_the_checkpoint_has_one_pair_of_keys_for_each_attention_projection_that_a_block_has(run):
-    """The published format: `transformer_blocks.0.attn.to_q.lora_A.default.weight`; attn, and not SD3.5's second attention attn2."""
+    """Such as `transformer_blocks.0.attn.to_q.lora_A.default.weight`.
+
+    There is attn, and not SD3.5's second attention, attn2.
+    """
     blocks = SD3Transformer2DModel.from_pretrained(TINY / "transformer").transformer_blocks
     expected = {
         f"transformer_blocks.{i}.attn.{name}.lora_{ab}.default.weight"
@@ -149,8 +152,9 @@ def test_an_annealed_run_goes_on_to_the_byte_and_not_with_another_length(tmp_pat
     assert same_files(tmp_path / "whole", tmp_path / "cut")
 
 
-# ------------------------------------------------------------------------------------------------------------- it survives
-# Kill it anywhere: signals, crashes, full disks, damaged files. The crash test is a program of its own, too: crash.py.
+# ---- it survives
+# Kill it anywhere: signals, crashes, full disks, damaged files.
+# The crash test is a program of its own, too: crash.py.
 @pytest.fixture
 def small_state(tmp_path):
     """-> save(step): a `Run` in tmp_path saves a state every number of which is `step`."""
@@ -187,8 +191,11 @@ class Killed(BaseException):
 def test_killed_at_any_call_while_saving_a_whole_checkpoint_is_left_and_no_mixture(
     small_state, tmp_path, monkeypatch, capsys
 ):
-    """Save step 1, 2, then 3 and die at the n-th write, flush or rename, for every n. What the same command reads is step 2 or 3, whole; the two
-    adapters are of one step, or stage 2 refuses them. When nobody dies: step 3, and step 2 behind it."""
+    """Save step 1, 2, then 3 and die at the n-th write, flush or rename, for every n.
+
+    What the same command reads is step 2 or 3, whole; the two adapters are of one step, or stage 2
+    refuses them. When nobody dies: step 3, and step 2 behind it.
+    """
     save = small_state
     for n in itertools.count():
         for path in tmp_path.iterdir():
@@ -239,7 +246,10 @@ def test_killed_at_any_call_while_saving_a_whole_checkpoint_is_left_and_no_mixtu
 def test_one_flipped_bit_anywhere_in_a_checkpoint_is_noticed_or_changes_nothing(
     small_state, tmp_path, capsys
 ):
-    """Every byte of a small one, and every bit of its table of contents. torch.load alone takes wrong weights, steps and flags for right: it does not look at the checksums."""
+    """Every byte of a small one, and every bit of its table of contents.
+
+    torch.load alone takes wrong weights, steps and flags for right: it does not look at the checksums.
+    """
     small_state(7)
     path = tmp_path / "ckpt.pt"
     whole = load(path)
@@ -285,7 +295,10 @@ def test_an_entry_that_is_marked_as_a_directory_is_refused(small_state, tmp_path
 def test_a_damaged_byte_in_each_part_of_a_real_checkpoint_is_refused_and_the_one_before_it_goes_on(
     run, tmp_path
 ):
-    """Each tensor, the flags, the optimisers. The message offers ckpt.prev.pt, and doing as it says ends in the bytes of a whole run."""
+    """Each tensor, the flags, the optimisers.
+
+    The message offers ckpt.prev.pt, and doing as it says ends in the bytes of a whole run.
+    """
     path = Path(shutil.copy(run.cold / "ckpt.pt", tmp_path))
     parts = [part for part in zipfile.ZipFile(path).infolist() if part.file_size]
     for part in [part for part in parts if "/data/" not in part.filename] + parts[
@@ -381,7 +394,10 @@ def at_call(function, n, action):
 
 @pytest.mark.parametrize("stage, name", [("cold", "SIGTERM"), ("rl", "SIGINT")])
 def test_a_signal_finishes_the_step_saves_and_exits_with_status_0(run, tmp_path, stage, name):
-    """In the middle of the first step, twice, as torchrun passes them on; the same command then ends in the bytes of an uninterrupted run."""
+    """In the middle of the first step, twice, as torchrun passes them on.
+
+    The same command then ends in the bytes of an uninterrupted run.
+    """
     program, flags, *_ = stage_of(run, stage)
 
     def ask():
@@ -408,7 +424,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_status_0(run, tmp_path,
 
 
 def two_ranks(out_dir, *flags):
-    """torchrun with two endless ranks -> (its Popen, [pid of rank 0, of rank 1]) once they have taken two steps."""
+    """torchrun with two endless ranks that have taken two steps -> (its Popen, [pid of rank 0, of 1])"""
     command = [
         Path(sys.executable).with_name("torchrun"),
         "--standalone",
@@ -503,8 +519,11 @@ def test_a_checkpoint_is_saved_after_so_many_minutes_too(tmp_path, monkeypatch):
     ],
 )
 def test_a_full_disk_while_writing_loses_nothing_that_was_saved(run, tmp_path, limit, name):
-    """The kernel refuses to let a file grow beyond the limit, in the middle of a write. One line, status 1; the old files are untouched and of
-    one step, nothing half-written is left, and the same command ends in the same bytes as a run without the accident."""
+    """The kernel refuses to let a file grow beyond the limit, in the middle of a write.
+
+    One line, status 1; the old files are untouched and of one step, nothing half-written is left,
+    and the same command ends in the same bytes as a run without the accident.
+    """
     flags = [*COLD, "--out_dir", tmp_path / "out"]
     good(here(cold_start, *flags, "--steps", 2))
     (tmp_path / "out/log.jsonl").write_text("")  # or the limit would be met at once

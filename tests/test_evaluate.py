@@ -29,7 +29,10 @@ def test_standard_errors_are_those_of_the_prompts_means():
 def test_teacher_and_student_are_evaluated_side_by_side_on_the_same_prompts_and_seeds(
     run, tmp_path, monkeypatch
 ):
-    """All rewards see the same pictures; geneval's verdict is replaced by one that can be foretold, its metadata is looked up."""
+    """All rewards see the same pictures.
+
+    geneval's verdict is replaced by one that can be foretold; its metadata is looked up.
+    """
     rows = [
         {"prompt": f"a {c} {s}", "tag": tag, "include": [want("car", color=c)]}
         for c, s, tag in (

@@ -1,4 +1,4 @@
-"""The weights elsewhere: exports for diffusers, model cards, the scheduler in pipelines, Stable Diffusion 3 Medium."""
+"""The weights elsewhere: exports for diffusers, model cards, the scheduler in pipelines, SD3 Medium."""
 
 import contextlib
 import errno
@@ -137,7 +137,10 @@ PAGES = README + "".join(page.read_text() for page in sorted((ROOT / "docs").glo
 @pytest.mark.parametrize("stages", [("cold", "rl"), ("cold",), ("rl",)], ids="+".join)
 @pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated")
 def test_diffusers_draws_from_every_export_what_our_own_loop_draws(tmp_path, stages):
-    """Two files of different ranks and an alpha that is neither: LoRA in one file, as two adapters, merged; the card's code as printed."""
+    """Two files of different ranks and an alpha that is neither, exported in all three ways.
+
+    They are LoRA in one file, two adapters, and merged; the card's code runs as printed.
+    """
     random_adapter(tmp_path / "cold/generator_ema.pt", 0, 32)
     random_adapter(tmp_path / "rl/generator_ema.pt", 1, 16)
     where = {}
@@ -192,7 +195,7 @@ def drawn_by_card(code):
 @pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated")
 @pytest.mark.parametrize("name", ["sd3", "flux1", "schnell", "klein"])
 def test_the_cards_code_draws_for_every_family_what_our_own_loop_draws(name, places, tmp_path):
-    """Of a picture that is no square: from one LoRA, from two, merged; and our loop from the published layout."""
+    """Of no square: from one LoRA, from two, merged; and our loop from the published layout."""
     random_adapter(tmp_path / "cold/generator_ema.pt", 0, 4, places[name])
     random_adapter(tmp_path / "rl/generator_ema.pt", 1, 2, places[name])
     stages = [tmp_path / "cold", tmp_path / "rl"]
@@ -308,7 +311,7 @@ def test_no_path_of_this_machine_is_exported(run, tmp_path):
 
 
 def test_settings_travel_with_the_weights(run, tmp_path):
-    """From the run to the picture, to the export, and to a picture from the export; a flag is obeyed and said."""
+    """From the run to the picture, to the export, to a picture from it; a flag is obeyed and said."""
     run_dir = tmp_path / "cold"
     shutil.copytree(run.cold, run_dir)
     settings = json.loads((run_dir / "settings.json").read_text())
@@ -452,7 +455,7 @@ def test_the_scheduler_shifts_once_where_the_shift_depends_on_the_pictures_size(
     close(euler.sigmas.tolist(), LEVELS, 1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------- Stable Diffusion 3 Medium
+# ---- Stable Diffusion 3 Medium
 SD3M = dict(
     sample_size=128,
     patch_size=2,
@@ -489,7 +492,10 @@ def test_the_adapters_fit_sd3_medium():
 
 
 def test_both_stages_run_on_sd3_mediums_kind_of_transformer(tmp_path):
-    """Four narrow blocks and its table of positions in the tiny pipeline: training, drawing, and the largest resolution that it has positions for."""
+    """Four narrow blocks and its table of positions in the tiny pipeline: training and drawing.
+
+    At the largest resolution that it has positions for, too.
+    """
     small = dict(
         SD3M,
         num_layers=4,

@@ -1,7 +1,10 @@
-"""GenEval's two rewards: `geneval`, 1 or 0 by its rules, and `geneval_soft`, the partial credit that stage 2 trains on.
+"""GenEval's two rewards, and how they are told.
 
-Every case of the table below was decided by hand from the rules, before the code was asked. The soft score is the mean over
-the parts of all "include" entries, and its arithmetic stands beside each case, one summand a part.
+`geneval` is 1 or 0 by its rules, `geneval_soft` the partial credit that stage 2 trains on.
+
+Every case of the table below was decided by hand from the rules, before the code was asked. The
+soft score is the mean over the parts of all "include" entries, and its arithmetic stands beside
+each case, one summand a part.
 """
 
 import random
@@ -22,9 +25,12 @@ from tools import evaluate
 CLIP = f"clipscore={Path(__file__).resolve().parent.parent}/assets/tiny/clip"
 
 
-# ------------------------------------------------------------------------------------------- what is seen, what is asked for
+# ---- what is seen, what is asked for
 def at(x, y, name="cat", p=0.95, color="red", size=20):
-    """A detection `size` pixels wide and high, centred on (x, y); its colour is what the classifier would answer."""
+    """A detection `size` pixels wide and high, centred on (x, y).
+
+    Its colour is what the classifier would answer.
+    """
     return name, p, (x - size / 2, y - size / 2, x + size / 2, y + size / 2), color
 
 
@@ -262,7 +268,10 @@ def test_the_order_of_the_detections_does_not_matter(found, asked, credit, verdi
 
 
 def test_where_the_numbers_are_right_full_credit_is_the_verdict():
-    """Numbers aside, the two rules ask for the same: on random scenes the soft form is 1 exactly where the verdict is."""
+    """Numbers aside, the two rules ask for the same.
+
+    On random scenes the soft form is 1 exactly where the verdict is.
+    """
     rng = random.Random(0)
     seen = Counter()
     for _ in range(3000):
@@ -303,10 +312,13 @@ def test_colours_are_asked_only_where_the_number_is_right():
     assert rewards.geneval_credit(row(2), red_cat, fails) == 0
 
 
-# ------------------------------------------------------------------------------------------------------------- as rewards
+# ---- as rewards
 @pytest.fixture
 def detector(monkeypatch, tmp_path):
-    """A detector that is loaded from tmp_path and sees what .sees says -> its loads, its looks, --reward_path for it."""
+    """A detector that is loaded from tmp_path and sees what .sees says.
+
+    -> its loads, its looks, --reward_path for it
+    """
     stub = SimpleNamespace(loads=[], looks=0, sees=[], path=f"geneval={tmp_path}")
     real_load = rewards.load
 

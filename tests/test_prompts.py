@@ -50,9 +50,12 @@ def test_the_built_in_prompts_come_in_genevals_six_categories_with_genevals_meta
 
 # ---- prompts
 def test_prompts_of_every_kind_are_read_and_what_is_cut_off_is_counted(tmp_path, capfd):
-    """BOM, CRLF, blank lines, 10 000 characters, duplicates, what looks like a flag, emoji, right-to-left: all are drawn, and one line each says
-    how many are too long (tiny tokenizers know their world's words and spell out all others) and how many are repeated. No other line:
-    diffusers would print the text that is cut off."""
+    """BOM, CRLF, blank lines, 10 000 characters, duplicates, emoji, right-to-left, what looks like a flag.
+
+    All are drawn. One line each says how many are too long (tiny tokenizers know their world's words
+    and spell out all others) and how many are repeated. There is no other line: diffusers would print
+    the text that is cut off.
+    """
     prompts = [
         "a red circle",
         "--seed",

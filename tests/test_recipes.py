@@ -30,7 +30,7 @@ def flags_of(program, *flags):
         return vars(sample.settled(args, {}) if program == "sample" else args)
 
 
-# ---------------------------------------------------------------------------------------------------------------- presets
+# ---- presets
 def test_sd3_medium_has_a_recipe_of_its_own_in_all_three_programs():
     for program in ("cold_start", "rtdmd_rl"):
         flags = flags_of(program, "--preset", "sd3m")
@@ -120,7 +120,7 @@ def test_the_recipes_of_flux_differ_from_sd35_mediums_in_nothing_that_no_table_n
         assert (student["cfg"], teacher["cfg"]) == (1, ours["cfg"])
 
 
-# ---------------------------------------------------------------------------------------------------------------- prompts
+# ---- prompts
 class Started(Exception):
     """The model would be loaded now."""
 

@@ -1,14 +1,15 @@
-"""Draw prompts and score the pictures: out_dir/scores.jsonl, means with standard errors, GenEval's categories.
+"""Draw prompts and score the pictures: scores.jsonl, means with standard errors, GenEval's categories.
 
     python -m tools.evaluate --prompts FILE --rewards clipscore,geneval              # the student
     python -m tools.evaluate --prompts FILE --rewards clipscore,geneval --compare    # beside the teacher
     python -m tools.evaluate --prompts FILE --rewards clipscore --teacher            # the teacher alone
     torchrun --nproc_per_node=8 -m tools.evaluate --prompts FILE --rewards clipscore  # on 8 GPUs
 
-What is drawn, and with what, is said as for sample.py. Called again, it draws what is missing: a picture
-that is there, with the same text in its PNG, is read. Scores do not depend on the number of processes. Rewards may need metadata: either --prompts is a
-.jsonl that has it, or --metadata names one in which the prompts are looked up. `tools.export --scores
-out/evaluation/scores.jsonl` puts the means into a model card.
+What is drawn, and with what, is said as for sample.py. Called again, it draws what is missing: a
+picture that is there, with the same text in its PNG, is read. Scores do not depend on the number of
+processes. Rewards may need metadata: either --prompts is a .jsonl that has it, or --metadata names one
+in which the prompts are looked up. `tools.export --scores out/evaluation/scores.jsonl` puts the means
+into a model card.
 """
 
 import json

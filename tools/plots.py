@@ -388,8 +388,8 @@ def draw_hacking(run, stages_2, pretrained, n, path, device):
     """What stages 2 made of one cold start -> path, and the numbers of each on screen.
 
     Pictures are the scoreboard's of three captions that leave the colour open; the numbers are over
-    all its captions, n pictures a category. Dies where the stages 2 were not trained on one and the same stage 1; that it was this run's is
-    not checked.
+    all its captions, n pictures a category. Dies where the stages 2 were not trained on one and the
+    same stage 1; that it was this run's is not checked.
     """
     starts = set()
     for stage in stages_2:
