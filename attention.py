@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 
-from lora import LoraLinear
+from lora import Adapted, LoraLinear
 
 
 def join_projections(transformer):
@@ -19,6 +19,16 @@ def join_projections(transformer):
     for layer in transformer.modules():
         if isinstance(getattr(layer, "processor", None), JointAttnProcessor2_0):
             layer.set_processor(JointAttention(layer))
+
+
+def joined_in(transformer):
+    """All that has been joined there."""
+    found = []
+    for layer in transformer.modules():
+        processor = getattr(layer, "processor", None)
+        if isinstance(processor, JointAttention):
+            found += [processor.picture, processor.text]
+    return [joined for joined in found if joined is not None]
 
 
 class JointAttention:
@@ -73,7 +83,7 @@ def project_out(layer, x):
     return project(x)
 
 
-class Joined:
+class Joined(Adapted):
     """Adapted matrices of one input as one: W x + B A x with their W, and their A, below one another.
 
     owner, names: the module whose matrices they are; adapters may be put on them later. Their weights
@@ -93,25 +103,35 @@ class Joined:
     def layers(self):
         return [getattr(self.owner, name) for name in self.names]
 
+    def adapted(self):
+        return [layer for layer in self.layers() if isinstance(layer, LoraLinear)]
+
+    def active(self):
+        for layer in self.adapted():
+            return layer.active()  # the same for all
+        return []
+
+    def present(self, names):
+        """Those of the adapters that any of the matrices has."""
+        layers = self.adapted()
+        return [name for name in names if any(layer.present([name]) for layer in layers)]
+
+    def pair(self, names):
+        """The A of all matrices below one another, and their B along a diagonal."""
+        pairs = [pair_of(layer, names) for layer in self.layers()]
+        every_A, every_B = zip(*pairs)
+        return torch.cat(every_A), torch.block_diag(*every_B)
+
     def __call__(self, x):
         """x [...,D] -> what each matrix and its active adapters give."""
         y = F.linear(x, self.weight, self.bias)
-        pairs = [pair_of(layer) for layer in self.layers()]
-        every_A, every_B = zip(*pairs)
-        A = torch.cat(every_A).to(x.dtype)
-        B = torch.block_diag(*every_B).to(x.dtype)
-        if len(A) > 0:
-            y = y + F.linear(F.linear(x, A), B)
-        return y.split(self.sizes, -1)
+        return self.plus_adapters(y, x).split(self.sizes, -1)
 
 
-def pair_of(layer):
-    """The A [r,in] and B [out,r] of a matrix's active adapters; r is 0 where it has none."""
-    pair = None
-    if isinstance(layer, LoraLinear):
-        pair = layer.active_pair()
-    if pair is not None:
-        return pair
-    weight = layer.weight
-    n_out, n_in = weight.shape
-    return weight.new_empty(0, n_in), weight.new_empty(n_out, 0)
+def pair_of(layer, names):
+    """The A [r,in] and B [out,r] of a matrix's adapters; r is 0 where it has none of them."""
+    if isinstance(layer, LoraLinear) and layer.present(names):
+        return layer.pair(names)
+    n_out, n_in = layer.weight.shape
+    device = layer.weight.device
+    return torch.empty(0, n_in, device=device), torch.empty(n_out, 0, device=device)

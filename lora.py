@@ -134,16 +134,35 @@ def adopt_layers(transformer):
         layer.__class__ = LoraLinear
 
 
-class LoraLinear(PeftLinear):
+class Adapted:
+    """A product of frozen matrices that adapters add to. One pair of small products serves all of them.
+
+    Stage 2's stacked adapters then cost no more than one. A class of it has `active()`, the names of
+    those that add just now; `present(names)`, those of them that it has; and their `pair(names)`.
+    """
+
+    fixed = {}  # {adapters: their pair}, where it no longer changes (sample.py)
+
+    def plus_adapters(self, y, x):
+        """y + B A x with the pair of what is active."""
+        names = self.active()
+        if not self.present(names):
+            return y
+        A, B = self.fixed.get(tuple(names)) or self.pair(names)
+        A, B = A.to(x.dtype), B.to(x.dtype)  # bf16 adapters in a float32 model
+        return y + F.linear(F.linear(x, A), B)
+
+
+class LoraLinear(Adapted, PeftLinear):
     """peft's adapted matrix, W x + sum of scaling B A x over the active adapters, in fewer products.
 
-    One pair of small products serves all of them: stage 2's stacked adapters cost no more than one.
     (A class, not a function for each layer: the compiler's graph of a block serves all blocks like
     it.) Called under `play`'s autocast. peft's flags for disabled and merged adapters are not looked
     at.
     """
 
-    fixed = {}  # {adapters: their pair}, where it no longer changes (sample.py)
+    def active(self):
+        return self._active_adapter
 
     def present(self, names):
         """Those of the adapters that this matrix has: a file may adapt others than our flags do."""
@@ -156,21 +175,8 @@ class LoraLinear(PeftLinear):
         B = torch.cat([self.scaling[name] * self.lora_B[name].weight for name in names], 1)
         return A, B
 
-    def active_pair(self):
-        """The pair of what adds to the base just now; None where this matrix has none of it."""
-        names = self._active_adapter
-        if not self.present(names):
-            return None
-        return self.fixed.get(tuple(names)) or self.pair(names)
-
     def forward(self, x):
-        y = self.base_layer(x)
-        pair = self.active_pair()
-        if pair is None:
-            return y
-        A, B = pair
-        A, B = A.to(x.dtype), B.to(x.dtype)  # bf16 adapters in a float32 model
-        return y + F.linear(F.linear(x, A), B)
+        return self.plus_adapters(self.base_layer(x), x)
 
 
 def trainable(matrices):

@@ -20,6 +20,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm import tqdm
 
+from attention import joined_in
 from checkpoint import (
     BASES,
     check_pair,
@@ -211,10 +212,10 @@ def load_generator(base, files, lora_alpha=None):
 def fix_adapters(base, adapters):
     """Put the adapters of each matrix together once, rounded, and not in every pass."""
     transformer = base.backbone_of(adapters).pipe.transformer
-    for layer in transformer.lora_layers:
-        if layer.present(adapters):
-            pair = [matrix.to(transformer.dtype) for matrix in layer.pair(adapters)]
-            layer.fixed = {tuple(adapters): pair}
+    for product in [*transformer.lora_layers, *joined_in(transformer)]:
+        if product.present(adapters):
+            pair = [matrix.to(transformer.dtype) for matrix in product.pair(adapters)]
+            product.fixed = {tuple(adapters): pair}
 
 
 def teacher_levels(base, steps):

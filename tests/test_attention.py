@@ -1,9 +1,12 @@
 """q, k and v in one product (attention.py): the same numbers, for any adapters."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import lora
+import sample
 from attention import JointAttention, join_projections
 from helpers import backbone_of, randomise, small_transformer, tiny_base
 from model import play
@@ -24,11 +27,11 @@ def four_blocks():
     return transformer
 
 
-def with_adapters(transformer, targets):
+def with_adapters(transformer, targets_of_one=lora.TARGETS, targets_of_two=lora.TARGETS):
     """Adapters "one" and "two" of different rank on these matrices -> the weights of "two", trained."""
     rng = torch.Generator().manual_seed(0)
     real_targets = lora.TARGETS
-    for name, rank in (("one", 4), ("two", 8)):
+    for name, rank, targets in (("one", 4, targets_of_one), ("two", 8, targets_of_two)):
         lora.TARGETS = targets
         try:
             lora.add_adapter(transformer, name, rank, 64, seed=0)
@@ -52,11 +55,16 @@ def velocity_and_gradient(transformer, active, weights):
 
 @pytest.mark.parametrize("active", [[], ["one"], ["one", "two"]])
 @pytest.mark.parametrize(
-    "targets", [lora.TARGETS, ["attn.to_k", "attn.add_v_proj"], ["attn.to_out.0"]]
+    "one, two",
+    [
+        (lora.TARGETS, lora.TARGETS),
+        (["attn.to_q"], ["attn.to_k", "attn.add_v_proj"]),
+        (["attn.to_out.0"], ["attn.to_out.0"]),
+    ],
 )
-def test_joined_they_give_the_same_velocity_and_gradient(transformer, targets, active):
-    """Whatever matrices have adapters: all, some of an attention's three, or none of them."""
-    weights = with_adapters(transformer, targets)
+def test_joined_they_give_the_same_velocity_and_gradient(transformer, one, two, active):
+    """Whatever matrices have adapters: all, others of an attention's three, or none of them."""
+    weights = with_adapters(transformer, one, two)
     v, gradient = velocity_and_gradient(transformer, active, weights)
     join_projections(transformer)
     v_joined, gradient_joined = velocity_and_gradient(transformer, active, weights)
@@ -68,10 +76,10 @@ def test_joined_they_give_the_same_velocity_and_gradient(transformer, targets, a
 def test_adapters_may_come_after_the_joining(transformer):
     """So the programs do: the base is loaded first."""
     join_projections(transformer)
-    weights = with_adapters(transformer, lora.TARGETS)
+    weights = with_adapters(transformer)
     v_joined, gradient_joined = velocity_and_gradient(transformer, ["two"], weights)
     plain = four_blocks()
-    weights = with_adapters(plain, lora.TARGETS)
+    weights = with_adapters(plain)
     v, gradient = velocity_and_gradient(plain, ["two"], weights)
     assert (v_joined - v).abs().max() < 1e-5 * v.abs().max()
     assert (gradient_joined - gradient).norm() < 1e-5 * gradient.norm()
@@ -89,6 +97,22 @@ def test_the_joined_weights_are_held_once_and_stay_what_they_were(transformer):
         for name in ("to_q", "to_k", "to_v")
     }
     assert storages == {attention.processor.picture.weight.untyped_storage().data_ptr()}
+
+
+def test_for_drawing_their_adapters_are_put_together_once(transformer):
+    """As those of single matrices are: what is done to the adapters later changes nothing."""
+    join_projections(transformer)
+    weights = with_adapters(transformer)
+    active = ["one", "two"]
+    before, _ = velocity_and_gradient(transformer, active, weights)
+    base = SimpleNamespace(backbone_of=lambda adapters: backbone_of(transformer))
+    sample.fix_adapters(base, active)
+    with torch.no_grad():
+        weights.mul_(2)
+    after, _ = velocity_and_gradient(transformer, active, weights)
+    assert (after - before).abs().max() < 1e-6 * before.abs().max()
+    of_one, _ = velocity_and_gradient(transformer, ["one"], weights)
+    assert (of_one - before).abs().max() > 0.01 * before.abs().max()
 
 
 def test_every_attention_of_stable_diffusion_3_is_joined_and_no_other(transformer, places):

@@ -36,7 +36,7 @@ ALLOWED = {
         "checkpoint", "cold_start", "common", "cps", "hub", "model", "pictures", "prompts", "rewards",
         "text", "variants",
     },
-    "sample": {"checkpoint", "common", "cps", "hub", "model", "pictures", "prompts", "text"},
+    "sample": {"attention", "checkpoint", "common", "cps", "hub", "model", "pictures", "prompts", "text"},
 }  # fmt: skip
 TOOLS = [f"tools/{path.stem}" for path in ROOT.glob("tools/[!_]*.py")]
 READABLE = sorted([*ALLOWED, *TOOLS])

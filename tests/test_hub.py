@@ -87,10 +87,17 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    """One that does not speak of clients that gave up, into the stderr that the tests read."""
+
+    def handle_error(self, request, client_address):
+        pass
+
+
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     """A running hub that the libraries of this process ask; its cache is empty."""
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    httpd = Server(("127.0.0.1", 0), Hub)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     monkeypatch.setattr(Hub, "asked", [])
     Hub.release.clear()

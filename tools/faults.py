@@ -1050,13 +1050,13 @@ MODEL = [
     ),
     Fault(
         "adapters: only the last of a stack counts",
-        "names = self._active_adapter",
-        "names = self._active_adapter[-1:]",
+        "return self._active_adapter",
+        "return self._active_adapter[-1:]",
     ),
     Fault(
         "adapters: only the first of a stack counts",
-        "names = self._active_adapter",
-        "names = self._active_adapter[:1]",
+        "return self._active_adapter",
+        "return self._active_adapter[:1]",
     ),
     Fault("adapters: subtracted", "return y + F.linear(", "return y - F.linear("),
     Fault(
@@ -1422,8 +1422,8 @@ DRAWING = [
     ),
     Fault(
         "sample: only the first adapter is put together",
-        "layer.pair(adapters)]",
-        "layer.pair(adapters[:1])]",
+        "product.pair(adapters)]",
+        "product.pair(adapters[:1])]",
     ),
     Fault(
         "sample: the pictures of a prompt are apart",
@@ -1940,7 +1940,9 @@ SPEED = [
     Fault("quicken: attention without its scale", "torch.bmm(scale * query,", "torch.bmm(query,"),
     Fault("quicken: the norms stay", "is torch.nn.GroupNorm", "is torch.nn.LayerNorm"),
     Fault("joined: q and k change places", '"to_q", "to_k", "to_v"', '"to_k", "to_q", "to_v"'),
-    Fault("joined: adapters add nothing", "if len(A) > 0:", "if False:"),
+    Fault("joined: adapters add nothing", "return layer.active()", "return []"),
+    Fault("joined: all must have the adapter", "if any(layer.present", "if all(layer.present"),
+    Fault("joined: not put together once", ", *joined_in(transformer)]", "]", "sample.py"),
     Fault("joined: the text has the picture's norm", "norm_added_q(text_q)", "norm_q(text_q)"),
     Fault(
         "joined: the picture's q has the norm of k", "q = layer.norm_q(q)", "q = layer.norm_k(q)"
