@@ -1,7 +1,7 @@
 """Attention of Stable Diffusion 3 with q, k and v in one product, where the blocks are compiled.
 
-The three have the same input. Joined, it is read once in place of three times, in the backward pass,
-too, and few tokens fill a GPU better. docs/performance.md has what that is worth.
+The three have the same input. Joined, it is read once in place of three times, and few tokens fill a
+GPU better: a picture that is drawn alone gains most. docs/performance.md has what it is worth.
 """
 
 import torch
@@ -14,7 +14,8 @@ from lora import Adapted, LoraLinear
 def join_projections(transformer):
     """Let every attention of Stable Diffusion 3 compute q, k and v together; others stay as they are.
 
-    To be called where the weights will stay: each matrix becomes a part of a larger one in memory.
+    To be called where the weights will stay: each becomes a part of a larger one in memory. Moved or
+    cast later, the larger one would stay behind, and be used.
     """
     for layer in transformer.modules():
         if isinstance(getattr(layer, "processor", None), JointAttnProcessor2_0):

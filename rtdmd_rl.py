@@ -10,8 +10,8 @@ a few lines below:
                         to the teacher (Eq. 9)
 
 What GRPO usually has and is not here: no reference model and no KL penalty (AC-DMD is the anchor), and
-one update an epoch, so that every update is exactly on-policy. One epoch = roll out, one step of fake,
-score, one step of the generator.
+one update an epoch, so that every update is exactly on-policy. One epoch = roll out, score, one step
+of fake, one step of the generator.
 
 Read from top to bottom: flags, mathematics, loop (Algorithm 1, second half).
 

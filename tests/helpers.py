@@ -190,8 +190,11 @@ def tiny_base(pretrained=TINY, resolution=32, **more):
     return BaseModel(str(pretrained), CPU, resolution, **more)
 
 
-def small_transformer(layers, dual_layers):
-    """A bare transformer of SD3.5's kind; the blocks of dual_layers have a second attention."""
+def small_transformer(layers, dual_layers=(), qk_norm="rms_norm"):
+    """A bare transformer of SD3.5's kind; the blocks of dual_layers have a second attention.
+
+    qk_norm: None in Stable Diffusion 3 Medium.
+    """
     return SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
@@ -205,7 +208,7 @@ def small_transformer(layers, dual_layers):
         pooled_projection_dim=32,
         pos_embed_max_size=16,
         dual_attention_layers=dual_layers,
-        qk_norm="rms_norm",
+        qk_norm=qk_norm,
     )
 
 

@@ -53,6 +53,12 @@ def velocity_and_gradient(transformer, active, weights):
     return v.detach(), weights.grad.clone()
 
 
+def assert_alike(found, expected):
+    """Two pairs of velocity and gradient, to rounding."""
+    for one, other in zip(found, expected):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
 @pytest.mark.parametrize("active", [[], ["one"], ["one", "two"]])
 @pytest.mark.parametrize(
     "one, two",
@@ -65,24 +71,29 @@ def velocity_and_gradient(transformer, active, weights):
 def test_joined_they_give_the_same_velocity_and_gradient(transformer, one, two, active):
     """Whatever matrices have adapters: all, others of an attention's three, or none of them."""
     weights = with_adapters(transformer, one, two)
-    v, gradient = velocity_and_gradient(transformer, active, weights)
+    apart = velocity_and_gradient(transformer, active, weights)
     join_projections(transformer)
-    v_joined, gradient_joined = velocity_and_gradient(transformer, active, weights)
-    assert (v_joined - v).abs().max() < 1e-5 * v.abs().max()
-    assert (gradient_joined - gradient).norm() <= 1e-5 * gradient.norm()
+    assert_alike(velocity_and_gradient(transformer, active, weights), apart)
+    _, gradient = apart
     assert (gradient.norm() > 1) == ("two" in active)
+
+
+def test_stable_diffusion_3_medium_has_no_norms_of_q_and_k():
+    transformer = small_transformer(2, qk_norm=None)
+    weights = with_adapters(transformer)
+    apart = velocity_and_gradient(transformer, ["one", "two"], weights)
+    join_projections(transformer)
+    assert_alike(velocity_and_gradient(transformer, ["one", "two"], weights), apart)
 
 
 def test_adapters_may_come_after_the_joining(transformer):
     """So the programs do: the base is loaded first."""
     join_projections(transformer)
     weights = with_adapters(transformer)
-    v_joined, gradient_joined = velocity_and_gradient(transformer, ["two"], weights)
+    joined_first = velocity_and_gradient(transformer, ["two"], weights)
     plain = four_blocks()
     weights = with_adapters(plain)
-    v, gradient = velocity_and_gradient(plain, ["two"], weights)
-    assert (v_joined - v).abs().max() < 1e-5 * v.abs().max()
-    assert (gradient_joined - gradient).norm() < 1e-5 * gradient.norm()
+    assert_alike(joined_first, velocity_and_gradient(plain, ["two"], weights))
 
 
 def test_the_joined_weights_are_held_once_and_stay_what_they_were(transformer):

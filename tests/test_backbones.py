@@ -13,6 +13,7 @@ import backbones
 import cold_start
 import rtdmd_rl
 import sample
+from attention import join_projections
 from common import sides
 from cps import CPSScheduler
 from helpers import (
@@ -70,9 +71,11 @@ def theirs(pipe, base, cfg, steps=4, resolution=32):
 
 
 # ---- attention on a GPU
-def gradient_of_an_adapter(place, n, device, compile=False, attention=None):
+def gradient_of_an_adapter(place, n, device, compile=False, attention=None, joined=False):
     """Of a random adapter's weights, from n pictures, with all kinds of attention or that one."""
     base = BaseModel(place, device, 32, compile=compile)
+    if joined:
+        join_projections(base.transformer)
     base.add_adapter("fake", 32, 64, seed=0)
     rng = torch.Generator().manual_seed(0)
     randomise(base.adapter("fake"), rng, device)
@@ -86,16 +89,19 @@ def gradient_of_an_adapter(place, n, device, compile=False, attention=None):
     return weights.grad
 
 
-@pytest.mark.parametrize("name, used", [("sd3", True), ("flux1", False), ("klein", True)])
+@pytest.mark.parametrize(
+    "name, joined, used",
+    [("sd3", False, True), ("sd3", True, True), ("flux1", False, False), ("klein", False, True)],
+)
 def test_cudnn_attends_where_one_layout_of_q_k_and_v_means_one_of_the_gradient(
-    name, used, places, monkeypatch
+    name, joined, used, places, monkeypatch
 ):
     """Its plans are found by the former alone (common.NOT_CUDNN).
 
     FLUX.1's two kinds of blocks would share one.
     """
     layouts = watch_attention(monkeypatch)
-    gradient_of_an_adapter(places[name], 2, CPU)
+    gradient_of_an_adapter(places[name], 2, CPU, joined=joined)
     assert layouts and all(layouts.values())
     assert all(len(seen) == 1 for seen in layouts.values()) == used
     assert torch.backends.cuda.cudnn_sdp_enabled() == used

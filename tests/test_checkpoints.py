@@ -42,7 +42,7 @@ from helpers import (
 
 
 def test_the_checkpoint_has_one_pair_of_keys_for_each_attention_projection_that_a_block_has(run):
-    """Such as `transformer_blocks.0.attn.to_q.lora_A.default.weight`.
+    """A key is for example `transformer_blocks.0.attn.to_q.lora_A.default.weight`.
 
     There is attn, and not SD3.5's second attention, attn2.
     """

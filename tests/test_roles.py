@@ -13,6 +13,7 @@ import lora
 import model
 import pictures
 import sample
+from attention import join_projections
 from cps import cps_step, sigmas
 from helpers import (
     BASE,
@@ -212,6 +213,7 @@ def test_one_compiled_graph_serves_all_blocks_of_a_kind(monkeypatch):
     for limit in ("cache_size_limit", "accumulated_cache_size_limit"):  # as `compile_blocks` does
         monkeypatch.setattr(torch._dynamo.config, limit, 1000)
     transformer = six_blocks()
+    join_projections(transformer)  # as where blocks are compiled
     for name in ("one", "two"):
         lora.add_adapter(transformer, name, rank=4, alpha=64, seed=0)
     torch._dynamo.reset()
