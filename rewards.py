@@ -81,11 +81,26 @@ BLIP_L = (  # picture, text
 
 # ---- pictures, with gradient ---------------------------------------------------------------------
 def resize(images, size):
-    """Bicubic and anti-aliased, as PIL does it. [B,3,H,W] in [0,1] -> [B,3,*size] in [0,1]"""
-    if images.shape[-2:] == size:
+    """Bicubic and anti-aliased, as PIL does it. [B,3,H,W] in [0,1] -> [B,3,*size] in [0,1]
+
+    One product for the rows and one for the columns: PyTorch's own has a slow backward pass on a GPU,
+    which adds up in any order, so that a seed would not give one result.
+    """
+    height, width = images.shape[-2:]
+    if (height, width) == size:
         return images
-    resized = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+    rows = resizing(height, size[0], images.dtype, images.device)
+    columns = resizing(width, size[1], images.dtype, images.device)
+    resized = rows @ images @ columns.T
     return resized.clamp(0, 1)
+
+
+@functools.cache
+def resizing(length, new_length, dtype, device):
+    """[new_length, length]: what resizing does to a side, read off from a picture of one 1 a row."""
+    ones = torch.eye(length, dtype=dtype, device=device)[None, None]
+    size = (new_length, length)
+    return F.interpolate(ones, size, mode="bicubic", antialias=True, align_corners=False)[0, 0]
 
 
 def normalise(images, mean=CLIP_MEAN, std=CLIP_STD):

@@ -217,6 +217,22 @@ def test_clip_pixels_are_those_of_clips_published_processor_on_photographs(photo
         assert_only_rounded(ours, theirs)
 
 
+@pytest.mark.parametrize("size", [(64, 64), (96, 48), (20, 90), (28, 64)])
+def test_resizing_and_its_gradient_are_pytorchs_own(size):
+    """To 28 x 64: smaller, larger, and one side as it is."""
+    rng = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, *size, generator=rng, dtype=torch.float64).requires_grad_()
+    ours = rewards.resize(images, (28, 64))
+    theirs = torch.nn.functional.interpolate(
+        images, (28, 64), mode="bicubic", antialias=True, align_corners=False
+    )
+    assert (ours - theirs.clamp(0, 1)).abs().max() < 1e-12
+    slope = torch.randn(ours.shape, generator=rng, dtype=torch.float64)
+    (our_gradient,) = torch.autograd.grad(ours, images, slope)
+    (their_gradient,) = torch.autograd.grad(theirs.clamp(0, 1), images, slope)
+    assert (our_gradient - their_gradient).abs().max() < 1e-12
+
+
 def on_a_black_square(picture, side):
     """The longer side to `side` by PIL's bicubic, in the middle of a black square."""
     scale = side / max(picture.size)

@@ -1506,6 +1506,9 @@ REWARDS = [
     ),
     Fault("rewards: no anti-aliasing", "antialias=True", "antialias=False"),
     Fault(
+        "rewards: width is resized as height", "resizing(width, size[1]", "resizing(height, size[1]"
+    ),
+    Fault(
         "rewards: the crop is at the corner",
         "top = (images.shape[-2] - size) // 2\n    left = (images.shape[-1] - size) // 2\n",
         "top = 0\n    left = 0\n",
