@@ -385,7 +385,8 @@ def main():
     levels = base.levels(K)  # 1, .9, .75, .5, 0
     # Nothing to differentiate: SubGRPO alone (App. L).
     det_weight = args.det_weight if any(reward.differentiable for reward in rewards) else 0.0
-    reward_weights = [reward.weight for reward in rewards]
+    # On the device from the beginning, as `some` below: a copy to a GPU waits for all that it has to do.
+    reward_weights = torch.tensor([reward.weight for reward in rewards], device=device)
     # The pictures of an epoch, over all GPUs together, of which this one has its rows.
     n_pictures = args.prompts_per_epoch * args.group_size
     my_rows = shard(n_pictures, rank, world)
@@ -545,6 +546,7 @@ def main():
         # k in S is the step from path[k] to path[k + 1]; the paper counts from 1
         S = sorted(draw.scalars.sample(range(K - 1), M))
         last = anchor_step(draw, K)
+        some = draw.some(args.consistency_share, small)
         prompts, metadata = my_prompts(epoch)
         large_texts, small_texts = text_of(prompts)
         x_start = draw.normal()
@@ -573,8 +575,8 @@ def main():
         t = renoise_time(levels[last], draw.uniform())
         t_noise, back = draw.normal(), steps_back(draw.uniform())
         inputs = (path[last], here, below, t, t_noise, back, draw.normal(), draw.normal())
-        for b, some, text in zip(small, draw.some(args.consistency_share, small), small_texts):
-            sums.add(loss_fake=fake_pass(*rows_of(inputs, b), some, *text))
+        for b, chosen, text in zip(small, some, small_texts):
+            sums.add(loss_fake=fake_pass(*rows_of(inputs, b), chosen, *text))
         grad_fake = update(fake_params, fake_opt, skipped, "fake", sums["loss_fake"])
         log.lap("fake")
 

@@ -116,8 +116,8 @@ KNOWN = [
     ),
     Fault(
         "stage 2: reward weights are ignored in SubGRPO",
-        "reward_weights = [reward.weight for",
-        "reward_weights = [1.0 for",
+        "torch.tensor([reward.weight for",
+        "torch.tensor([1.0 for",
     ),
     Fault(
         "stage 2: det_weight is not applied",
