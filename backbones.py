@@ -15,6 +15,10 @@ import math
 
 import numpy as np
 import torch
+from transformers.utils import logging
+
+logging.set_verbosity_error()  # now: at the import of its pipelines there are lines about torchvision
+
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
