@@ -8,6 +8,7 @@ difference cannot hide anything.
 import contextlib
 import io
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -71,7 +72,11 @@ def shell(program, *flags, processes=1):
     script = ["-m", name] if name.startswith("tools.") else [f"{name}.py"]
     start = torchrun if processes > 1 else [sys.executable]
     command = [str(word) for word in (*start, *script, *flags)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    environment = dict(os.environ)
+    environment.pop("TRANSFORMERS_VERBOSITY", None)  # of tools/__init__.py, in this process
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
     return done.returncode, done.stdout, done.stderr
 
 
