@@ -81,10 +81,10 @@ class BaseModel:
         self.low_memory = low_memory
         has_own = bool(generator_pretrained)
         left_out = {"transformer": None} if has_own and not has_teacher else {}
-        family, teachers = load_pipeline(pretrained, device, cache_text, **left_out)
+        family, teachers = load_pipeline(pretrained, device, **left_out)
         students = teachers
         if has_own:
-            students = load_generators_own(generator_pretrained, device, cache_text, teachers)
+            students = load_generators_own(generator_pretrained, device, teachers)
         self.pipe = students if left_out else teachers
         self.backbone = family(self.pipe, resolution)
         self.generator = self.backbone  # what plays the student: the same, or of a base of its own
@@ -103,9 +103,16 @@ class BaseModel:
             self.settle()
 
     def settle(self):
-        """The transformers come to the device, where they are compiled if that is asked for."""
+        """The transformers come to the device, where they are compiled if that is asked for.
+
+        Dies where there is no room for them.
+        """
         for transformer in self.transformers():
-            transformer.to(self.device)
+            try:
+                transformer.to(self.device)
+            except torch.cuda.OutOfMemoryError as e:
+                reason = f"no room for the frozen transformers ({first_line(e)})"
+                die(f"--pretrained {self.pretrained}: {reason}", local=True)
             if self.compile:
                 join_projections(transformer)
                 compile_blocks(transformer)
@@ -145,7 +152,7 @@ class BaseModel:
     def cache_texts(self, prompts, path):
         """Encode all prompts now, into a file (TextTable), and free the text encoders.
 
-        The transformers come to the device in their place. Dies where there is no room for them.
+        The transformers come to the device in their place.
         """
         self.encode = TextTable(self.backbone.text, self.device, prompts, path)
         self.empty_text = None
@@ -154,14 +161,7 @@ class BaseModel:
             setattr(self.generator.pipe, name, None)
         gc.collect()
         torch.cuda.empty_cache()
-        try:
-            self.settle()
-        except torch.cuda.OutOfMemoryError as e:
-            die(
-                f"--pretrained {self.pretrained}: no room for the frozen transformers "
-                f"({first_line(e)})",
-                local=True,
-            )
+        self.settle()
 
     def velocity(self, adapters, text, cfg=1.0):
         """The velocity function of the transformer with these adapters; with guidance if cfg is not 1."""
@@ -213,7 +213,7 @@ def load_base(args, device, prompts):
     return base
 
 
-def load_generators_own(pretrained, device, transformer_waits, teachers):
+def load_generators_own(pretrained, device, teachers):
     """The pipeline whose transformer plays the student; all its other parts are the teacher's.
 
     Dies with one line where it is none of the same kind.
@@ -221,7 +221,7 @@ def load_generators_own(pretrained, device, transformer_waits, teachers):
     flag = "--generator_pretrained"
     shared = {name: part for name, part in teachers.components.items() if name != "transformer"}
     kind = type(teachers).__name__
-    _, pipe = load_pipeline(pretrained, device, transformer_waits, flag, kind, **shared)
+    _, pipe = load_pipeline(pretrained, device, flag, kind, **shared)
     own, other = pipe.transformer, teachers.transformer
     if other is not None and shapes(own) != shapes(other):
         die(f"{flag} {pretrained}: its transformer has other shapes than that of --pretrained")
@@ -232,14 +232,12 @@ def shapes(module):
     return {name: p.shape for name, p in module.named_parameters()}
 
 
-def load_pipeline(
-    pretrained, device, transformer_waits=False, flag="--pretrained", kind=None, **parts
-):
+def load_pipeline(pretrained, device, flag="--pretrained", kind=None, **parts):
     """-> (its class in backbones.py, the diffusers pipeline), frozen; bf16 on a GPU, float32 elsewhere.
 
-    transformer_waits: it stays on the CPU. flag: which one names it. kind: the class that it must be of.
-    parts: those that are not loaded, since they are there, or None. Dies with one line where the
-    directory or the repository is none.
+    Its transformer stays on the CPU, for `BaseModel.settle`. flag: which one names the pipeline. kind: the
+    class that it must be of. parts: those that are not loaded, since they are there, or None. Dies with
+    one line where the directory or the repository is none.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if not os.path.isdir(pretrained) and not is_hub_id(pretrained):
@@ -260,10 +258,9 @@ def load_pipeline(
             pretrained, dtype=dtype, variant=variant_of(names), **{**family.absent(index), **parts}
         )
         encoders = [getattr(pipe, name) for name in family.encoders]
-        for module in (pipe.transformer, pipe.vae, *encoders):
+        for module in (pipe.vae, *encoders):
             if module is not None:
-                waits = module is pipe.transformer and transformer_waits
-                module.requires_grad_(False).eval().to("cpu" if waits else device)
+                module.requires_grad_(False).eval().to(device)
     except Exception as e:  # a directory can be wrong in a dozen ways
         die(
             f"{flag} {pretrained}, which must be a pipeline of Stable Diffusion 3, FLUX.1 or "
@@ -271,6 +268,7 @@ def load_pipeline(
             local=isinstance(e, torch.cuda.OutOfMemoryError),
         )
     if pipe.transformer is not None:
+        pipe.transformer.requires_grad_(False).eval()
         pipe.transformer.lora_layers = []  # kept by adopt_layers, for set_adapters
     return family, pipe
 

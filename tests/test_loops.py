@@ -631,7 +631,7 @@ def test_with_cached_text_the_transformer_waits_until_the_text_encoders_have_lef
     """
     moves = []
     path = str(tmp_path / "text.bin")
-    _, pipe = model.load_pipeline(TINY, torch.device("meta"), transformer_waits=True)
+    _, pipe = model.load_pipeline(TINY, torch.device("meta"))
     assert pipe.vae.device.type == pipe.text_encoder.device.type == "meta"
     assert pipe.transformer.device.type == "cpu"
     base = tiny_base(cache_text=True)
@@ -650,6 +650,12 @@ def test_with_cached_text_the_transformer_waits_until_the_text_encoders_have_lef
     monkeypatch.setattr(base.transformer, "to", full)
     with pytest.raises(SystemExit) as end:
         base.cache_texts(["a red circle"], path)
+    assert end.value.code == 2
+    assert "no room for the frozen transformers" in capsys.readouterr().err
+
+    monkeypatch.setattr(SD3Transformer2DModel, "to", lambda self, device: full(device))
+    with pytest.raises(SystemExit) as end:
+        tiny_base()  # at once, without a cache of text
     assert end.value.code == 2
     assert "no room for the frozen transformers" in capsys.readouterr().err
 

@@ -625,7 +625,7 @@ def run(program, flags, out_dir, monkeypatch, constants=None):
         for key, p in lora.adapter(transformer, name).items():
             p.data = starts[name][key].clone()
 
-    def load_pipeline(pretrained, device, transformer_waits):
+    def load_pipeline(pretrained, device):
         pipe = double_pipeline()
         pipe.transformer.lora_layers = []
         return StableDiffusion3, pipe
