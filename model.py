@@ -235,9 +235,9 @@ def shapes(module):
 def load_pipeline(pretrained, device, flag="--pretrained", kind=None, **parts):
     """-> (its class in backbones.py, the diffusers pipeline), frozen; bf16 on a GPU, float32 elsewhere.
 
-    Its transformer stays on the CPU, for `BaseModel.settle`. flag: which one names the pipeline. kind: the
-    class that it must be of. parts: those that are not loaded, since they are there, or None. Dies with
-    one line where the directory or the repository is none.
+    Its transformer stays on the CPU, for `BaseModel.settle`. flag: which one names the pipeline. kind:
+    the class that it must be of. parts: those that are not loaded, since they are there, or None. Dies
+    with one line where the directory or the repository is none.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if not os.path.isdir(pretrained) and not is_hub_id(pretrained):

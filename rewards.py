@@ -83,8 +83,8 @@ BLIP_L = (  # picture, text
 def resize(images, size):
     """Bicubic and anti-aliased, as PIL does it. [B,3,H,W] in [0,1] -> [B,3,*size] in [0,1]
 
-    One product for the rows and one for the columns: PyTorch's own has a slow backward pass on a GPU,
-    which adds up in any order, so that a seed would not give one result.
+    One product for the rows and one for the columns: PyTorch's own backward pass adds up in any order on
+    a GPU, so that a seed would not give one result.
     """
     height, width = images.shape[-2:]
     if (height, width) == size:
