@@ -108,9 +108,10 @@ class Joined(Adapted):
         return [layer for layer in self.layers() if isinstance(layer, LoraLinear)]
 
     def active(self):
-        for layer in self.adapted():
-            return layer.active()  # the same for all
-        return []
+        layers = self.adapted()
+        if not layers:
+            return []
+        return layers[0].active()  # the same for all
 
     def present(self, names):
         """Those of the adapters that any of the matrices has."""

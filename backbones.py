@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-logging.set_verbosity_error()  # now: at the import of its pipelines there are lines about torchvision
+# Before diffusers' pipelines are imported: transformers would speak of torchvision.
+logging.set_verbosity_error()
 
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu

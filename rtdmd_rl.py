@@ -385,7 +385,7 @@ def main():
     levels = base.levels(K)  # 1, .9, .75, .5, 0
     # Nothing to differentiate: SubGRPO alone (App. L).
     det_weight = args.det_weight if any(reward.differentiable for reward in rewards) else 0.0
-    # On the device from the beginning, as `some` below: a copy to a GPU waits for all that it has to do.
+    # A tensor, made here and not in the loop: a copy to a GPU waits for all that it has to do.
     reward_weights = torch.tensor([reward.weight for reward in rewards], device=device)
     # The pictures of an epoch, over all GPUs together, of which this one has its rows.
     n_pictures = args.prompts_per_epoch * args.group_size
@@ -546,6 +546,7 @@ def main():
         # k in S is the step from path[k] to path[k + 1]; the paper counts from 1
         S = sorted(draw.scalars.sample(range(K - 1), M))
         last = anchor_step(draw, K)
+        # Here, and not where fake needs it: it is copied to the GPU, which has nothing to do yet.
         some = draw.some(args.consistency_share, small)
         prompts, metadata = my_prompts(epoch)
         large_texts, small_texts = text_of(prompts)

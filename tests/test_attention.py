@@ -30,13 +30,10 @@ def four_blocks():
 def with_adapters(transformer, targets_of_one=lora.TARGETS, targets_of_two=lora.TARGETS):
     """Adapters "one" and "two" of different rank on these matrices -> the weights of "two", trained."""
     rng = torch.Generator().manual_seed(0)
-    real_targets = lora.TARGETS
     for name, rank, targets in (("one", 4, targets_of_one), ("two", 8, targets_of_two)):
-        lora.TARGETS = targets
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lora, "TARGETS", targets)
             lora.add_adapter(transformer, name, rank, 64, seed=0)
-        finally:
-            lora.TARGETS = real_targets
         randomise(lora.adapter(transformer, name), rng)
     transformer.requires_grad_(False)
     return lora.trainable(lora.adapter(transformer, "two"))

@@ -623,7 +623,7 @@ def test_low_memory_trains_the_same_and_frees_the_text_encoders(run, alone, tmp_
 
 
 def test_with_cached_text_the_transformer_waits_until_the_text_encoders_have_left(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch
 ):
     """Stage 1 of SD3.5-M then needs 12 GiB at most, where it would need 16 for this moment alone.
 
@@ -643,21 +643,21 @@ def test_with_cached_text_the_transformer_waits_until_the_text_encoders_have_lef
     base.cache_texts(["a red circle"], path)
     assert moves == [("cpu", None)]
 
-    def full(device):
+
+@pytest.mark.parametrize("cache_text", [False, True])
+def test_where_the_transformer_finds_no_room_one_line_says_so(
+    cache_text, tmp_path, monkeypatch, capsys
+):
+    def full(transformer, device):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
-    base = tiny_base(cache_text=True)
-    monkeypatch.setattr(base.transformer, "to", full)
+    monkeypatch.setattr(SD3Transformer2DModel, "to", full)
     with pytest.raises(SystemExit) as end:
-        base.cache_texts(["a red circle"], path)
+        base = tiny_base(cache_text=cache_text)  # ends here without a cache
+        base.cache_texts(["a red circle"], str(tmp_path / "text.bin"))
     assert end.value.code == 2
-    assert "no room for the frozen transformers" in capsys.readouterr().err
-
-    monkeypatch.setattr(SD3Transformer2DModel, "to", lambda self, device: full(device))
-    with pytest.raises(SystemExit) as end:
-        tiny_base()  # at once, without a cache of text
-    assert end.value.code == 2
-    assert "no room for the frozen transformers" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "no room for the frozen transformers" in line
 
 
 @pytest.mark.parametrize("stage", ["cold", "rl"])

@@ -1943,7 +1943,7 @@ SPEED = [
     Fault("quicken: attention without its scale", "torch.bmm(scale * query,", "torch.bmm(query,"),
     Fault("quicken: the norms stay", "is torch.nn.GroupNorm", "is torch.nn.LayerNorm"),
     Fault("joined: q and k change places", '"to_q", "to_k", "to_v"', '"to_k", "to_q", "to_v"'),
-    Fault("joined: adapters add nothing", "return layer.active()", "return []"),
+    Fault("joined: adapters add nothing", "return layers[0].active()", "return []"),
     Fault("joined: norms are a must", "if layer.norm_q is not None:", "if True:"),
     Fault("joined: the text's norms are a must", "if layer.norm_added_q is not None:", "if True:"),
     Fault("joined: all must have the adapter", "if any(layer.present", "if all(layer.present"),
