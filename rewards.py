@@ -356,8 +356,10 @@ class Clip:
             max_length=self.model.config.text_config.max_position_embeddings,
             return_tensors="pt",
         )
-        inputs = {name: sent(tensor, self.model.device) for name, tensor in ids.items()}
-        pooled = self.model.text_model(**inputs).pooler_output
+        # No mask: nothing that follows a prompt's last token reaches it. transformers would look at the
+        # mask, which waits for all that a GPU has to do.
+        ids = sent(ids.input_ids, self.model.device)
+        pooled = self.model.text_model(input_ids=ids).pooler_output
         features = self.model.text_projection(pooled).to(self.text_dtype)
         return F.normalize(features, dim=-1)[0]
 
@@ -463,9 +465,16 @@ def imagereward(path, device, dtype, clip_l):
         seen = vision(pixel_values=pixels).last_hidden_state
         ids = tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=35, return_tensors="pt"
-        ).to(images.device)
+        )
+        # The mask as attention adds it: at one of 0 and 1 transformers would look, which waits for all
+        # that a GPU has to do.
+        is_padding = ids.attention_mask[:, None, None] == 0
+        mask = torch.zeros(is_padding.shape, dtype=text.dtype)
+        mask.masked_fill_(is_padding, torch.finfo(text.dtype).min)
         hidden = text(
-            input_ids=ids.input_ids, attention_mask=ids.attention_mask, encoder_hidden_states=seen
+            input_ids=sent(ids.input_ids, images.device),
+            attention_mask=sent(mask, images.device),
+            encoder_hidden_states=seen,
         ).last_hidden_state
         first = hidden[:, 0].to(head[0].weight.dtype)
         return (head(first).squeeze(-1) - 0.16717362830052426) / 1.0333394966054072

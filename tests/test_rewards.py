@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rewards
 import tiny
@@ -422,6 +423,36 @@ def test_each_prompt_is_read_once_and_models_can_be_moved(small_models):
     rewards.move([reward, reward], "meta")  # stands for another device
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     rewards.clip.cache_clear()
+
+
+class Looks(TorchDispatchMode):
+    """With it, operations that hand a value to Python, for which a GPU has to finish, are noted."""
+
+    NAMES = {"aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal"}
+
+    def __init__(self):
+        super().__init__()
+        self.noted = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = str(operation.overloadpacket)
+        if name in self.NAMES:
+            self.noted.append(name)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_after_the_first_pictures_a_score_waits_for_no_value(name, small_models, monkeypatch):
+    """Python then prepares scores and gradient of an epoch while the GPU still draws its pictures."""
+    monkeypatch.setattr(rewards, "BLIP_L", BLIP_SMALL)
+    reward = one_reward(name, *small_models)
+    images = rand(2, 3, 60, 40).requires_grad_()
+    with Looks() as first:
+        reward(images, ["a circle", "a square"], [{}] * 2).sum().backward()
+    with Looks() as second:
+        reward(images, ["a new one", "and another"], [{}] * 2).sum().backward()
+    assert first.noted  # are they pictures?
+    assert second.noted == []
 
 
 @pytest.mark.parametrize("waits, devices", [(True, ["meta", "cpu"]), (False, [])])
