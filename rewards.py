@@ -352,6 +352,7 @@ class Clip:
         ids = self.tokenizer(
             prompt,
             padding="max_length",
+            padding_side="right",
             truncation=True,
             max_length=self.model.config.text_config.max_position_embeddings,
             return_tensors="pt",
@@ -1120,6 +1121,8 @@ def guarded(reward):
                 raise ValueError(
                     f"it gave scores of shape {tuple(scores.shape)} for {len(images)} pictures"
                 )
+        except torch.cuda.OutOfMemoryError:
+            raise  # fewer pictures are the remedy: see common.peak and common.explain_full_memory
         except Exception as e:
             different = dict.fromkeys(repr(prompt[:80]) for prompt in prompts)
             some = ", ".join(list(different)[:9])

@@ -251,6 +251,21 @@ def bad_reward(images, prompts, metadata):
 as_reward(bad_reward)
 
 
+def test_a_reward_without_room_asks_for_fewer_pictures(run, tmp_path, monkeypatch):
+    """When it is tried how many fit, fewer are taken; in training one line says so."""
+
+    @as_reward
+    def large(images, prompts, metadata):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(rewards, "build", lambda *_: [large])
+    (guarded,) = rewards.build_for([], "clipscore", "cpu")
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        guarded(torch.zeros(1, 3, 8, 8), ["a circle"], [{}])
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        here(rtdmd_rl, *RL, "--cold_start", run.cold, "--out_dir", tmp_path)
+
+
 def test_a_reward_that_raises_is_named_with_the_prompts(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rewards, "build", lambda *_: [bad_reward])
     out_dir = ["--out_dir", tmp_path / "out"]

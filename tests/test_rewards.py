@@ -425,6 +425,14 @@ def test_each_prompt_is_read_once_and_models_can_be_moved(small_models):
     rewards.clip.cache_clear()
 
 
+def test_a_prompt_is_padded_behind_its_last_token_whatever_the_tokenizer_says(monkeypatch):
+    """Nothing hides the padding, and before the prompt it would be read."""
+    vit = rewards.clip(str(TINY / "clip"), "cpu", torch.float32)
+    feature = vit.read("a red circle")
+    monkeypatch.setattr(vit.tokenizer, "padding_side", "left")
+    assert torch.equal(vit.read("a red circle"), feature)
+
+
 class Looks(TorchDispatchMode):
     """With it, operations that hand a value to Python, for which a GPU has to finish, are noted."""
 

@@ -1540,6 +1540,26 @@ REWARDS = [
     ),
     Fault("rewards: ImageReward is not standardised", "/ 1.0333394966054072", "/ 1"),
     Fault(
+        "rewards: ImageReward reads the padding",
+        "mask.masked_fill_(is_padding, torch.finfo(text.dtype).min)",
+        "pass",
+    ),
+    Fault(
+        "rewards: CLIP waits for the values of a mask",
+        "text_model(input_ids=ids)",
+        "text_model(input_ids=ids, attention_mask=torch.ones_like(ids))",
+    ),
+    Fault(
+        "rewards: prompts are padded where the tokenizer says",
+        '            padding_side="right",\n            truncation=True,\n            max_length=self',
+        "            truncation=True,\n            max_length=self",
+    ),
+    Fault(
+        "rewards: no room is a failure of the reward",
+        "except torch.cuda.OutOfMemoryError:\n            raise  # fewer",
+        "except ZeroDivisionError:\n            raise  # fewer",
+    ),
+    Fault(
         "rewards: GenEval counts with .3",
         '0.9 if metadata.get("tag") == "counting" else 0.3',
         "0.3",
