@@ -224,9 +224,7 @@ def test_resizing_and_its_gradient_are_pytorchs_own(size):
     rng = torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, *size, generator=rng, dtype=torch.float64).requires_grad_()
     ours = rewards.resize(images, (28, 64))
-    theirs = torch.nn.functional.interpolate(
-        images, (28, 64), mode="bicubic", antialias=True, align_corners=False
-    )
+    theirs = F.interpolate(images, (28, 64), mode="bicubic", antialias=True, align_corners=False)
     assert (ours - theirs.clamp(0, 1)).abs().max() < 1e-12
     slope = torch.randn(ours.shape, generator=rng, dtype=torch.float64)
     (our_gradient,) = torch.autograd.grad(ours, images, slope)
@@ -459,7 +457,7 @@ def test_after_the_first_pictures_a_score_waits_for_no_value(name, small_models,
         reward(images, ["a circle", "a square"], [{}] * 2).sum().backward()
     with Looks() as second:
         reward(images, ["a new one", "and another"], [{}] * 2).sum().backward()
-    assert first.noted  # are they pictures?
+    assert first.noted  # the first pictures are looked at: are they pictures at all?
     assert second.noted == []
 
 
