@@ -382,9 +382,8 @@ def shard(n, rank, world):
 
 
 ROOM_USED = 0.95  # of what a GPU has free, by the passes; the rest is for moments, NCCL and scraps
-# Memory of compiled code over that of plain code. Measured: .64 (SD3.5-M) and .78 (FLUX.1) for what is
-# recorded, .51 for the decoder with CLIP-L behind it.
-COMPILED_RECORDED, COMPILED_REST = 0.8, 0.6
+# Memory of the passes' compiled code over that of plain code. Measured: .64 (SD3.5-M) and .78 (FLUX.1).
+COMPILED = 0.8
 ON_A_CPU = 4  # pictures at once where there is no GPU whose memory could be looked at
 # All but cuDNN. PyTorch (2.11) finds cuDNN's plan for the backward pass of attention by the layout of q, k
 # and v alone. Where the output's gradient lies in memory otherwise than in the pass that the plan was made
@@ -413,8 +412,7 @@ def micro_batch(args, n_mine, device, recorded, rest=lambda n: None):
         more = along_a_line(*of_rest, n)
         # With --low_memory the blocks' inputs are kept, compiled or not.
         if args.compile and not args.low_memory:
-            kept *= COMPILED_RECORDED
-            more *= COMPILED_REST
+            kept *= COMPILED
         # Graphs keep their memory, so that the rest comes on top of it.
         return kept + more if args.graphs else max(kept, more)
 

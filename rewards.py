@@ -2,12 +2,15 @@
 
 A reward is a callable (images [B,3,H,W] float in [0,1], prompts [B], metadata [B]) -> scores [B]
 float32, with the attributes `name`, `weight`, `differentiable`, `models` (what to move when memory is
-short) and `check(prompts, metadata)`, which raises ValueError for prompts that it cannot score.
+short) and `check(prompts, metadata)`, which raises ValueError for prompts that it cannot score. A
+differentiable one has its two parts besides (`in_two_parts`): `read`, which the CPU has a part in, and
+`look`, which a GPU records.
 
-To add one: copy `aesthetic`, a function (path, device, dtype, clip_l) -> score(images, prompts,
-metadata) with score.models, and name it in REWARDS. path is what --reward_path gives, clip_l where CLIP
-ViT-L/14 is, which several share. A gradient sees the raw score: see --margin. If it cannot score every
-prompt: score.wrong, a function (prompt, metadata of it) -> what is wrong, or None, as `ocr` has it.
+To add one: a function (path, device, dtype, clip_l) -> score(images, prompts, metadata) with
+score.models, like `ocr`, or of two parts, like `aesthetic`; and name it in REWARDS. path is what
+--reward_path gives, clip_l where CLIP ViT-L/14 is, which several share. A gradient sees the raw score:
+see --margin. If it cannot score every prompt: score.wrong, a function (prompt, metadata of it) -> what
+is wrong, or None, as `ocr` has it.
 """
 
 import ast
@@ -379,18 +382,38 @@ def clip(path, device, dtype, file=None):
     return Clip(model, tokenizer_of(path, CLIP_L), dtype)
 
 
-def similarity(vit, scale, pixels=clip_pixels):
-    """The score scale * cosine of picture and prompt under a Clip."""
+# ---- differentiable ------------------------------------------------------------------------------
+def read_nothing(prompts):
+    """For rewards that do not look at the prompt. [B] -> [B,0]"""
+    return torch.empty(len(prompts), 0)
+
+
+def in_two_parts(look, models=(), read=read_nothing):
+    """A differentiable score: look(images, read(prompts)).
+
+    read(prompts [B]) -> a tensor with a row for each, without gradient. look(images, text) -> [B]: a
+    function of tensors alone, which a GPU records: no `.item()` in it, and no tensor that is made of
+    Python's numbers, but for one that is kept (`of_channels`).
+    """
 
     def score(images, prompts, metadata):
-        text = vit.text_features(prompts).to(images)
-        return scale * (vit.image_features(images, pixels) * text).sum(-1)
+        return look(images, read(prompts).to(images.device))
 
-    score.models = [vit.model]
+    score.read = read
+    score.look = look
+    score.models = models
     return score
 
 
-# ---- differentiable ------------------------------------------------------------------------------
+def similarity(vit, scale, pixels=clip_pixels):
+    """The score scale * cosine of picture and prompt under a Clip."""
+
+    def look(images, text):
+        return scale * (vit.image_features(images, pixels) * text.to(images)).sum(-1)
+
+    return in_two_parts(look, [vit.model], vit.text_features)
+
+
 def clipscore(path, device, dtype, clip_l):
     """CLIPScore: logits_per_image / 100, the cosine of picture and prompt under CLIP ViT-L/14."""
     vit_l = clip(path, device, dtype)
@@ -417,11 +440,10 @@ def aesthetic(path, device, dtype, clip_l):
     vit_l = clip(clip_l, device, dtype)
     head = linear_head(published(path, "aesthetic-model.pth"), "layers", dtype).to(device)
 
-    def score(images, prompts, metadata):
+    def look(images, text):
         return head(vit_l.image_features(images)).squeeze(-1)
 
-    score.models = [vit_l.model, head]
-    return score
+    return in_two_parts(look, [vit_l.model, head])
 
 
 BLIP_VISION_NAMES = (
@@ -461,27 +483,27 @@ def imagereward(path, device, dtype, clip_l):
     head = linear_head(state, "mlp.layers", dtype).to(device)
     tokenizer = tokenizer_of(path, "google-bert/bert-base-uncased")
 
-    def score(images, prompts, metadata):
-        pixels = clip_pixels(images, vision_config.image_size).to(vision.dtype)
-        seen = vision(pixel_values=pixels).last_hidden_state
+    def read(prompts):
         ids = tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=35, return_tensors="pt"
         )
+        return sent(torch.stack([ids.input_ids, ids.attention_mask], 1), text.device)
+
+    def look(images, ids_and_mask):
+        pixels = clip_pixels(images, vision_config.image_size).to(vision.dtype)
+        seen = vision(pixel_values=pixels).last_hidden_state
+        ids, is_token = ids_and_mask.unbind(1)
         # The mask as attention adds it: at one of 0 and 1 transformers would look, which waits for all
         # that a GPU has to do.
-        is_padding = ids.attention_mask[:, None, None] == 0
-        mask = torch.zeros(is_padding.shape, dtype=text.dtype)
-        mask.masked_fill_(is_padding, torch.finfo(text.dtype).min)
+        mask = torch.zeros(ids.shape, dtype=text.dtype, device=ids.device)
+        mask = mask.masked_fill(is_token == 0, torch.finfo(text.dtype).min)
         hidden = text(
-            input_ids=sent(ids.input_ids, images.device),
-            attention_mask=sent(mask, images.device),
-            encoder_hidden_states=seen,
+            input_ids=ids, attention_mask=mask[:, None, None], encoder_hidden_states=seen
         ).last_hidden_state
         first = hidden[:, 0].to(head[0].weight.dtype)
         return (head(first).squeeze(-1) - 0.16717362830052426) / 1.0333394966054072
 
-    score.models = [vision, text, head]
-    return score
+    return in_two_parts(look, [vision, text, head], read)
 
 
 # ---- GenEval: its rules --------------------------------------------------------------------------
@@ -1062,6 +1084,8 @@ def ready(score, name, weight, differentiable, batch):
     """
     wrong = getattr(score, "wrong", None)
     models = getattr(score, "models", [])
+    if differentiable and not hasattr(score, "look"):
+        raise ValueError(f"reward {name} is to be differentiable: let it be made by `in_two_parts`")
     if not differentiable:
         score = torch.no_grad()(score)
 
@@ -1093,6 +1117,9 @@ def ready(score, name, weight, differentiable, batch):
     reward.differentiable = differentiable
     reward.models = models
     reward.check = check
+    if differentiable:
+        reward.read = score.read
+        reward.look = score.look
     return reward
 
 
@@ -1108,32 +1135,53 @@ def check_pictures(images, name):
 
 
 def guarded(reward):
-    """The same reward, but one that fails ends the run with its name and the prompts.
+    """The same reward, but one that fails ends the run with its name and, where it has them, the prompts.
 
     To fail is to raise, or to give scores that are not one a picture.
     """
 
     @functools.wraps(reward)
     def call(images, prompts, metadata):
-        try:
-            scores = reward(images, prompts, metadata)
-            if scores.shape != (len(images),):
-                raise ValueError(
-                    f"it gave scores of shape {tuple(scores.shape)} for {len(images)} pictures"
-                )
-        except torch.cuda.OutOfMemoryError:
-            raise  # fewer pictures are the remedy: see common.peak and common.explain_full_memory
-        except Exception as e:
-            different = dict.fromkeys(repr(prompt[:80]) for prompt in prompts)
-            some = ", ".join(list(different)[:9])
-            die(
-                f"reward {reward.name} failed on {some}: {type(e).__name__}: {shortened(e)}",
-                status=1,
-                local=True,
-            )
-        return scores
+        with ending_the_run(reward.name, prompts):
+            return one_each(reward(images, prompts, metadata), images)
 
+    def read(prompts):
+        with ending_the_run(reward.name, prompts):
+            return reward.read(prompts)
+
+    def look(images, text):
+        with ending_the_run(reward.name):
+            return one_each(reward.look(images, text), images)
+
+    if reward.differentiable:
+        call.read = read
+        call.look = look
     return call
+
+
+@contextlib.contextmanager
+def ending_the_run(name, prompts=()):
+    """With it an error ends the run with one line: which reward, and on which prompts."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise  # fewer pictures are the remedy: see common.peak and common.explain_full_memory
+    except Exception as e:
+        different = dict.fromkeys(repr(prompt[:80]) for prompt in prompts)
+        some = ", ".join(list(different)[:9])
+        where = f" on {some}" if some else ""
+        die(
+            f"reward {name} failed{where}: {type(e).__name__}: {shortened(e)}", status=1, local=True
+        )
+
+
+def one_each(scores, images):
+    """The scores; ValueError unless there is one a picture."""
+    if scores.shape != (len(images),):
+        raise ValueError(
+            f"it gave scores of shape {tuple(scores.shape)} for {len(images)} pictures"
+        )
+    return scores
 
 
 def move(rewards, device):

@@ -21,6 +21,7 @@ Read from top to bottom: flags, mathematics, loop (Algorithm 1, second half).
 
 import math
 import os
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,7 @@ from common import (
     setup,
     shard,
     share,
+    sides,
     update,
 )
 from cps import at_least_float32, cps_step, log_prob, rollout
@@ -383,8 +385,11 @@ def main():
 
     K, M = args.num_steps, args.subset
     levels = base.levels(K)  # 1, .9, .75, .5, 0
+    differentiable = [reward for reward in rewards if reward.differentiable]
+    others = [reward for reward in rewards if not reward.differentiable]
+    rewards = [*differentiable, *others]  # the order of their scores
     # Nothing to differentiate: SubGRPO alone (App. L).
-    det_weight = args.det_weight if any(reward.differentiable for reward in rewards) else 0.0
+    det_weight = args.det_weight if differentiable else 0.0
     # A tensor, made here and not in the loop: a copy to a GPU waits for all that it has to do.
     reward_weights = torch.tensor([reward.weight for reward in rewards], device=device)
     # The pictures of an epoch, over all GPUs together, of which this one has its rows.
@@ -448,24 +453,43 @@ def main():
         (args.policy_weight * subset_weight(K, M) * loss).backward()
         return loss.detach(), (drift > RATIO_CLIP).sum(), drift.max()
 
-    def score_pass(latents, prompts, metadata):
-        """Rewards of some pictures -> [R,B], their loss and its gradient at the latents (0 without)"""
+    def score_pass(latents, *readings):
+        """Decode -> pictures, scores [D,B] of the differentiable rewards, their loss, its gradient.
+
+        readings: what each of these rewards has read. The gradient is at the latents; it and the loss
+        are 0 where nothing asks for them.
+        """
         with torch.set_grad_enabled(bool(det_weight)):
             x = latents.detach().requires_grad_(bool(det_weight))
-            each = score_all(rewards, base.decode(x), prompts, metadata)
-        scores = torch.stack(each).detach()
+            pictures = base.decode(x)
+            looks = [partial(r.look, text=text) for r, text in zip(differentiable, readings)]
+            each = score_all(pictures, looks)
+        pictures, scores = pictures.detach(), each.detach()
         if not det_weight:
-            return scores, scores.new_zeros(()), torch.zeros_like(latents)
-        total = sum(r.weight * score for r, score in zip(rewards, each) if r.differentiable)
+            return pictures, scores, scores.new_zeros(()), torch.zeros_like(latents)
+        total = sum(r.weight * score for r, score in zip(differentiable, each))
         # below the margin the gradient is -reward's, above it nothing (Eq. 15; the release's)
         loss = torch.relu(args.margin - total).sum() / n_pictures
         (gradient,) = torch.autograd.grad(det_weight * loss, x)
-        return scores, loss.detach(), gradient
+        return pictures, scores, loss.detach(), gradient
 
+    def readings_of(prompts):
+        """What each differentiable reward reads there."""
+        return [reward.read(prompts).to(device) for reward in differentiable]
+
+    def looks_of_others(prompts, metadata):
+        """The rewards without gradient, for these prompts, as functions of pictures (never recorded)"""
+        return [partial(reward, prompts=prompts, metadata=metadata) for reward in others]
+
+    # How many pictures fit is tried with what needs the most memory.
     def trial_inputs(n):
         x = torch.zeros(n, *base.latent_shape, device=device)
         half = torch.full((n,), 0.5, device=device)
         return x, half, base.encode([rows[0]["prompt"]] * n)
+
+    def try_score_pass(n):
+        x = torch.zeros(n, *base.latent_shape, device=device)
+        score_pass(x, *readings_of([rows[0]["prompt"]] * n))
 
     # fake's loss evaluates three times its pictures with gradient (once with --gamma 0), and the
     # decoder's activations are large: the micro-batches of all other passes are twice as large. Of
@@ -476,20 +500,28 @@ def main():
         fake_pass(x, half, half, half + 0.1, x, half / 10, x, x, some, *text)
         x, half, text = trial_inputs(min(2 * n, n_mine))
         policy_pass(x, half, half - 0.1, x, half, half, half.sum(), *text)
+        if not args.low_memory:
+            try_score_pass(n)
 
-    def scoring(n):
-        x = torch.zeros(n, *base.latent_shape, device=device)
+    def not_recorded(n):
+        pictures = torch.zeros(n, 3, *sides(args.resolution), device=device)
+        looks = looks_of_others([rows[0]["prompt"]] * n, [rows[0]["metadata"]] * n)
         with brought(rewards, device, args.low_memory):
-            score_pass(x, [rows[0]["prompt"]] * n, [rows[0]["metadata"]] * n)
+            score_all(pictures, looks)
+            if args.low_memory:
+                try_score_pass(n)
 
-    at_once = micro_batch(args, n_mine, device, largest_recorded, scoring)
+    at_once = micro_batch(args, n_mine, device, largest_recorded, not_recorded)
     student_params.grad.zero_()
     fake_params.grad.zero_()
     small = [slice(i, i + at_once) for i in range(0, n_mine, at_once)]
     large = [slice(i, i + 2 * at_once) for i in range(0, n_mine, 2 * at_once)]
-    student_pass, fake_pass, anchor_pass, step_pass, policy_pass = graphed(
-        args.graphs, device, student_pass, fake_pass, anchor_pass, step_pass, policy_pass
+    passes = (student_pass, fake_pass, anchor_pass, step_pass, policy_pass, score_pass)
+    student_pass, fake_pass, anchor_pass, step_pass, policy_pass, recorded = graphed(
+        args.graphs, device, *passes
     )
+    if not args.low_memory:  # there the rewards' models move, which a recording would not notice
+        score_pass = recorded
 
     @torch.no_grad()
     def roll_out(x_start, level, noise, texts):
@@ -513,9 +545,13 @@ def main():
         gradient = torch.zeros_like(latents)
         with brought(rewards, device, args.low_memory):
             for b in small:
-                my_scores[:, b], loss, gradient[b] = score_pass(latents[b], prompts[b], metadata[b])
+                readings = readings_of(prompts[b])
+                pictures, with_gradient, loss, slope = score_pass(latents[b], *readings)
+                without = score_all(pictures, looks_of_others(prompts[b], metadata[b]))
+                my_scores[:, b] = torch.cat([with_gradient, without])
+                gradient[b] = slope
                 sums.add(loss_det=loss)
-                squares.add(slope_det=gradient[b].square().sum())
+                squares.add(slope_det=slope.square().sum())
         return all_reduce(scores), gradient
 
     def my_prompts(epoch):
@@ -666,20 +702,18 @@ def described(reward):
     return f"{reward.name} ({reward.weight:g}{how})"
 
 
-def score_all(rewards, pictures, prompts, metadata):
-    """-> [scores [B] of each reward], in at least float32.
+def score_all(pictures, looks):
+    """Pictures [B,3,H,W], seen by each of R functions of them -> scores [R,B] in at least float32.
 
     A picture that is not finite scores nan, so that `update` skips the epoch.
     """
     fine = pictures.isfinite().flatten(1).all(1)
+    # One tensor for all: a detector that several rewards share looks at it once.
     pictures = pictures.nan_to_num(0)
-    # One tensor for all: rewards that share a detector look at it once.
-    constant = pictures.detach()
-    scores = []
-    for reward in rewards:
-        score = reward(pictures if reward.differentiable else constant, prompts, metadata)
-        scores.append(at_least_float32(score).where(fine, math.nan))
-    return scores
+    scores = [at_least_float32(look(pictures)).where(fine, math.nan) for look in looks]
+    if not scores:
+        return torch.zeros(0, len(pictures), device=pictures.device)
+    return torch.stack(scores)
 
 
 def load_stage_1(base, cold_start):

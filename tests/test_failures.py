@@ -89,14 +89,15 @@ def test_a_nan_reward_of_one_picture_in_stage_2_skips_that_update_alone(run, tmp
 
     def build(*inputs):
         clipscore, checker = real(*inputs)
+        look = clipscore.look
 
-        def poisoned(images, prompts, metadata):  # called once an epoch
-            score = clipscore(images, prompts, metadata)
+        def poisoned(images, text):  # called once an epoch
+            score = look(images, text)
             factor = math.nan if next(epochs) == 1 else 1
             return torch.cat([score[:-1], score[-1:] * factor])
 
-        poisoned.__dict__.update(clipscore.__dict__)
-        return [poisoned, checker]
+        clipscore.look = poisoned
+        return [clipscore, checker]
 
     good(here(rtdmd_rl, *flags, "--epochs", 1, "--out_dir", tmp_path / "before"))
     monkeypatch.setattr(rewards, "build", build)
@@ -249,6 +250,41 @@ def bad_reward(images, prompts, metadata):
 
 
 as_reward(bad_reward)
+
+
+@pytest.mark.parametrize("part, where", [("read", " on 'a "), ("look", ":")])
+def test_a_differentiable_reward_that_raises_is_named_too(part, where, run, tmp_path, monkeypatch):
+    def read(prompts):
+        return torch.zeros(len(prompts), 1)
+
+    def look(images, text):
+        return images.mean((1, 2, 3))
+
+    def broken(*inputs):
+        raise RuntimeError("out\nof ideas")
+
+    def load(path, device, dtype, clip_l):
+        return rewards.in_two_parts(**{"read": read, "look": look, part: broken})
+
+    monkeypatch.setitem(rewards.REWARDS, "clipscore", (load, True, ""))
+    flags = [*RL, "--cold_start", run.cold, "--rewards", "clipscore"]
+    status, _, err = here(rtdmd_rl, *flags, "--out_dir", tmp_path)
+    assert status == 1
+    (line,) = err.strip().splitlines()
+    assert f"reward clipscore failed{where}" in line
+    assert line.endswith("RuntimeError: out of ideas")
+
+
+def test_a_differentiable_reward_that_is_not_of_two_parts_is_refused(monkeypatch):
+    def load(path, device, dtype, clip_l):
+        return brightness
+
+    def brightness(images, prompts, metadata):
+        return images.mean((1, 2, 3))
+
+    monkeypatch.setitem(rewards.REWARDS, "judge", (load, True, ""))
+    with pytest.raises(ValueError, match="reward judge .*in_two_parts"):
+        rewards.build("judge", "cpu")
 
 
 def test_a_reward_without_room_asks_for_fewer_pictures(run, tmp_path, monkeypatch):

@@ -622,6 +622,52 @@ def test_low_memory_trains_the_same_and_frees_the_text_encoders(run, alone, tmp_
     assert_same_logs_but_for_rounding(alone / stage, tmp_path)
 
 
+STUDENTS_PASSES = {"student_pass", "fake_pass"}
+PASSES = {
+    "cold": STUDENTS_PASSES | {"generator_pass"},
+    "rl": STUDENTS_PASSES | {"anchor_pass", "step_pass", "policy_pass", "score_pass"},
+}
+
+
+@pytest.mark.parametrize(
+    "stage, more, left_out",
+    [("cold", [], set()), ("rl", [], set()), ("rl", ["--low_memory"], {"score_pass"})],
+)
+def test_what_a_gpu_records_are_functions_of_tensors(run, tmp_path, stage, more, left_out):
+    """With --low_memory the models of the rewards move, so that a recording would read what is gone."""
+    program, flags, *_ = stage_of(run, stage)
+    called = set()
+
+    def noted(function):
+        def call(*inputs):
+            called.add(function.__name__)
+            output = function(*inputs)
+            outputs = [output] if torch.is_tensor(output) else output
+            assert all(torch.is_tensor(x) for x in (*inputs, *outputs))
+            assert not any(x.requires_grad for x in outputs)
+            return output
+
+        return call
+
+    def graphed(on, device, *functions):
+        return [noted(function) for function in functions]
+
+    good(here(program, *flags, *more, "--out_dir", tmp_path, graphed=graphed))
+    assert called == PASSES[stage] - left_out
+
+
+def test_rewards_with_and_without_a_gradient_may_be_named_in_any_order(run, tmp_path):
+    _, flags, *_ = stage_of(run, "rl")
+    for name, rewards in (("one", "clipscore:2,checker:.5"), ("other", "checker:.5,clipscore:2")):
+        good(here(rtdmd_rl, *flags, "--rewards", rewards, "--out_dir", tmp_path / name))
+    for file in ADAPTERS:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
+    first, second = log_of(tmp_path / "one"), log_of(tmp_path / "other")
+    for name in ("reward_clipscore", "reward_checker"):
+        assert [line[name] for line in first] == [line[name] for line in second]
+    assert first[0]["reward_clipscore"] != first[0]["reward_checker"]
+
+
 def test_with_cached_text_the_transformer_waits_until_the_text_encoders_have_left(
     tmp_path, monkeypatch
 ):

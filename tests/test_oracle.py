@@ -736,14 +736,22 @@ SCORERS = {  # (weight, differentiable, function)
 }
 
 
-def as_loader(score):
+def as_loader(score, differentiable):
     """A reward's function in the form in which rewards.py has it."""
+    known = []  # prompts; what is read of one is its place
+
+    def read(prompts):
+        known.extend(prompts)
+        return torch.arange(len(known) - len(prompts), len(known))
+
+    def look(images, places):
+        return score(images, [known[place] for place in places])
+
+    def reward(images, prompts, metadata):
+        return score(images, prompts)
 
     def load(path, device, dtype, clip_l):
-        def reward(images, prompts, metadata):
-            return score(images, prompts)
-
-        return reward
+        return rewards.in_two_parts(look, [], read) if differentiable else reward
 
     return load
 
@@ -755,7 +763,9 @@ def second(models, first, prompt_file, tmp_path_factory, monkey):
     Every term is on; one group of pictures is all alike.
     """
     for name, (_, differentiable, score) in SCORERS.items():
-        monkey.setitem(rewards.REWARDS, name, (as_loader(score), differentiable, ""))
+        monkey.setitem(
+            rewards.REWARDS, name, (as_loader(score, differentiable), differentiable, "")
+        )
     flags = SimpleNamespace(
         epochs=4,
         prompts_per_epoch=3,

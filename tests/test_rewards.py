@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rewards
 import tiny
 from gaussian import close
-from helpers import CPU, TINY, Code, tiny_base, watch_attention
+from helpers import CPU, TINY, Code, on_a_gpu, tiny_base, watch_attention
+from model import graphed
 from small_rewards import (
     BLIP_SMALL,
     CLIP_SMALL,
@@ -459,6 +460,31 @@ def test_after_the_first_pictures_a_score_waits_for_no_value(name, small_models,
         reward(images, ["a new one", "and another"], [{}] * 2).sum().backward()
     assert first.noted  # the first pictures are looked at: are they pictures at all?
     assert second.noted == []
+
+
+@on_a_gpu
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_on_a_gpu_a_recorded_score_and_its_gradient_are_the_plain_ones(
+    name, small_models, monkeypatch
+):
+    monkeypatch.setattr(rewards, "BLIP_L", BLIP_SMALL)
+    device = torch.device("cuda")
+    (reward,) = rewards.build(name, device, small_models)
+
+    def score_pass(images, text):
+        images = images.detach().requires_grad_()
+        score = reward.look(images, text)
+        (gradient,) = torch.autograd.grad(score.sum(), images)
+        return score.detach(), gradient
+
+    (recorded,) = graphed(True, device, score_pass)
+    for seed, prompts in enumerate([["a circle"], ["two squares"], ["a red circle"], [""]]):
+        images = rand(3, 3, 60, 40, seed=seed).to(device)
+        text = reward.read(prompts * 3).to(device)
+        score, gradient = score_pass(images, text)
+        recorded_score, recorded_gradient = recorded(images, text)
+        close(recorded_score, score, 1e-6)
+        close(recorded_gradient, gradient, 1e-6 * gradient.abs().max().item())
 
 
 @pytest.mark.parametrize("waits, devices", [(True, ["meta", "cpu"]), (False, [])])

@@ -686,17 +686,28 @@ def test_bench_times_each_reward_by_itself(monkeypatch):
     seen = {"soft": [], "hard": []}
     passed = [0.0]
 
-    def loader(name, seconds):
+    def scorer(name, seconds):
         def score(images, prompts, metadata):
             passed[0] += seconds
             seen[name].append((images.requires_grad, len(images), tuple(prompts)))
             return images.mean((1, 2, 3))
 
-        return lambda *_: score
+        return score
 
+    def in_two_parts(score):
+        just_read = []
+
+        def read(prompts):
+            just_read[:] = prompts
+            return rewards.read_nothing(prompts)
+
+        return rewards.in_two_parts(lambda images, text: score(images, just_read, []), read=read)
+
+    soft = in_two_parts(scorer("soft", 0.5))
+    hard = scorer("hard", 2.0)
     monkeypatch.setattr(bench, "clock", lambda device: passed[0])
-    monkeypatch.setitem(rewards.REWARDS, "soft", (loader("soft", 0.5), True, ""))
-    monkeypatch.setitem(rewards.REWARDS, "hard", (loader("hard", 2.0), False, ""))
+    monkeypatch.setitem(rewards.REWARDS, "soft", (lambda *_: soft, True, ""))
+    monkeypatch.setitem(rewards.REWARDS, "hard", (lambda *_: hard, False, ""))
     flags = ["--rewards", "soft,hard", "--resolution", "16x8", "--batch_size", 3, "--repeat", 2]
     status, out, err = here(bench, "rewards", *flags, "--device", "cpu")
     assert status == 0, err

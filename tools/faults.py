@@ -813,19 +813,34 @@ STAGE_2 = [
         "torch.relu(args.margin - total).mean()",
     ),
     Fault(
-        "stage 2: rewards without gradient count towards the margin",
-        "zip(rewards, each) if r.differentiable)",
-        "zip(rewards, each))",
+        "stage 2: pictures are scored with the first texts",
+        "readings_of(prompts[b])",
+        "readings_of(prompts[: len(latents[b])])",
     ),
     Fault(
-        "stage 2: pictures are scored with the first prompts",
-        "score_pass(latents[b], prompts[b], metadata[b])",
-        "score_pass(latents[b], prompts[: len(latents[b])], metadata[b])",
+        "stage 2: rewards without gradient read the first prompts",
+        "looks_of_others(prompts[b], metadata[b])",
+        "looks_of_others(prompts[: len(pictures)], metadata[b])",
     ),
     Fault(
-        "stage 2: pictures are scored with the first metadata",
-        "score_pass(latents[b], prompts[b], metadata[b])",
-        "score_pass(latents[b], prompts[b], metadata[: len(latents[b])])",
+        "stage 2: rewards without gradient read the first metadata",
+        "looks_of_others(prompts[b], metadata[b])",
+        "looks_of_others(prompts[b], metadata[: len(pictures)])",
+    ),
+    Fault(
+        "stage 2: scores stand in the order of the flag",
+        "rewards = [*differentiable, *others]",
+        "pass",
+    ),
+    Fault(
+        "stage 2: with --low_memory scoring is recorded",
+        "if not args.low_memory:  # there",
+        "if True:  # there",
+    ),
+    Fault(
+        "stage 2: scoring is not recorded",
+        "if not args.low_memory:  # there",
+        "if False:  # there",
     ),
     Fault(
         "stage 2: the last step starts one state early",
@@ -1541,8 +1556,8 @@ REWARDS = [
     Fault("rewards: ImageReward is not standardised", "/ 1.0333394966054072", "/ 1"),
     Fault(
         "rewards: ImageReward reads the padding",
-        "mask.masked_fill_(is_padding, torch.finfo(text.dtype).min)",
-        "pass",
+        "mask.masked_fill(is_token == 0, torch.finfo(text.dtype).min)",
+        "mask",
     ),
     Fault(
         "rewards: CLIP waits for the values of a mask",
@@ -1556,8 +1571,8 @@ REWARDS = [
     ),
     Fault(
         "rewards: no room is a failure of the reward",
-        "except torch.cuda.OutOfMemoryError:\n            raise  # fewer",
-        "except ZeroDivisionError:\n            raise  # fewer",
+        "except torch.cuda.OutOfMemoryError:\n        raise  # fewer",
+        "except ZeroDivisionError:\n        raise  # fewer",
     ),
     Fault(
         "rewards: GenEval counts with .3",
@@ -2015,8 +2030,7 @@ SPEED = [
         "max(kept, more)",
     ),
     Fault("micro-batch: room for the passes alone", "max(kept, more)", "kept"),
-    Fault("micro-batch: compiled passes take as much", "kept *= COMPILED_RECORDED", "pass"),
-    Fault("micro-batch: a compiled decoder takes as much", "more *= COMPILED_REST", "pass"),
+    Fault("micro-batch: compiled passes take as much", "kept *= COMPILED", "pass"),
     Fault(
         "micro-batch: checkpointed passes shrink, too",
         "args.compile and not args.low_memory",
