@@ -1016,7 +1016,7 @@ def build(weights, device, paths=(), dtype=torch.float32, batch=0):
 
     weights: {"clipscore": 1.0, ...} or "clipscore:1,..."; paths: "name=PATH" strings that replace the
     hub names; dtype: of the models, scores are float32; batch: pictures a model looks at at once, 0:
-    all. ValueError says in one line what cannot be.
+    all. ValueError says in one line what cannot be; a GPU without room for a model ends the program.
     """
     if isinstance(weights, str):
         weights = parse_weights(weights)
@@ -1036,6 +1036,9 @@ def build(weights, device, paths=(), dtype=torch.float32, batch=0):
             if given is None and is_hub_id(place):
                 files_on_hub(place)  # once, before a library asks for file after file
             score = loader(place, str(device), dtype, clip_l)
+        except torch.cuda.OutOfMemoryError as e:
+            remedy = "give --reward_dtype bfloat16 or, in stage 2, --low_memory"
+            die(f"reward {name}: no room for it on the GPU ({shortened(e)}); {remedy}", local=True)
         except Exception as e:  # a directory can be wrong in a dozen ways
             raise ValueError(cannot_load(name, place, hub, e)) from None
         rewards.append(ready(score, name, weight, differentiable, batch))

@@ -302,6 +302,24 @@ def test_a_reward_without_room_asks_for_fewer_pictures(run, tmp_path, monkeypatc
         here(rtdmd_rl, *RL, "--cold_start", run.cold, "--out_dir", tmp_path)
 
 
+def test_a_reward_whose_model_finds_no_room_is_not_to_be_downloaded_again(
+    tmp_path, capsys, monkeypatch
+):
+    def loader(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more.")
+
+    monkeypatch.setitem(rewards.REWARDS, "clipscore", (loader, True, "a/b"))
+    monkeypatch.setenv("LOCAL_RANK", "1")  # the other GPUs may have had room
+    with pytest.raises(SystemExit) as ended:
+        rewards.build("clipscore", "cpu", [f"clipscore={tmp_path}"])
+    err = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert err.count("\n") == 1
+    assert "reward clipscore: no room for it on the GPU" in err
+    assert "--low_memory" in err
+    assert "download" not in err
+
+
 def test_a_reward_that_raises_is_named_with_the_prompts(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rewards, "build", lambda *_: [bad_reward])
     out_dir = ["--out_dir", tmp_path / "out"]

@@ -1570,6 +1570,11 @@ REWARDS = [
         "            truncation=True,\n            max_length=self",
     ),
     Fault(
+        "rewards: no room for a model is a wrong directory",
+        "except torch.cuda.OutOfMemoryError as e:\n            remedy",
+        "except ZeroDivisionError as e:\n            remedy",
+    ),
+    Fault(
         "rewards: no room is a failure of the reward",
         "except torch.cuda.OutOfMemoryError:\n        raise  # fewer",
         "except ZeroDivisionError:\n        raise  # fewer",
