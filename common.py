@@ -382,8 +382,6 @@ def shard(n, rank, world):
 
 
 ROOM_USED = 0.95  # of what a GPU has free, by the passes; the rest is for moments, NCCL and scraps
-# Memory of the passes' compiled code over that of plain code. Measured: .64 (SD3.5-M) and .78 (FLUX.1).
-COMPILED = 0.8
 ON_A_CPU = 4  # pictures at once where there is no GPU whose memory could be looked at
 # All but cuDNN. PyTorch (2.11) finds cuDNN's plan for the backward pass of attention by the layout of q, k
 # and v alone. Where the output's gradient lies in memory otherwise than in the pass that the plan was made
@@ -392,12 +390,13 @@ ON_A_CPU = 4  # pictures at once where there is no GPU whose memory could be loo
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def micro_batch(args, n_mine, device, recorded, rest=lambda n: None):
+def micro_batch(args, n_mine, device, recorded, compiled, rest=lambda n: None):
     """How many pictures a pass takes at once: what --micro_batch asks for or, for 0, what this GPU holds.
 
     n_mine: pictures of this process, which is never exceeded. recorded(n), rest(n): what needs the most
     memory with n pictures, of that which is recorded as CUDA graphs, and of what is not. Both are tried
-    with one and with two pictures, not compiled; gradients are left behind. Says what it has chosen.
+    with one and with two pictures, not compiled; gradients are left behind. compiled: the memory of
+    what is recorded, compiled, over that of the same when it is tried. Says what it has chosen.
     """
     if args.micro_batch or n_mine <= 1:
         return args.micro_batch or 1
@@ -412,7 +411,7 @@ def micro_batch(args, n_mine, device, recorded, rest=lambda n: None):
         more = along_a_line(*of_rest, n)
         # With --low_memory the blocks' inputs are kept, compiled or not.
         if args.compile and not args.low_memory:
-            kept *= COMPILED
+            kept *= compiled
         # Graphs keep their memory, so that the rest comes on top of it.
         return kept + more if args.graphs else max(kept, more)
 

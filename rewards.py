@@ -3,14 +3,15 @@
 A reward is a callable (images [B,3,H,W] float in [0,1], prompts [B], metadata [B]) -> scores [B]
 float32, with the attributes `name`, `weight`, `differentiable`, `models` (what to move when memory is
 short) and `check(prompts, metadata)`, which raises ValueError for prompts that it cannot score. A
-differentiable one has its two parts besides (`in_two_parts`): `read`, which the CPU has a part in, and
-`look`, which a GPU records.
+differentiable one also has its two parts (`in_two_parts`): `read`, which turns prompts into a tensor
+and is never recorded, and `look`, which a GPU records.
 
-To add one: a function (path, device, dtype, clip_l) -> score(images, prompts, metadata) with
-score.models, like `ocr`, or of two parts, like `aesthetic`; and name it in REWARDS. path is what
---reward_path gives, clip_l where CLIP ViT-L/14 is, which several share. A gradient sees the raw score:
-see --margin. If it cannot score every prompt: score.wrong, a function (prompt, metadata of it) -> what
-is wrong, or None, as `ocr` has it.
+To add one: a function (path, device, dtype, clip_l) -> score(images, prompts, metadata), like `ocr`
+(with score.models if it has any, like `geneval2`). One with a gradient returns in_two_parts(...), like
+`aesthetic`, or like `similarity` if it reads the prompt. Name it in REWARDS. path is what --reward_path
+gives, clip_l where CLIP ViT-L/14 is, which several share. A gradient sees the raw score: see --margin.
+If it cannot score every prompt: score.wrong, a function (prompt, metadata of it) -> what is wrong, or
+None, as `ocr` has it.
 """
 
 import ast
@@ -383,21 +384,22 @@ def clip(path, device, dtype, file=None):
 
 
 # ---- differentiable ------------------------------------------------------------------------------
-def read_nothing(prompts):
+def read_nothing(prompts, metadata):
     """For rewards that do not look at the prompt. [B] -> [B,0]"""
     return torch.empty(len(prompts), 0)
 
 
 def in_two_parts(look, models=(), read=read_nothing):
-    """A differentiable score: look(images, read(prompts)).
+    """A differentiable score: look(images, read(prompts, metadata)).
 
-    read(prompts [B]) -> a tensor with a row for each, without gradient. look(images, text) -> [B]: a
-    function of tensors alone, which a GPU records: no `.item()` in it, and no tensor that is made of
-    Python's numbers, but for one that is kept (`of_channels`).
+    read(prompts [B], metadata [B]) -> a tensor with a row for each, without gradient, whose rows have
+    the same shape whatever is read (pad to a fixed length). look(images, text) -> [B]: a function of
+    tensors alone, which a GPU records: no `.item()` in it, and no tensor that is made of Python's
+    numbers, but for one that is kept (`of_channels`). models: what to move when memory is short.
     """
 
     def score(images, prompts, metadata):
-        return look(images, read(prompts).to(images.device))
+        return look(images, read(prompts, metadata).to(images.device))
 
     score.read = read
     score.look = look
@@ -411,7 +413,10 @@ def similarity(vit, scale, pixels=clip_pixels):
     def look(images, text):
         return scale * (vit.image_features(images, pixels) * text.to(images)).sum(-1)
 
-    return in_two_parts(look, [vit.model], vit.text_features)
+    def read(prompts, metadata):
+        return vit.text_features(prompts)
+
+    return in_two_parts(look, [vit.model], read)
 
 
 def clipscore(path, device, dtype, clip_l):
@@ -483,7 +488,7 @@ def imagereward(path, device, dtype, clip_l):
     head = linear_head(state, "mlp.layers", dtype).to(device)
     tokenizer = tokenizer_of(path, "google-bert/bert-base-uncased")
 
-    def read(prompts):
+    def read(prompts, metadata):
         ids = tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=35, return_tensors="pt"
         )
@@ -1148,11 +1153,11 @@ def guarded(reward):
         with ending_the_run(reward.name, prompts):
             return one_each(reward(images, prompts, metadata), images)
 
-    def read(prompts):
+    def read(prompts, metadata):
         with ending_the_run(reward.name, prompts):
-            return reward.read(prompts)
+            return reward.read(prompts, metadata)
 
-    def look(images, text):
+    def look(images, text):  # called text, whatever the reward calls it
         with ending_the_run(reward.name):
             return one_each(reward.look(images, text), images)
 

@@ -254,7 +254,7 @@ as_reward(bad_reward)
 
 @pytest.mark.parametrize("part, where", [("read", " on 'a "), ("look", ":")])
 def test_a_differentiable_reward_that_raises_is_named_too(part, where, run, tmp_path, monkeypatch):
-    def read(prompts):
+    def read(prompts, metadata):
         return torch.zeros(len(prompts), 1)
 
     def look(images, text):

@@ -22,6 +22,7 @@ import cold_start
 import common
 import cps
 import model
+import rewards
 import rtdmd_rl
 import variants
 from cold_start import fake_score_loss, generator_loss
@@ -658,14 +659,41 @@ def test_what_a_gpu_records_are_functions_of_tensors(run, tmp_path, stage, more,
 
 def test_rewards_with_and_without_a_gradient_may_be_named_in_any_order(run, tmp_path):
     _, flags, *_ = stage_of(run, "rl")
-    for name, rewards in (("one", "clipscore:2,checker:.5"), ("other", "checker:.5,clipscore:2")):
-        good(here(rtdmd_rl, *flags, "--rewards", rewards, "--out_dir", tmp_path / name))
+    for name, order in (("one", "clipscore:2,checker:.5"), ("other", "checker:.5,clipscore:2")):
+        good(here(rtdmd_rl, *flags, "--rewards", order, "--out_dir", tmp_path / name))
     for file in ADAPTERS:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
     first, second = log_of(tmp_path / "one"), log_of(tmp_path / "other")
     for name in ("reward_clipscore", "reward_checker"):
         assert [line[name] for line in first] == [line[name] for line in second]
     assert first[0]["reward_clipscore"] != first[0]["reward_checker"]
+
+
+def test_a_reward_with_a_gradient_reads_each_prompt_with_its_own_metadata(
+    run, tmp_path, monkeypatch
+):
+    """Also where a micro-batch begins between the pictures of one prompt."""
+    known = []
+
+    def read(prompts, metadata):
+        assert [row["prompt"] for row in metadata] == prompts
+        known.extend(prompts)
+        return rewards.read_nothing(prompts, metadata)
+
+    def look(images, text):
+        return images.mean((1, 2, 3))
+
+    def load(path, device, dtype, clip_l):
+        return rewards.in_two_parts(look, read=read)
+
+    monkeypatch.setitem(rewards.REWARDS, "clipscore", (load, True, ""))
+    rows = [{"prompt": f"a circle, number {number}"} for number in range(10)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, flags, *_ = stage_of(run, "rl")
+    flags = [*flags, "--rewards", "clipscore", "--prompts", tmp_path / "rows.jsonl"]
+    good(here(rtdmd_rl, *flags, "--out_dir", tmp_path / "out"))
+    epochs, group_size = 2, 2
+    assert sorted(known) == sorted(epochs // 2 * group_size * [row["prompt"] for row in rows])
 
 
 def test_with_cached_text_the_transformer_waits_until_the_text_encoders_have_left(

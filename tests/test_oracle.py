@@ -740,7 +740,7 @@ def as_loader(score, differentiable):
     """A reward's function in the form in which rewards.py has it."""
     known = []  # prompts; what is read of one is its place
 
-    def read(prompts):
+    def read(prompts, metadata):
         known.extend(prompts)
         return torch.arange(len(known) - len(prompts), len(known))
 

@@ -480,7 +480,7 @@ def test_on_a_gpu_a_recorded_score_and_its_gradient_are_the_plain_ones(
     (recorded,) = graphed(True, device, score_pass)
     for seed, prompts in enumerate([["a circle"], ["two squares"], ["a red circle"], [""]]):
         images = rand(3, 3, 60, 40, seed=seed).to(device)
-        text = reward.read(prompts * 3).to(device)
+        text = reward.read(prompts * 3, [{}] * 3).to(device)
         score, gradient = score_pass(images, text)
         recorded_score, recorded_gradient = recorded(images, text)
         close(recorded_score, score, 1e-6)

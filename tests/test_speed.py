@@ -177,7 +177,7 @@ def test_a_gpu_takes_as_many_as_it_holds(free, flags, pictures, gib, monkeypatch
         gpu.take(0.5 + 0.5 * n)
 
     torch.backends.cuda.enable_cudnn_sdp(True)
-    chosen = micro_batch(machine_flags(**flags), 997, torch.device("cuda"), passes, others)
+    chosen = micro_batch(machine_flags(**flags), 997, torch.device("cuda"), passes, 0.8, others)
     assert chosen == pictures
     assert torch.backends.cuda.cudnn_sdp_enabled()
     said = f"micro-batches of {pictures} pictures: about {gib} of the {free}.0 GiB that are free"
@@ -199,7 +199,7 @@ def test_a_gpu_takes_one_picture_where_the_others_find_no_room(
         gpu.take(a_picture * n)
 
     flags = machine_flags(graphs=graphs)
-    assert micro_batch(flags, 997, torch.device("cuda"), passes, others) == 1
+    assert micro_batch(flags, 997, torch.device("cuda"), passes, 0.8, others) == 1
     assert f"micro-batches of 1 pictures: {amount}" in capsys.readouterr().out
 
 
@@ -220,7 +220,7 @@ def test_passes_are_tried_as_they_are_not_compiled(monkeypatch):
         gpu.take(n)
         compiled(torch.zeros(n))
 
-    micro_batch(machine_flags(compile=1), 4, torch.device("cuda"), passes)
+    micro_batch(machine_flags(compile=1), 4, torch.device("cuda"), passes, 1)
     assert compiled_graphs == []
     compiled(torch.zeros(2))
     assert len(compiled_graphs) == 1
@@ -253,7 +253,7 @@ def test_on_a_gpu_the_tried_passes_leave_no_plan_of_cudnns_to_the_compiled_ones(
     def passes(n):
         attention_gradient(n, contiguous=True)
 
-    micro_batch(machine_flags(), 4, torch.device("cuda"), passes)
+    micro_batch(machine_flags(), 4, torch.device("cuda"), passes, 1)
     with sdpa_kernel(SDPBackend.MATH):
         truth = attention_gradient(2, contiguous=False)
     found = attention_gradient(2, contiguous=False)
@@ -265,11 +265,11 @@ def test_what_is_asked_for_is_taken_and_no_pass_is_tried():
         raise AssertionError
 
     gpu = torch.device("cuda")
-    assert micro_batch(machine_flags(5), 12, gpu, never) == 5
-    assert micro_batch(machine_flags(), 12, CPU, never) == common.ON_A_CPU
-    assert micro_batch(machine_flags(), 2, CPU, never) == 2
-    assert micro_batch(machine_flags(), 1, gpu, never) == 1
-    assert micro_batch(machine_flags(), 0, gpu, never) == 1  # a process without pictures
+    assert micro_batch(machine_flags(5), 12, gpu, never, 1) == 5
+    assert micro_batch(machine_flags(), 12, CPU, never, 1) == common.ON_A_CPU
+    assert micro_batch(machine_flags(), 2, CPU, never, 1) == 2
+    assert micro_batch(machine_flags(), 1, gpu, never, 1) == 1
+    assert micro_batch(machine_flags(), 0, gpu, never, 1) == 1  # a process without pictures
 
 
 @pytest.mark.parametrize(
@@ -295,11 +295,12 @@ def test_trying_how_many_fit_leaves_no_gradient(program, flags, run, tmp_path, m
         seen.append(("decoded", len(latents), latents.requires_grad))
         return real_decode(self, latents)
 
-    def tries(args, n_mine, device, *functions):
+    def tries(args, n_mine, device, recorded, compiled, *rest):
+        assert compiled == {cold_start: 0.8, rtdmd_rl: 0.9}[program]
         with monkeypatch.context() as noting:
             noting.setattr(SD3Transformer2DModel, "forward", forward)
             noting.setattr(BaseModel, "decode", decode)
-            for function in functions:
+            for function in (recorded, *rest):
                 function(2)
                 of_each.append(Counter(seen))
                 seen.clear()

@@ -697,9 +697,9 @@ def test_bench_times_each_reward_by_itself(monkeypatch):
     def in_two_parts(score):
         just_read = []
 
-        def read(prompts):
+        def read(prompts, metadata):
             just_read[:] = prompts
-            return rewards.read_nothing(prompts)
+            return rewards.read_nothing(prompts, metadata)
 
         return rewards.in_two_parts(lambda images, text: score(images, just_read, []), read=read)
 

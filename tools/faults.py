@@ -814,8 +814,13 @@ STAGE_2 = [
     ),
     Fault(
         "stage 2: pictures are scored with the first texts",
-        "readings_of(prompts[b])",
-        "readings_of(prompts[: len(latents[b])])",
+        "readings_of(prompts[b], metadata[b])",
+        "readings_of(prompts[: len(latents[b])], metadata[b])",
+    ),
+    Fault(
+        "stage 2: rewards with gradient read the first metadata",
+        "readings_of(prompts[b], metadata[b])",
+        "readings_of(prompts[b], metadata[: len(latents[b])])",
     ),
     Fault(
         "stage 2: rewards without gradient read the first prompts",
@@ -2035,7 +2040,7 @@ SPEED = [
         "max(kept, more)",
     ),
     Fault("micro-batch: room for the passes alone", "max(kept, more)", "kept"),
-    Fault("micro-batch: compiled passes take as much", "kept *= COMPILED", "pass"),
+    Fault("micro-batch: compiled passes take as much", "kept *= compiled", "pass"),
     Fault(
         "micro-batch: checkpointed passes shrink, too",
         "args.compile and not args.low_memory",
