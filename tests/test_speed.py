@@ -295,12 +295,12 @@ def test_trying_how_many_fit_leaves_no_gradient(program, flags, run, tmp_path, m
         seen.append(("decoded", len(latents), latents.requires_grad))
         return real_decode(self, latents)
 
-    def tries(args, n_mine, device, recorded, compiled, *rest):
+    def tries(args, n_mine, device, recorded, compiled, **rest):
         assert compiled == {cold_start: 0.8, rtdmd_rl: 0.9}[program]
         with monkeypatch.context() as noting:
             noting.setattr(SD3Transformer2DModel, "forward", forward)
             noting.setattr(BaseModel, "decode", decode)
-            for function in (recorded, *rest):
+            for function in (recorded, *rest.values()):
                 function(2)
                 of_each.append(Counter(seen))
                 seen.clear()
