@@ -420,9 +420,18 @@ class Recorded:
         """-> (graph, its input tensors, its output)"""
         static = [x.clone() for x in inputs]
         graph = torch.cuda.CUDAGraph()
-        # thread_local: NCCL's thread may go on
-        with torch.cuda.graph(graph, pool=self.recordings.pool, capture_error_mode="thread_local"):
-            output = self.function(*static)
+        why = None
+        try:
+            # thread_local: NCCL's thread may go on
+            with torch.cuda.graph(graph, self.recordings.pool, capture_error_mode="thread_local"):
+                try:
+                    output = self.function(*static)
+                except BaseException as e:
+                    why = e
+                    raise
+        except BaseException as e:
+            # A recording whose function has failed may fail, too, as it ends, and hide why.
+            raise (why or e) from None
         return graph, static, output
 
 

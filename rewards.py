@@ -1178,9 +1178,15 @@ def ending_the_run(name, prompts=()):
         different = dict.fromkeys(repr(prompt[:80]) for prompt in prompts)
         some = ", ".join(list(different)[:9])
         where = f" on {some}" if some else ""
-        die(
-            f"reward {name} failed{where}: {type(e).__name__}: {shortened(e)}", status=1, local=True
-        )
+        remedy = ""
+        recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if recording:  # not recorded, the same has run before
+            remedy = (
+                ". The GPU was recording its look, which must be a function of tensors alone, without "
+                ".item() and .cpu(), say; --graphs 0 does without recording"
+            )
+        what = f"{type(e).__name__}: {shortened(e)}"
+        die(f"reward {name} failed{where}: {what}{remedy}", status=1, local=True)
 
 
 def one_each(scores, images):

@@ -6,6 +6,8 @@ collapse in it.
 
 import itertools
 import math
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -26,6 +28,8 @@ from helpers import (
     CPU,
     ONE_BATCH,
     RL,
+    ROOT,
+    TINY,
     flat,
     good,
     here,
@@ -33,6 +37,7 @@ from helpers import (
     listing,
     load,
     log_of,
+    on_a_gpu,
     stage_of,
 )
 from tools import evaluate
@@ -273,6 +278,53 @@ def test_a_differentiable_reward_that_raises_is_named_too(part, where, run, tmp_
     (line,) = err.strip().splitlines()
     assert f"reward clipscore failed{where}" in line
     assert line.endswith("RuntimeError: out of ideas")
+
+
+def test_a_reward_that_cannot_be_recorded_is_told_what_to_do(capsys, monkeypatch):
+    def look(images, text):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    function = rewards.in_two_parts(look)
+    as_reward(function).differentiable = True
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(SystemExit) as ended:
+        rewards.guarded(function).look(torch.zeros(1, 3, 8, 8), torch.zeros(1, 0))
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "reward beauty failed: RuntimeError: operation not permitted" in line
+    assert ".item()" in line
+    assert "--graphs 0" in line
+
+
+# A user's reward that takes a value to Python: stage 2 with it.
+WAITING = """
+import rewards
+import rtdmd_rl
+
+def look(images, text):
+    return images.mean((1, 2, 3)) * images.max().item()
+
+rewards.REWARDS["waiting"] = (lambda *_: rewards.in_two_parts(look), True, "")
+rtdmd_rl.main()
+"""
+
+
+@on_a_gpu
+@pytest.mark.parametrize("graphs", [0, 1])
+def test_on_a_gpu_a_reward_that_waits_for_it_ends_in_one_line_or_is_not_recorded(graphs, tmp_path):
+    stage_1 = TINY / "adapters/cold_start"
+    flags = [*RL, "--device", "cuda", "--cold_start", stage_1, "--rewards", "waiting"]
+    flags += ["--graphs", graphs, "--out_dir", tmp_path]
+    command = [sys.executable, "-c", WAITING, *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    if not graphs:
+        assert done.returncode == 0, done.stderr
+        return
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "reward waiting failed" in done.stderr
+    assert "--graphs 0" in done.stderr
 
 
 def test_a_differentiable_reward_that_is_not_of_two_parts_is_refused(monkeypatch):

@@ -91,6 +91,37 @@ def test_each_set_of_shapes_is_recorded_at_its_second_call(recorded):
     assert len(function.recordings.graphs) == 1
 
 
+@pytest.mark.parametrize("why", [SystemExit(1), torch.cuda.OutOfMemoryError("full")])
+def test_a_recording_whose_function_fails_says_why(why, recorded, monkeypatch):
+    """On a GPU it fails once more as it ends."""
+
+    @contextlib.contextmanager
+    def graph(memory, pool, capture_error_mode):
+        try:
+            yield
+        finally:
+            raise RuntimeError("the recording fails")
+
+    def function(x):
+        raise why
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(type(why)) as error:
+        model.Recorded(function, recorded[0].recordings).record([torch.ones(2)])
+    assert error.value is why
+
+
+def test_a_recording_that_fails_by_itself_says_so(recorded, monkeypatch):
+    @contextlib.contextmanager
+    def graph(memory, pool, capture_error_mode):
+        yield
+        raise RuntimeError("the recording fails")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(RuntimeError, match="the recording fails"):
+        model.Recorded(torch.neg, recorded[0].recordings).record([torch.ones(2)])
+
+
 def test_before_a_first_call_the_recorded_graphs_are_let_go(recorded):
     """They keep memory, which the plain pass needs. Each is recorded again at its next call.
 

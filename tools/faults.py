@@ -1585,6 +1585,11 @@ REWARDS = [
         "except ZeroDivisionError:\n        raise  # fewer",
     ),
     Fault(
+        "rewards: nothing is said of the recording that failed",
+        "if recording:  # not",
+        "if False:  # not",
+    ),
+    Fault(
         "rewards: GenEval counts with .3",
         '0.9 if metadata.get("tag") == "counting" else 0.3',
         "0.3",
@@ -2054,7 +2059,8 @@ SPEED = [
     ),
     Fault("micro-batch: the student's pass is tried with n pictures", "min(2 * n, n_mine)", "n"),
     Fault("preview: all at once", "for one in latents.split(1)", "for one in [latents]"),
-    Fault("graphs: no pool is shared", "pool=self.recordings.pool", "pool=None"),
+    Fault("graphs: no pool is shared", "(graph, self.recordings.pool", "(graph, None"),
+    Fault("graphs: why a recording failed is hidden", "raise (why or e) from None", "raise e"),
     Fault("micro-batch: where there is no room nothing is needed", "most = math.inf", "most = 0"),
     Fault(
         "graphs: they stay beside a first call",
