@@ -600,12 +600,13 @@ class Run:
 
     state {name: flat tensor of weights, or optimiser; "shapes": {key in the published format: shape of
     its part of the weights}} is all that has to be saved: random numbers and the order of prompts are
-    functions of (seed, step). A checkpoint that is there is put into state, and `start` is the step to
-    go on with. Dies if it is damaged, or of another program, model, prompts or flags; and in any case
-    if the disk has no room.
+    functions of (seed, step). reward_files: of the rewards that are trained on, as from `files_of`.
+
+    A checkpoint that is there is put into state, and `start` is the step to go on with. Dies if it is
+    damaged, or of another program, model, prompts or flags; and in any case if the disk has no room.
     """
 
-    def __init__(self, args, state, rows, transformers):
+    def __init__(self, args, state, rows, transformers, reward_files=None):
         self.args = args
         self.state = state
         self.saved_at = time.time()
@@ -615,8 +616,8 @@ class Run:
                 paths.append(f"{args.out_dir}/{name}")
         check_room(args.out_dir, state, len(paths))
         self.content = content_of(rows, transformers)
-        if hasattr(args, "reward_path"):
-            self.content["reward_path content"] = hashed(files_of(args.reward_path))
+        if reward_files is not None:
+            self.content["reward_path content"] = hashed(reward_files)
         device = transformers[0].device
         self.made_with = made_with(device)
         agree_on_a_checkpoint(args.out_dir, bool(paths), device)

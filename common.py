@@ -150,6 +150,9 @@ def parse(parser, presets=None, paper=None):
     for name in PLACES & set(vars(args)):  # no shell does it behind an equals sign
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
+    if getattr(args, "reward_path", None):
+        pairs = [pair.partition("=") for pair in args.reward_path]
+        args.reward_path = [name + sign + os.path.expanduser(path) for name, sign, path in pairs]
     for name, value in vars(args).items():
         if not in_range(name, value):
             low, high = RANGES.get(name, (0, math.inf))
@@ -592,7 +595,7 @@ def update(weights, optimizer, skipped, name, loss):
     elif skipped[name] >= MAX_SKIPPED:
         die(
             f"{skipped[name]} updates in a row of the {name} adapter were not finite; "
-            "the last good checkpoint is in --out_dir",
+            "the last good checkpoint is in --out_dir, if one was saved",
             status=1,
         )
     weights.grad.zero_()

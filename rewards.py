@@ -977,6 +977,7 @@ def checker(path, device, dtype, clip_l):
 # ---- all of them ---------------------------------------------------------------------------------
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 AESTHETIC = "trl-lib/ddpo-aesthetic-predictor"  # its file is sac+logos+ava1-l14-linearMSE.pth
+# Of the weights, None: only --reward_path says where they are; "": there are none to be loaded.
 REWARDS = {  # name: (loader, differentiable, where its weights are: hub name, and for some the file there)
     "clipscore": (clipscore, True, CLIP_L),
     "pickscore": (pickscore, True, "yuvalkirstain/PickScore_v1"),
@@ -1032,10 +1033,13 @@ def build(weights, device, paths=(), dtype=torch.float32, batch=0):
         loader, differentiable, hub = REWARDS[name]
         given = places.get(name, places.get(SAME_WEIGHTS.get(name)))
         place = hub if given is None else given
-        if place is None or (given is not None and not os.path.exists(place)):
+        if place is None:
             raise ValueError(
-                f"reward {name}: {place or 'no directory given'}: no such directory; "
-                f"give --reward_path {name}=DIRECTORY"
+                f"reward {name}: its model is not given; give --reward_path {name}=PATH"
+            )
+        if given is not None and not os.path.exists(place):
+            raise ValueError(
+                f"reward {name}: {place}: no such file or directory; give --reward_path {name}=PATH"
             )
         try:
             if given is None and is_hub_id(place):
@@ -1072,6 +1076,16 @@ def parse_paths(paths):
             f"{', '.join(REWARDS)}; got {', '.join(paths)}"
         )
     return places
+
+
+def paths_of(weights, paths):
+    """Those of the "name=PATH" strings that the rewards in `weights` may use.
+
+    clipscore's is always among them: others share its CLIP ViT-L.
+    """
+    used = {"clipscore", *weights}
+    used.update(SAME_WEIGHTS[name] for name in weights if name in SAME_WEIGHTS)
+    return [pair for pair in paths if pair.partition("=")[0] in used]
 
 
 def cannot_load(name, place, hub, error):
@@ -1145,21 +1159,25 @@ def check_pictures(images, name):
 def guarded(reward):
     """The same reward, but one that fails ends the run with its name and, where it has them, the prompts.
 
-    To fail is to raise, or to give scores that are not one a picture.
+    To fail is to raise, to give scores that are not one a picture, to change the pictures, which other
+    rewards see, too, or to have no gradient where there should be one.
     """
 
     @functools.wraps(reward)
     def call(images, prompts, metadata):
-        with ending_the_run(reward.name, prompts):
+        with ending_the_run(reward.name, prompts), as_it_was(images):
             return one_each(reward(images, prompts, metadata), images)
 
     def read(prompts, metadata):
         with ending_the_run(reward.name, prompts):
-            return reward.read(prompts, metadata)
+            return a_row_each(reward.read(prompts, metadata), prompts)
 
     def look(images, text):  # called text, whatever the reward calls it
-        with ending_the_run(reward.name):
-            return one_each(reward.look(images, text), images)
+        with ending_the_run(reward.name), as_it_was(images):
+            scores = one_each(reward.look(images, text), images)
+            if torch.is_grad_enabled() and images.requires_grad and not scores.requires_grad:
+                raise ValueError("its scores have no gradient: say False in its line of REWARDS")
+            return scores
 
     if reward.differentiable:
         call.read = read
@@ -1189,13 +1207,34 @@ def ending_the_run(name, prompts=()):
         die(f"reward {name} failed{where}: {what}{remedy}", status=1, local=True)
 
 
+@contextlib.contextmanager
+def as_it_was(images):
+    """With it a change of the pictures in place is a ValueError."""
+    before = images._version  # PyTorch's count of changes
+    yield
+    if images._version != before:
+        raise ValueError("it changes the pictures in place, which other rewards see, too")
+
+
 def one_each(scores, images):
-    """The scores; ValueError unless there is one a picture."""
+    """The scores; ValueError unless they are a tensor with one a picture."""
+    if not torch.is_tensor(scores):
+        raise ValueError(f"its scores are no tensor, but {type(scores).__name__}")
     if scores.shape != (len(images),):
         raise ValueError(
             f"it gave scores of shape {tuple(scores.shape)} for {len(images)} pictures"
         )
     return scores
+
+
+def a_row_each(text, prompts):
+    """What was read; ValueError unless it is a tensor with a row for each prompt."""
+    if not torch.is_tensor(text) or len(text) != len(prompts):
+        what = f"of shape {tuple(text.shape)}" if torch.is_tensor(text) else type(text).__name__
+        raise ValueError(
+            f"its read must give a tensor with a row for each of {len(prompts)} prompts, gave {what}"
+        )
+    return text
 
 
 def move(rewards, device):

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import cold_start
 import cps
 import variants
-from checkpoint import Run, find_weights, take_settings
+from checkpoint import Run, files_of, find_weights, take_settings
 from cold_start import HERE, fake_score_loss, generator_loss, renoise_time, steps_back
 from common import (
     Log,
@@ -44,6 +44,7 @@ from common import (
     distance,
     is_rank_0,
     micro_batch,
+    note,
     parse,
     resolution,
     seeded_rng,
@@ -58,7 +59,7 @@ from hub import DEFAULT_PLACES
 from model import graphed, load_base, preview
 from pictures import decode_each, save_grid
 from prompts import load_prompts
-from rewards import brought, build_for, parse_weights
+from rewards import brought, build_for, parse_weights, paths_of
 from text import note_prompts
 
 PRESETS = {  # defaults that differ; everything else is the same for every model
@@ -240,13 +241,17 @@ def arguments():
     args = parse(parser, PRESETS, PAPER)
     take_settings(args, find_weights(args.cold_start, "cold_start", quiet=True))
     stochastic = args.num_steps - 1  # the last step is deterministic
-    if not 1 <= args.subset <= stochastic:
+    if not args.policy_weight:
+        args.subset = min(args.subset, stochastic)
+    elif args.eta == 0:
+        die("--eta 0 leaves no stochastic step for SubGRPO: give --eta > 0, or --policy_weight 0")
+    elif stochastic == 0:
+        die("--num_steps 1 leaves no stochastic step for SubGRPO: give more, or --policy_weight 0")
+    elif not 1 <= args.subset <= stochastic:
         die(
             f"--subset must lie in 1..{stochastic} (the stochastic steps of {args.num_steps}), "
             f"got {args.subset}"
         )
-    if args.eta == 0 and args.policy_weight:
-        die("--eta 0 leaves no stochastic step for SubGRPO: give --eta > 0, or --policy_weight 0")
     return args
 
 
@@ -380,7 +385,8 @@ def main():
         "F_opt": fake_opt,
         "shapes": {key: p.shape for key, p in base.adapter("fake").items()},
     }
-    run = Run(args, state, rows, base.transformers())
+    trained_on = files_of(paths_of(weights, args.reward_path))
+    run = Run(args, state, rows, base.transformers(), trained_on)
     note_prompts(base, rows)
 
     K, M = args.num_steps, args.subset
@@ -398,9 +404,10 @@ def main():
     n_mine = my_rows.stop - my_rows.start
     level = [torch.full((n_mine,), s, device=device) for s in levels]  # one a picture
     if rank == 0:
+        of_rewards = ", ".join(described(reward, det_weight) for reward in rewards)
         print(
             f"RTDMD: {args.epochs} epochs of {args.prompts_per_epoch} prompts x {args.group_size} "
-            f"pictures on {world} x {device.type}; rewards {', '.join(map(described, rewards))}",
+            f"pictures on {world} x {device.type}; rewards {of_rewards}",
             flush=True,
         )
 
@@ -579,6 +586,7 @@ def main():
     bar = tqdm(range(run.start, args.epochs), initial=run.start, total=args.epochs, disable=silent)
     log = Log(args, run.start, device)
     skipped = {"generator": 0, "fake": 0}  # updates in a row that were not finite
+    noted = set()  # rewards whose scores were not finite
 
     for epoch in bar:
         log.begin()
@@ -669,6 +677,7 @@ def main():
         numbers = {
             f"reward_{reward.name}": each.mean().item() for reward, each in zip(rewards, scores)
         }
+        note_not_finite(numbers, noted)
         numbers.update(sums.over_ranks(), **squares.over_ranks(torch.sqrt))
         numbers["drift_max"] = all_reduce(largest_drift, dist.ReduceOp.MAX).item()
         if held_out and (epoch == 0 or (epoch + 1) % args.eval_every == 0):
@@ -703,8 +712,8 @@ def load_rewards(args, weights, device, rows):
     return checked(build_for, rows, weights, home, args.reward_path, dtype)
 
 
-def described(reward):
-    how = ", by back-propagation too" if reward.differentiable else ""
+def described(reward, det_weight):
+    how = ", by back-propagation too" if reward.differentiable and det_weight else ""
     return f"{reward.name} ({reward.weight:g}{how})"
 
 
@@ -720,6 +729,17 @@ def score_all(pictures, looks):
     if not scores:
         return torch.zeros(0, len(pictures), device=pictures.device)
     return torch.stack(scores)
+
+
+def note_not_finite(numbers, noted):
+    """Say once of each reward that its scores are not finite: such an epoch leaves the generator as it is.
+
+    numbers: {"reward_<name>": mean}; noted: names that have been said, which grows.
+    """
+    for name, mean in numbers.items():
+        if not math.isfinite(mean) and name not in noted:
+            noted.add(name)
+            note(f"{name} is {mean}: an epoch with such a score leaves the generator as it is")
 
 
 def load_stage_1(base, cold_start):

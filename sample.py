@@ -275,15 +275,19 @@ def load_base(args, device, has_teacher=False):
     return base
 
 
+def levels_of(base, args):
+    """The noise levels of the student or, with --teacher, of its own scheduler."""
+    if args.teacher:
+        return checked(teacher_levels, base, args.steps)
+    return base.sigmas(args.steps)
+
+
 def renderer(base, adapters, args):
     """-> (noise levels, a function of noise and text that gives pictures [B,3,H,W]).
 
     With --compile on a GPU the function is recorded, and knows one batch size.
     """
-    if args.teacher:
-        levels = checked(teacher_levels, base, args.steps)
-    else:
-        levels = base.sigmas(args.steps)
+    levels = levels_of(base, args)
     fix_adapters(base, adapters)
 
     @torch.no_grad()
@@ -390,9 +394,18 @@ def origin_of(base, files, args):
         "steps": args.steps,
         "eta": float(args.eta),
         "shift": base.backbone.shift(args.steps),
+        "sampler": content_of_sampler(levels_of(base, args), float(args.eta)),
         "guidance": float(args.cfg),
         "resolution": args.resolution,
     }
+
+
+def content_of_sampler(levels, eta):
+    """A short hash of what the sampler does, for one who changes cps.py: where it takes a few numbers."""
+    x = torch.linspace(-1, 1, 7, dtype=torch.float64).view(1, 1, 1, 7)
+    noise = [x.roll(k, 3) for k in range(len(levels))]
+    end = integrate(lambda x, level: level + x.sin(), noise, levels, eta)
+    return hashed([round(number, 4) for number in end.flatten().tolist()])
 
 
 def like(path):
@@ -419,8 +432,10 @@ def like(path):
 def draw_like(base, adapters, args, origin, number):
     """The picture of --like once more; dies where base or adapters are not those it was drawn with."""
     old, text = read_picture(args.like)
+    if text.get("sampler", origin["sampler"]) != origin["sampler"]:  # older pictures do not say it
+        die(f"--like {args.like}: was drawn by another sampler: cps.py or the noise levels changed")
     for name, value in origin.items():
-        if text.get(name) != str(value):
+        if name != "sampler" and text.get(name) != str(value):
             die(
                 f"--like {args.like}: was drawn with {name} {text.get(name) or 'none'}, and here it is "
                 f"{value or 'none'}; name the right ones with --pretrained, --generator_pretrained, "

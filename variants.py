@@ -1,6 +1,6 @@
 """Where the paper's letter, or an ablation, differs from the release's recipe.
 
-A variant is a function with the name and the arguments of the one that it replaces. `--variant
+A variant is a function with the arguments of the one that it replaces, and mostly its name. `--variant
 NAME,...` puts it in that one's place when a stage starts (`swap`); --paper chooses those that the paper
 prints. The stage files themselves know the default alone. The names are in VARIANTS, at the end.
 """
@@ -97,36 +97,44 @@ def shared_noise(draw, prompts, *key):
 
 
 # ---- choosing ------------------------------------------------------------------------------------
-VARIANTS = {  # name: (function, the stages that have it)
-    "printed_std": (sub_interval, (1, 2)),
-    "step_consistency": (consistency_path, (1, 2)),
-    "score_gradient": (generator_loss, (1, 2)),
-    "step_weight": (step_weight, (1,)),
-    "dmd2": (executed_levels, (1,)),
-    "gaussian_log_prob": (log_prob, (2,)),
-    "group_std": (weighed_sum, (2,)),
-    "subset_factor": (subset_weight, (2,)),
-    "drawn_step": (anchor_step, (2,)),
-    "rollout_log_prob": (old_log_prob, (2,)),
-    "free_noise": (shared_noise, (2,)),
+VARIANTS = {  # name: (what it replaces, by what, the stages that have it)
+    "printed_std": ("sub_interval", sub_interval, (1, 2)),
+    "step_consistency": ("consistency_path", consistency_path, (1, 2)),
+    "score_gradient": ("generator_loss", generator_loss, (1, 2)),
+    "step_weight": ("step_weight", step_weight, (1,)),
+    "dmd2": ("executed_levels", executed_levels, (1,)),
+    "gaussian_log_prob": ("log_prob", log_prob, (2,)),
+    "group_std": ("weighed_sum", weighed_sum, (2,)),
+    "subset_factor": ("subset_weight", subset_weight, (2,)),
+    "drawn_step": ("anchor_step", anchor_step, (2,)),
+    "rollout_log_prob": ("old_log_prob", old_log_prob, (2,)),
+    "free_noise": ("shared_noise", shared_noise, (2,)),
 }
 
 
 def swap(names, stage, *namespaces):
-    """Put the named variants in the place of the functions of the same name.
+    """Put the named variants in the place of what they replace.
 
     names: separated by commas. namespaces: of the modules that call these functions by name. Dies at
     a name that is unknown, of the other stage, or without effect.
     """
-    if {"step_weight", "score_gradient"} <= set(names.split(",")):
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    if {"step_weight", "score_gradient"} <= set(chosen):
         die("--variant: step_weight has no effect on score_gradient, leave one of them out")
-    known = [name for name, (_, stages) in VARIANTS.items() if stage in stages]
-    for name in filter(None, names.split(",")):
+    known = [name for name, (_, _, stages) in VARIANTS.items() if stage in stages]
+    chosen_for = {}  # {what is replaced: the variant that does}
+    for name in chosen:
         if name not in known:
             die(f"--variant {name}: stage {stage} knows {', '.join(known)}")
-        function, _ = VARIANTS[name]
-        places = [space for space in namespaces if function.__name__ in space]
+        replaced, function, _ = VARIANTS[name]
+        if chosen_for.setdefault(replaced, name) != name:
+            die(
+                f"--variant: {chosen_for[replaced]} and {name} both replace {replaced}, leave one out"
+            )
+        if replaced == "sigmas":
+            die(f"--variant {name}: sample.py needs the same levels, change cps.sigmas itself")
+        places = [space for space in namespaces if replaced in space]
         if not places:
-            die(f"--variant {name}: stage {stage} calls no function {function.__name__} by name")
+            die(f"--variant {name}: stage {stage} calls no function {replaced} by name")
         for place in places:
-            place[function.__name__] = function
+            place[replaced] = function

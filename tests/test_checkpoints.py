@@ -619,6 +619,14 @@ def test_another_model_of_a_reward_is_not_the_run_that_was_begun(run, tmp_path):
     assert "--reward_path content" in err
 
 
+def test_a_held_out_reward_may_come_with_its_path_when_a_run_goes_on(run, tmp_path):
+    flags = [*RL, "--cold_start", run.cold, "--out_dir", tmp_path]
+    good(here(rtdmd_rl, *flags, "--epochs", 1))
+    judge = ["--eval_rewards", "judge", "--reward_path", f"judge={TINY}/judge"]
+    good(here(rtdmd_rl, *flags, *judge))
+    assert len(log_of(tmp_path)) == 2
+
+
 @pytest.fixture(scope="module")
 def other_cold(tmp_path_factory):
     """Stage 1 with three steps, other eta, cfg and resolution than the preset's."""

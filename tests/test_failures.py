@@ -280,6 +280,62 @@ def test_a_differentiable_reward_that_raises_is_named_too(part, where, run, tmp_
     assert line.endswith("RuntimeError: out of ideas")
 
 
+def in_place(images, text):
+    return images.mul_(2).mean((1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "look, said",
+    [
+        (lambda images, text: images.detach().mean((1, 2, 3)), "no gradient"),
+        (in_place, "changes the pictures in place"),
+        (lambda images, text: images.detach().mean((1, 2, 3)).numpy(), "no tensor, but ndarray"),
+    ],
+)
+def test_a_look_that_is_not_as_it_must_be_ends_the_run(look, said, capsys):
+    function = rewards.in_two_parts(look)
+    as_reward(function).differentiable = True
+    images = torch.zeros(2, 3, 8, 8, requires_grad=True) + 0
+    with pytest.raises(SystemExit) as ended:
+        rewards.guarded(function).look(images, torch.zeros(2, 0))
+    assert ended.value.code == 1
+    err = capsys.readouterr().err
+    assert "reward beauty failed: ValueError: it" in err
+    assert said in err
+
+
+@pytest.mark.parametrize("text", [[0.0, 0.0], torch.zeros(1, 4)])
+def test_a_read_that_gives_no_row_for_each_prompt_ends_the_run(text, capsys):
+    function = rewards.in_two_parts(lambda images, text: images, read=lambda *_: text)
+    as_reward(function).differentiable = True
+    with pytest.raises(SystemExit) as ended:
+        rewards.guarded(function).read(["a circle", "a square"], [{}] * 2)
+    assert ended.value.code == 1
+    assert "a row for each of 2 prompts" in capsys.readouterr().err
+
+
+def test_scores_without_gradient_are_fine_where_none_is_asked_for():
+    function = rewards.in_two_parts(lambda images, text: images.mean((1, 2, 3)))
+    as_reward(function).differentiable = True
+    images = torch.zeros(2, 3, 8, 8, requires_grad=True) + 0
+    with torch.no_grad():
+        scores = rewards.guarded(function).look(images, torch.zeros(2, 0))
+    assert not scores.requires_grad
+
+
+def test_scores_that_are_not_finite_are_noted_once(run, tmp_path, monkeypatch):
+    """An epoch with one leaves the generator as it is, which nothing else on the screen would say."""
+
+    @as_reward
+    def nan(images, prompts, metadata):
+        return torch.full((len(images),), math.nan)
+
+    monkeypatch.setattr(rewards, "build", lambda *_: [nan])
+    _, _, err = here(rtdmd_rl, *RL, "--cold_start", run.cold, "--out_dir", tmp_path)
+    assert err.count("reward_beauty is nan") == 1
+    assert len(log_of(tmp_path)) == 2
+
+
 def test_a_reward_that_cannot_be_recorded_is_told_what_to_do(capsys, monkeypatch):
     def look(images, text):
         raise RuntimeError("operation not permitted when stream is capturing")

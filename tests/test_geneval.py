@@ -372,7 +372,7 @@ def test_the_path_of_geneval_serves_geneval_soft_unless_it_has_its_own(detector,
     (tmp_path / "own").mkdir()
     rewards.build("geneval_soft", "cpu", [detector.path, CLIP, f"geneval_soft={tmp_path}/own"])
     assert detector.loads == [str(tmp_path), f"{tmp_path}/own"]
-    with pytest.raises(ValueError, match="reward geneval_soft: .*no such directory"):
+    with pytest.raises(ValueError, match="reward geneval_soft: .*no such file"):
         rewards.build("geneval_soft", "cpu", [f"geneval={tmp_path}/none", CLIP])
 
 

@@ -33,6 +33,7 @@ from helpers import (
     ADAPTERS,
     COLD,
     ONE_BATCH,
+    RL,
     TINY,
     flags_of,
     flat,
@@ -383,7 +384,7 @@ def test_the_papers_letter_reaches_the_losses_of_both_loops(tiny_parts, tmp_path
         ("score_gradient", generator_loss),
         ("printed_std", sub_interval),
     ):
-        monkeypatch.setitem(variants.VARIANTS, name, (function, (1, 2)))
+        monkeypatch.setitem(variants.VARIANTS, name, (function.__name__, function, (1, 2)))
     # a step: fake re-noises and has a target, the student re-noises
     kernels_a_step = 2 + 1
     cold_dir = tmp_path / "cold"
@@ -800,3 +801,19 @@ def test_a_rank_without_pictures_has_no_noise_and_no_gradient_but_takes_part():
     norm = cold_start.update(parameter, optimizer, {"x": 0}, "x", torch.tensor(0.0))
     assert norm == 0
     assert (parameter == 1).all()
+
+
+def test_a_one_step_generator_is_reinforced_by_back_propagation_alone(tmp_path):
+    cold = tmp_path / "cold"
+    good(here(cold_start, *COLD, "--steps", 1, "--num_steps", 1, "--out_dir", cold))
+    flags = [*RL, "--epochs", 1, "--cold_start", cold, "--policy_weight", 0]
+    status, said, err = here(rtdmd_rl, *flags, "--out_dir", tmp_path / "rl")
+    assert status == 0, err
+    assert "clipscore (1, by back-propagation too)" in said
+    (line,) = log_of(tmp_path / "rl")
+    assert line["S"] == []
+    assert line["grad_generator"] > 0
+    flags += ["--det_weight", 0]
+    status, said, err = here(rtdmd_rl, *flags, "--out_dir", tmp_path / "rl without")
+    assert status == 0, err
+    assert "back-propagation" not in said

@@ -526,7 +526,7 @@ def test_pictures_that_are_none_are_refused_in_one_line(images):
     [
         ("beauty", None, "unknown reward 'beauty'"),
         ("hpsv2", None, "download xswu/HPSv2 and give --reward_path hpsv2="),
-        ("hpsv3", None, "no directory given"),
+        ("hpsv3", None, "its model is not given"),
         ("geneval2", None, "Qwen/Qwen3-VL-8B-Instruct"),
         ("imagereward", None, "zai-org/ImageReward"),
         ("geneval", None, "facebook/mask2former-swin-small-coco-instance"),

@@ -18,11 +18,26 @@ from PIL import Image
 
 import cold_start
 import common
+import cps
 import model
 import pictures
 import rtdmd_rl
 import sample
-from helpers import BASE, COLD, RL, ROOT, TINY, good, here, load, log_of, same_files, shell
+from cps import cps_step
+from helpers import (
+    BASE,
+    COLD,
+    RL,
+    ROOT,
+    TINY,
+    flags_of,
+    good,
+    here,
+    load,
+    log_of,
+    same_files,
+    shell,
+)
 from prompts import load_prompts
 from rewards import quoted
 from tools import evaluate
@@ -126,6 +141,11 @@ def test_what_the_compiler_needs_is_looked_for_before_the_model_is_loaded(
 
 def test_a_home_directory_behind_an_equals_sign(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
+    flags = ["--preset", "tiny", "--reward_path", "judge=~/a=b"]
+    paths = flags_of(rtdmd_rl, *flags, "--cold_start", str(TINY / "adapters/cold_start"))[
+        "reward_path"
+    ]
+    assert paths[-1] == f"judge={tmp_path}/a=b"
     good(here(cold_start, *ONE_STEP, "--out_dir=~/run"))
     assert (tmp_path / "run/generator_ema.pt").exists()
 
@@ -261,6 +281,28 @@ def test_like_draws_the_teachers_pictures_too(tmp_path):
     assert (tmp_path / "two/00000.png").read_bytes() == path.read_bytes()
 
 
+def of_another_step(x, v, s, t, eta, noise):
+    x_next, mean, std = cps_step(x, v, s, t, eta, noise)
+    return x_next + 0.01, mean, std
+
+
+def test_like_refuses_another_sampler(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(cps, "cps_step", of_another_step)
+    status, _, err = here(sample, "--like", drawn / "00000.png", *BASE[:4], "--out_dir", tmp_path)
+    assert status == 2
+    assert "drawn by another sampler" in err
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_like_takes_pictures_of_before_the_sampler_was_in_them(drawn, tmp_path):
+    picture, text = pictures.read_picture(drawn / "00000.png")
+    del text["sampler"]
+    pictures.save_picture(picture, str(tmp_path / "old.png"), text)
+    good(here(sample, "--like", tmp_path / "old.png", *BASE[:4], "--out_dir", tmp_path / "out"))
+    again, _ = pictures.read_picture(tmp_path / "out/00000.png")
+    assert torch.equal(again, picture)
+
+
 def test_like_refuses_other_weights_and_other_pictures(drawn, tmp_path):
     like = ["--like", drawn / "00000.png", *BASE[:4], "--out_dir", tmp_path]
     status, _, err = here(sample, *like, "--rtdmd", "")
@@ -347,6 +389,10 @@ def test_an_evaluation_draws_what_is_missing(scored, tmp_path, monkeypatch):
     # another seed is another picture
     good(here(evaluate, *flags, "--seed", 1, "--out_dir", tmp_path / "out"))
     assert len(calls) == 4
+    # and so is another sampler's
+    monkeypatch.setattr(cps, "cps_step", of_another_step)
+    good(here(evaluate, *flags, "--seed", 1, "--out_dir", tmp_path / "out"))
+    assert len(calls) == 7
 
 
 # ---- a new run from another one's weights --------------------------------------------------------

@@ -36,22 +36,29 @@ PLACES = {
     "free_noise": None,
 }
 PROGRAMS = {1: cold_start, 2: rtdmd_rl}
-PAIRS = [(name, stage) for name, (_, stages) in variants.VARIANTS.items() for stage in stages]
+PAIRS = [(name, stage) for name, (_, _, stages) in variants.VARIANTS.items() for stage in stages]
 
 
 def place_of(name, stage):
-    return PLACES[name] or PROGRAMS[stage]
+    return PLACES.get(name) or PROGRAMS[stage]
 
 
 # ---- choosing ------------------------------------------------------------------------------------
 def test_every_variant_is_listed_here():
-    assert list(PLACES) == list(variants.VARIANTS)
+    missing = set(variants.VARIANTS) ^ set(PLACES)
+    assert not missing, f"PLACES, above, does not fit variants.VARIANTS: {missing}"
+
+
+def test_no_variant_is_another_one_under_a_second_name():
+    """A second `def` of the same name in variants.py would take the first one's place."""
+    functions = [function for _, function, _ in variants.VARIANTS.values()]
+    assert len(set(functions)) == len(functions)
 
 
 @pytest.mark.parametrize("name, stage", PAIRS)
 def test_a_variant_has_the_signature_of_the_function_that_it_replaces(name, stage):
-    variant, _ = variants.VARIANTS[name]
-    default = getattr(place_of(name, stage), variant.__name__)
+    replaced, variant, _ = variants.VARIANTS[name]
+    default = getattr(place_of(name, stage), replaced)
     assert inspect.signature(variant) == inspect.signature(default)
     assert variant is not default
 
@@ -60,7 +67,7 @@ def test_a_variant_has_the_signature_of_the_function_that_it_replaces(name, stag
 def test_paper_chooses_variants_that_its_stage_knows(stage):
     chosen = PROGRAMS[stage].PAPER["variant"].split(",")
     for name in chosen:
-        assert stage in variants.VARIANTS[name][1]
+        assert stage in variants.VARIANTS[name][2]
     assert len(set(chosen)) == len(chosen)
 
 
@@ -93,6 +100,28 @@ def test_a_variant_without_effect_ends_the_program(names, said, capsys):
         variants.swap(names, 1, {"generator_loss": None})
     assert end.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_levels_are_no_variant_since_sample_needs_the_same(monkeypatch, capsys):
+    monkeypatch.setitem(variants.VARIANTS, "even", ("sigmas", cps.sigmas, (1, 2)))
+    with pytest.raises(SystemExit) as end:
+        variants.swap("even", 1, vars(cps))
+    assert end.value.code == 2
+    assert "cps.sigmas itself" in capsys.readouterr().err
+
+
+def test_two_variants_of_one_function_end_the_program(monkeypatch, capsys):
+    def by_rank(centred, scores, weights):
+        return scores.argsort().argsort()
+
+    monkeypatch.setitem(variants.VARIANTS, "by_rank", ("weighed_sum", by_rank, (2,)))
+    place = {"weighed_sum": "default"}
+    variants.swap(" by_rank, by_rank", 2, place)  # blanks, and twice the same
+    assert place == {"weighed_sum": by_rank}
+    with pytest.raises(SystemExit) as end:
+        variants.swap("by_rank,group_std", 2, place)
+    assert end.value.code == 2
+    assert "by_rank and group_std both replace weighed_sum" in capsys.readouterr().err
 
 
 def test_swapping_replaces_names_where_they_are_and_adds_none():
@@ -274,8 +303,8 @@ def test_the_flag_puts_the_variant_into_the_loop(name, stage, cold, tmp_path, mo
 
     plain = run(beside, tmp_path / "plain")
     flag = run(f"{beside},{name}", tmp_path / "flag")
-    function, _ = variants.VARIANTS[name]
-    monkeypatch.setattr(place_of(name, stage), function.__name__, function)
+    replaced, function, _ = variants.VARIANTS[name]
+    monkeypatch.setattr(place_of(name, stage), replaced, function)
     replaced = run(beside, tmp_path / "function")
     assert flag == replaced
     assert same_files(tmp_path / "flag", tmp_path / "function")

@@ -159,8 +159,8 @@ KNOWN = [
     ),
     Fault(
         "sample: the base's shift is ignored when the student draws",
-        "levels = base.sigmas(args.steps)",
-        "levels = sigmas(args.steps)",
+        "return base.sigmas(args.steps)",
+        "return sigmas(args.steps)",
         SAMPLE,
     ),
     Fault(
@@ -1452,8 +1452,8 @@ DRAWING = [
     ),
     Fault(
         "sample: the teacher has the student's levels",
-        "    if args.teacher:\n        levels",
-        "    if False:\n        levels",
+        "    if args.teacher:\n        return checked",
+        "    if False:\n        return checked",
         SAMPLE,
     ),
     Fault(
@@ -1728,9 +1728,16 @@ def of_names(*words):
 HOUSE = [
     Fault(
         "variants: nothing is put in the place of the default",
-        "place[function.__name__] = function",
+        "place[replaced] = function",
         "pass",
         "variants.py",
+    ),
+    Fault(
+        "variants: the second of two for one function is taken",
+        "if chosen_for.setdefault(replaced, name) != name:",
+        "if False:",
+        "variants.py",
+        first=("tests/test_variants.py",),
     ),
     Fault(
         "variants: a name of the other stage is taken", "if stage in stages]", "]", "variants.py"
@@ -2260,7 +2267,49 @@ FAULTS = [
     Fault(
         "like: as many at once as now", "[args.prompt] * args.batch_size", "[args.prompt]", SAMPLE
     ),
-    Fault("like: other weights are taken", "if text.get(name) != str(value):", "if False:", SAMPLE),
+    Fault(
+        "like: other weights are taken", "and text.get(name) != str(value):", "and False:", SAMPLE
+    ),
+    Fault(
+        "like: another sampler is taken",
+        'if text.get("sampler", origin["sampler"]) != origin["sampler"]:',
+        "if False:",
+        SAMPLE,
+        first=("tests/test_troubles.py", "-k", "like"),
+    ),
+    Fault(
+        "evaluate: another sampler's pictures are taken",
+        "content_of_sampler(levels_of(base, args), float(args.eta))",
+        '""',
+        SAMPLE,
+        first=("tests/test_troubles.py", "-k", "like or evaluation"),
+    ),
+    Fault(
+        "checkpoint: the files of held-out rewards decide",
+        "files_of(paths_of(weights, args.reward_path))",
+        "files_of(args.reward_path)",
+        TWO,
+        first=("tests/test_checkpoints.py", "-k", "reward"),
+    ),
+    Fault(
+        "rewards: a look may change the pictures",
+        "if images._version != before:",
+        "if False:",
+        first=("tests/test_failures.py",),
+    ),
+    Fault(
+        "rewards: a look may give no gradient",
+        "if torch.is_grad_enabled() and images.requires_grad and not scores.requires_grad:",
+        "if False:",
+        first=("tests/test_failures.py",),
+    ),
+    Fault(
+        "stage 2: nothing is said of scores that are not finite",
+        "if not math.isfinite(mean) and name not in noted:",
+        "if False:",
+        TWO,
+        first=("tests/test_failures.py",),
+    ),
     Fault("pictures: a call begins at 0 again", "max(numbers, default=-1) + 1", "0", SAMPLE),
     Fault(
         "evaluate: what is there is drawn again",
