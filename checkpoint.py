@@ -38,6 +38,7 @@ from common import (
     is_rank_0,
     listen_to_signals,
     note,
+    say,
     stop,
     sync,
     write_atomically,
@@ -386,8 +387,7 @@ def alpha_of(path, weights, metadata, in_diffusers_format):
         return alpha_of_config(path, weights, config, "its metadata")
     config_path = os.path.join(folder, CONFIG_NAME)
     if os.path.exists(config_path):
-        with open(config_path, encoding="utf-8", errors="replace") as file:
-            config = json_or_die(file.read(), config_path)
+        config = read_json(config_path)
         return alpha_of_config(path, weights, config, config_path)
     if in_diffusers_format:
         return Alpha(None, "diffusers' format, in which alpha is part of B")
@@ -403,6 +403,16 @@ def alpha_of(path, weights, metadata, in_diffusers_format):
             saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
             return Alpha(float(saved["flags"]["lora_alpha"]), checkpoint_path)
     return None
+
+
+def read_json(path):
+    """The JSON object in a file; dies where it cannot be read or is none."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read()
+    except OSError as e:
+        die(f"{path}: cannot be read ({e.strerror})")
+    return json_or_die(text, path)
 
 
 def json_or_die(text, what):
@@ -423,7 +433,9 @@ def alpha_of_config(path, weights, config, source):
         patterns = {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()}
         rank_of = {key: int(value) for key, value in (config.get("rank_pattern") or {}).items()}
         rank = config.get("r")
-    except (KeyError, TypeError, ValueError):
+        for pattern in (*patterns, *rank_of):
+            re.compile(pattern)
+    except (AttributeError, KeyError, TypeError, ValueError, re.error):
         die(f"{path}: {source} does not say a usable lora_alpha")
     if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora"):
         die(f"{path}: {source} says that this is no plain LoRA")
@@ -516,8 +528,7 @@ def settings_of(path):
     settings_path = os.path.join(os.path.dirname(path), SETTINGS_NAME)
     if not os.path.exists(settings_path):
         return {}
-    with open(settings_path, encoding="utf-8", errors="replace") as file:
-        return json_or_die(file.read(), settings_path)
+    return read_json(settings_path)
 
 
 def check_pair(cold_start, rtdmd):
@@ -614,6 +625,8 @@ class Run:
         for name in ("ckpt.pt", "ckpt.prev.pt"):
             if os.path.exists(f"{args.out_dir}/{name}"):
                 paths.append(f"{args.out_dir}/{name}")
+        if not paths:
+            check_nothing_is_lost(args.out_dir)
         check_room(args.out_dir, state, len(paths))
         self.content = content_of(rows, transformers)
         if reward_files is not None:
@@ -705,9 +718,8 @@ class Run:
             self.saved_at = time.time()
         if stopping:
             if is_rank_0():
-                print(
-                    f"stopped by a signal and saved after {step} of {last}; the same command goes on",
-                    flush=True,
+                say(
+                    f"stopped by a signal and saved after {step} of {last}; the same command goes on"
                 )
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -765,6 +777,20 @@ def decisive(flags):
 def joined(matrices):
     """A list of matrices -> one flat tensor of all."""
     return torch.cat([matrix.flatten() for matrix in matrices])
+
+
+def check_nothing_is_lost(out_dir):
+    """Die where a new run would replace weights: of an export, or of a run whose checkpoint is gone."""
+    names = os.listdir(out_dir)
+    weights = [name for name in names if name.endswith((".safetensors", "generator_ema.pt"))]
+    begun = any(
+        name.startswith("ckpt") for name in names
+    )  # ckpt.pt.tmp: stopped while first saving
+    if weights and not begun:
+        die(
+            f"--out_dir {out_dir} holds {weights[0]} and no ckpt.pt to go on from: choose another, "
+            "or move it away"
+        )
 
 
 def check_room(out_dir, state, checkpoints):
@@ -861,4 +887,4 @@ def say_what_changed(path, step, before, now):
         line += f"; changed since ({', '.join(changed)}): the same results up to rounding"
     if before.get("device") != now["device"]:
         line += ", but for the random numbers, which are each device's own"
-    print(line, flush=True)
+    say(line)

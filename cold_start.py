@@ -39,6 +39,7 @@ from common import (
     micro_batch,
     parse,
     resolution,
+    say,
     setup,
     shard,
     share,
@@ -346,10 +347,9 @@ def main():
     my_rows = shard(n_pictures, rank, world)
     n_mine = my_rows.stop - my_rows.start
     if rank == 0:
-        print(
+        say(
             f"AC-DMD: {args.steps} steps of {n_pictures} pictures on {world} x {device.type}, "
-            f"{len(rows)} prompts, {student_params.numel() / 1e6:.1f} M parameters an adapter",
-            flush=True,
+            f"{len(rows)} prompts, {student_params.numel() / 1e6:.1f} M parameters an adapter"
         )
 
     # The three roles: velocity functions of one transformer.
@@ -491,10 +491,9 @@ def main():
         run.save_or_stop(step + 1, args.steps)
 
     if rank == 0:
-        print(
+        say(
             f"done: {args.out_dir}/generator_ema.pt (the generator), {args.out_dir}/fake.pt "
-            "(stage 2 starts from both)",
-            flush=True,
+            "(stage 2 starts from both)"
         )
     if world > 1:
         dist.destroy_process_group()

@@ -27,6 +27,11 @@ import torch.distributed as dist
 from huggingface_hub.constants import HF_HOME
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
+
 
 def is_rank_0():
     """Whether this process is the one that speaks, under torchrun and alone."""
@@ -35,7 +40,7 @@ def is_rank_0():
 
 def is_first_here():
     """Whether this process is the first one on its machine, under torchrun and alone."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return os.environ.get("LOCAL_RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
 def die(message, status=2, local=False):
@@ -56,7 +61,17 @@ def note(message):
     """One line on stderr about something a user should know; rank 0 only."""
     if is_rank_0():
         one_line = " ".join(str(message).split())
-        print(f"note: {one_line}", file=sys.stderr, flush=True)
+        say(f"note: {one_line}", sys.stderr)
+
+
+def say(line, stream=None):
+    """Print a line, to stdout by default. A terminal or a pipe that has gone is no reason to stop."""
+    stream = stream or sys.stdout
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:
+        # Nor shall it be one later: what is written there from now on is lost.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 LONGEST = 200  # characters of somebody else's message
@@ -165,9 +180,9 @@ def parse(parser, presets=None, paper=None):
 
 
 def in_range(name, value):
-    """Whether a flag may have this value: numbers have ranges, and nan lies in none."""
+    """Whether a flag may have this value: numbers have ranges, and nan and infinity lie in none."""
     low, high = RANGES.get(name, (0, math.inf))
-    return not isinstance(value, (int, float)) or low <= value <= high
+    return not isinstance(value, (int, float)) or (low <= value <= high and value != math.inf)
 
 
 def resolution(text):
@@ -220,10 +235,11 @@ def setup(args, training=True):
     Dies where a run could not end well.
     """
     explain_full_memory(args)
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device = chosen_device(args, int(os.environ.get("LOCAL_RANK", 0)))
+    rank, world, local_rank = place_among_processes()
+    device = chosen_device(args, local_rank)
     make_out_dir(args.out_dir, "samples" if training else "", rank)
+    if training and rank == 0:
+        lock(args.out_dir)
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
@@ -240,6 +256,23 @@ def setup(args, training=True):
         end_on_signals()
         meet("nccl" if device.type == "cuda" else "gloo")
     return device, rank, world
+
+
+def place_among_processes():
+    """(rank, world size, rank on this machine), from torchrun; dies where they do not fit."""
+    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    said = {name: os.environ.get(name) for name in defaults}
+    try:
+        rank, world, local_rank = (
+            default if said[name] is None else int(said[name]) for name, default in defaults.items()
+        )
+        fits = 0 <= rank < world and local_rank >= 0
+    except ValueError:
+        fits = False
+    if not fits:
+        words = " ".join(f"{name}={value}" for name, value in said.items() if value is not None)
+        die(f"the environment says {words}: unset these, or start with torchrun", local=True)
+    return rank, world, local_rank
 
 
 def explain_full_memory(args):
@@ -308,6 +341,32 @@ def make_out_dir(out_dir, subfolder, rank):
         die(f"cannot write to --out_dir {out_dir}: {e.strerror}")
 
 
+held = {"lock": None}  # a file descriptor of the folder that this process trains into
+
+
+def lock(folder):
+    """Let no other process train into this folder until this one ends; dies where one does already."""
+    unlock()
+    if fcntl is None:
+        return
+    held["lock"] = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held["lock"], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        die(
+            f"another run is writing to --out_dir {folder}: let it end, or choose another",
+            local=True,
+        )
+    except OSError:  # a file system that has no locks
+        pass
+
+
+def unlock():
+    if held["lock"] is not None:
+        os.close(held["lock"])
+    held["lock"] = None
+
+
 def remove_empty(folder):
     """Remove a folder if nothing is in it: a command that was refused leaves none."""
     with contextlib.suppress(OSError):
@@ -336,10 +395,9 @@ def keep_compiled_code():
     place = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", place)
     if is_rank_0():
         known = "is" if os.path.isdir(place) and os.listdir(place) else "will be"
-        print(
+        say(
             f"compiled code {known} in {place}; what is not there yet is compiled in the first steps, "
-            "which takes minutes",
-            flush=True,
+            "which takes minutes"
         )
 
 
@@ -354,13 +412,19 @@ def end_on_signals(words="stopped by a signal before the first step: nothing is 
     """From now on a signal ends the program at once, with one line."""
 
     def end(number, frame):
-        if is_first_here():  # not through print, which may be at work just now
-            os.write(2, f"\n{os.path.basename(sys.argv[0])}: {words}\n".encode())
+        if is_first_here():
+            write_now(f"\n{os.path.basename(sys.argv[0])}: {words}\n")
         sys.exit(128 + number)
 
     stop.update(asked=False, agreed=False)
     for number in SIGNALS:
         signal.signal(number, end)
+
+
+def write_now(text):
+    """Write to stderr, if it is still there, from a signal's handler: print may be at work just now."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
 
 
 def listen_to_signals():
@@ -371,8 +435,7 @@ def listen_to_signals():
 
     def ask(number, frame):
         if is_rank_0() and not stop["asked"]:
-            # not through print, which may be at work just now
-            os.write(2, b"\nstopping: the step under way is finished and saved first\n")
+            write_now("\nstopping: the step under way is finished and saved first\n")
         stop["asked"] = True
 
     for number in SIGNALS:
@@ -426,10 +489,9 @@ def micro_batch(args, n_mine, device, recorded, compiled, rest=lambda n: None):
     if is_rank_0():
         gib = needed(chosen) / 2**30
         amount = f"about {gib:.1f}" if gib < math.inf else "more than all"
-        print(
+        say(
             f"micro-batches of {chosen} pictures: {amount} of the {free / 2**30:.1f} GiB that are free "
-            "(--micro_batch)",
-            flush=True,
+            "(--micro_batch)"
         )
     return chosen
 
@@ -745,11 +807,10 @@ class Log:
         flat = numbers.get("flat_groups") == 1
         self.flat_epochs = self.flat_epochs + 1 if flat else 0
         if self.flat_epochs == self.FLAT_EPOCHS:
-            print(
+            say(
                 f"warning: {self.FLAT_EPOCHS} epochs in a row all pictures of a prompt scored the "
                 "same: SubGRPO learns nothing",
-                file=sys.stderr,
-                flush=True,
+                sys.stderr,
             )
 
 

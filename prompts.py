@@ -145,7 +145,7 @@ def from_json(text):
     """What a text says in JSON; None where it is no JSON."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # the second: very many brackets
         return None
 
 

@@ -47,6 +47,7 @@ from common import (
     note,
     parse,
     resolution,
+    say,
     seeded_rng,
     setup,
     shard,
@@ -405,10 +406,9 @@ def main():
     level = [torch.full((n_mine,), s, device=device) for s in levels]  # one a picture
     if rank == 0:
         of_rewards = ", ".join(described(reward, det_weight) for reward in rewards)
-        print(
+        say(
             f"RTDMD: {args.epochs} epochs of {args.prompts_per_epoch} prompts x {args.group_size} "
-            f"pictures on {world} x {device.type}; rewards {of_rewards}",
-            flush=True,
+            f"pictures on {world} x {device.type}; rewards {of_rewards}"
         )
 
     # The three roles: velocity functions of one transformer.
@@ -691,10 +691,9 @@ def main():
         run.save_or_stop(epoch + 1, args.epochs)
 
     if rank == 0:
-        print(
+        say(
             f"done: {args.out_dir}/generator_ema.pt, to be stacked on "
-            f"{args.cold_start}/generator_ema.pt (sample.py does)",
-            flush=True,
+            f"{args.cold_start}/generator_ema.pt (sample.py does)"
         )
     if world > 1:
         dist.destroy_process_group()
@@ -752,10 +751,9 @@ def load_stage_1(base, cold_start):
     if fake_file:
         base.load_adapter("cold_fake", fake_file)
     elif is_rank_0():
-        print(
+        say(
             f"{cold_start} has no fake.pt or fake_score_net.pt: the fake score starts from the "
-            "teacher and needs some epochs to catch up",
-            flush=True,
+            "teacher and needs some epochs to catch up"
         )
 
 

@@ -40,6 +40,7 @@ from common import (
     note,
     parse,
     resolution,
+    say,
     setup,
 )
 from cps import rollout
@@ -134,6 +135,8 @@ def check_prompt(args):
     """Die where there is nothing to draw."""
     if not (args.prompts or args.prompt.strip()):
         die("nothing to draw: give a prompt, or --prompts FILE")
+    if args.prompts and args.prompt.strip():
+        die(f"a prompt and a file of prompts, {args.prompts}: give one of them")
     try:
         args.prompt.encode()
     except UnicodeEncodeError:
@@ -449,7 +452,7 @@ def draw_like(base, adapters, args, origin, number):
     save_picture(picture, path, text)
     if not torch.equal(picture, old):
         note(f"{path} is not the same to the last bit: another machine, or other versions")
-    print(f"{args.like} again -> {path}")
+    say(f"{args.like} again -> {path}")
 
 
 def main():
@@ -472,7 +475,7 @@ def main():
         return
     draw_all(base, adapters, rows, args, origin, number)
     save_first(args, number, len(rows))
-    print(
+    say(
         f"{len(rows)} picture{'s' * (len(rows) > 1)} in {time.time() - start:.1f} s -> "
         f"{picture_path(args, number)}{' and on' * (len(rows) > 1)}, {args.out_dir}/grid.png"
     )

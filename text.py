@@ -10,7 +10,7 @@ import os
 import torch
 from tqdm import tqdm
 
-from common import all_reduce, die, is_first_here, is_rank_0, note, reserve
+from common import all_reduce, die, is_first_here, is_rank_0, note, reserve, say
 
 KEPT_BYTES = 2**29  # of the last prompts' texts, on the device: 300 prompts of SD3.5-M
 TEXT_BATCH = 32  # prompts encoded at once on a GPU
@@ -66,7 +66,7 @@ class TextTable:
         size = len(self.rows) * width
         n_bytes = size * text[0].element_size()
         if is_rank_0():
-            print(f"{len(self.rows)} texts take {n_bytes / 1e9:.2f} GB: {path}", flush=True)
+            say(f"{len(self.rows)} texts take {n_bytes / 1e9:.2f} GB: {path}")
         try:
             if is_first_here():  # all of it: a memory map over a full disk ends in a bus error
                 reserve(path, n_bytes)

@@ -21,6 +21,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 import cold_start
+import common
 import cps
 import rtdmd_rl
 import sample
@@ -117,6 +118,7 @@ def here(program, *flags, **replace):
         except SystemExit as e:
             status = e.code
         finally:
+            common.unlock()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return status, out.getvalue(), err.getvalue()

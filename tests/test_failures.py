@@ -417,6 +417,7 @@ def test_a_reward_whose_model_finds_no_room_is_not_to_be_downloaded_again(
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more.")
 
     monkeypatch.setitem(rewards.REWARDS, "clipscore", (loader, True, "a/b"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")  # the other GPUs may have had room
     with pytest.raises(SystemExit) as ended:
         rewards.build("clipscore", "cpu", [f"clipscore={tmp_path}"])

@@ -1,8 +1,10 @@
 """Troubles that users of such software run into: other platforms, other formats, one directory for all."""
 
 import argparse
+import errno
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -152,12 +154,111 @@ def test_a_home_directory_behind_an_equals_sign(tmp_path, monkeypatch):
 
 # ---- several machines ----------------------------------------------------------------------------
 def test_die_speaks_once_a_machine(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "16")
     for rank, local_rank, speaks in (("0", "0", 1), ("1", "1", 0), ("8", "0", 1), ("9", "1", 0)):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         with pytest.raises(SystemExit):
             common.die("something")
         assert capsys.readouterr().err.count("something") == speaks
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"WORLD_SIZE": ""},
+        {"RANK": "1"},
+        {"RANK": "5", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "two"},
+        {"LOCAL_RANK": "-1"},
+    ],
+    ids=str,
+)
+def test_left_over_variables_of_a_cluster_are_refused(said, tmp_path, monkeypatch):
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    status, _, err = here(cold_start, *ONE_STEP, "--out_dir", tmp_path / "run")
+    assert status == 2
+    (line,) = err.splitlines()
+    assert all(f"{name}={value}" in line for name, value in said.items())
+    assert "torchrun" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_left_over_local_rank_does_not_silence_errors(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(SystemExit):
+        common.die("something")
+    assert "something" in capsys.readouterr().err
+
+
+# ---- one directory, two runs ---------------------------------------------------------------------
+@pytest.mark.skipif(common.fcntl is None, reason="no locks here")
+def test_two_runs_cannot_train_into_one_directory(tmp_path):
+    (tmp_path / "run").mkdir()
+    common.lock(tmp_path / "run")
+    try:
+        status, _, err = shell(cold_start, *ONE_STEP, "--out_dir", tmp_path / "run")
+    finally:
+        common.unlock()
+    assert status == 2
+    assert "another run is writing to --out_dir" in err
+    assert list((tmp_path / "run").iterdir()) == []
+    status, _, err = shell(cold_start, *ONE_STEP, "--out_dir", tmp_path / "run")
+    assert status == 0, err
+
+
+def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(common.fcntl, "flock", flock)
+    good(here(cold_start, *ONE_STEP, "--out_dir", tmp_path))
+
+
+@pytest.mark.parametrize("name", ["generator_ema.pt", "pytorch_lora_weights.safetensors"])
+def test_a_new_run_does_not_replace_weights_that_it_did_not_make(name, tmp_path):
+    (tmp_path / name).write_bytes(b"somebody's")
+    status, _, err = here(cold_start, *ONE_STEP, "--out_dir", tmp_path)
+    assert status == 2
+    assert f"holds {name} and no ckpt.pt" in err
+    assert (tmp_path / name).read_bytes() == b"somebody's"
+    assert not (tmp_path / "settings.json").exists()
+    (tmp_path / "ckpt.pt.tmp").write_bytes(b"killed while first saving")
+    good(here(cold_start, *ONE_STEP, "--out_dir", tmp_path))
+
+
+# ---- a terminal that goes ------------------------------------------------------------------------
+def test_a_run_whose_terminal_went_finishes_saves_and_ends_well(tmp_path):
+    """As when ssh breaks: stdout and stderr are a terminal that is closed, and SIGHUP comes."""
+    pty = pytest.importorskip("pty")
+    ours, its = pty.openpty()
+    flags = [*BASE, "--steps", 100000, "--batch_size", 2, "--out_dir", tmp_path]
+    command = [sys.executable, str(ROOT / "cold_start.py"), *map(str, flags)]
+    run = subprocess.Popen(command, stdin=its, stdout=its, stderr=its)
+    os.close(its)
+    log = tmp_path / "log.jsonl"
+    end = time.time() + 120
+    while not log.exists() or log.read_bytes().count(b"\n") < 2:
+        assert run.poll() is None and time.time() < end
+        if select.select([ours], [], [], 0.1)[0]:
+            os.read(ours, 2**16)
+    os.close(ours)
+    run.send_signal(signal.SIGHUP)
+    assert run.wait(60) == 0
+    assert (tmp_path / "ckpt.pt").exists()
+
+
+def test_a_pipe_that_nobody_reads_is_no_reason_to_stop(tmp_path):
+    flags = [*ONE_STEP, "--out_dir", tmp_path]
+    command = [sys.executable, str(ROOT / "cold_start.py"), *map(str, flags)]
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, timeout=120)
+    os.close(writes)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ckpt.pt").exists()
 
 
 # ---- a GPU's memory ------------------------------------------------------------------------------

@@ -19,7 +19,18 @@ import os
 import torch
 import torch.distributed as dist
 
-from common import checked, die, end_on_signals, gather, meet, note, parse, setup, write_atomically
+from common import (
+    checked,
+    die,
+    end_on_signals,
+    gather,
+    meet,
+    note,
+    parse,
+    say,
+    setup,
+    write_atomically,
+)
 from rewards import build_for
 from sample import (
     PRESETS,
@@ -179,7 +190,7 @@ def print_categories(name, columns, prompts, tags):
 
 def print_line(first, cells):
     columns = "".join(f"{cell:{COLUMN}s}" for cell in cells)
-    print(f"{first:{FIRST_COLUMN}s}{columns}".rstrip(), flush=True)
+    say(f"{first:{FIRST_COLUMN}s}{columns}".rstrip())
 
 
 def main():
