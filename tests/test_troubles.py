@@ -239,14 +239,18 @@ def test_a_run_whose_terminal_went_finishes_saves_and_ends_well(tmp_path):
     run = subprocess.Popen(command, stdin=its, stdout=its, stderr=its)
     os.close(its)
     log = tmp_path / "log.jsonl"
-    end = time.time() + 120
-    while not log.exists() or log.read_bytes().count(b"\n") < 2:
-        assert run.poll() is None and time.time() < end
-        if select.select([ours], [], [], 0.1)[0]:
-            os.read(ours, 2**16)
-    os.close(ours)
-    run.send_signal(signal.SIGHUP)
-    assert run.wait(60) == 0
+    end = time.time() + 300
+    try:
+        while not log.exists() or log.read_bytes().count(b"\n") < 2:
+            assert run.poll() is None
+            assert time.time() < end
+            if select.select([ours], [], [], 0.1)[0]:
+                os.read(ours, 2**16)
+        os.close(ours)
+        run.send_signal(signal.SIGHUP)
+        assert run.wait(120) == 0
+    finally:
+        run.kill()
     assert (tmp_path / "ckpt.pt").exists()
 
 
