@@ -173,6 +173,8 @@ if __name__ == "__main__":
     parser.add_argument("--crash", type=int, required=True, metavar="N", help="how many SIGKILLs")
     parser.add_argument("--seed", type=int, default=0, help="when they come")
     args = parser.parse_args()
+    # As in the forks: more threads add in another order, and so round otherwise.
+    os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         begun = time.time()
         whole = SimpleNamespace(cold=Path(folder) / "cold", rl=Path(folder) / "rl")
