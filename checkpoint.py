@@ -783,9 +783,8 @@ def check_nothing_is_lost(out_dir):
     """Die where a new run would replace weights: of an export, or of a run whose checkpoint is gone."""
     names = os.listdir(out_dir)
     weights = [name for name in names if name.endswith((".safetensors", "generator_ema.pt"))]
-    begun = any(
-        name.startswith("ckpt") for name in names
-    )  # ckpt.pt.tmp: stopped while first saving
+    # Of a run that was stopped while it first saved there is ckpt.pt.tmp.
+    begun = any(name.startswith("ckpt") for name in names)
     if weights and not begun:
         die(
             f"--out_dir {out_dir} holds {weights[0]} and no ckpt.pt to go on from: choose another, "

@@ -261,16 +261,14 @@ def setup(args, training=True):
 def place_among_processes():
     """(rank, world size, rank on this machine), from torchrun; dies where they do not fit."""
     defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-    said = {name: os.environ.get(name) for name in defaults}
+    said = {name: os.environ.get(name, default) for name, default in defaults.items()}
     try:
-        rank, world, local_rank = (
-            default if said[name] is None else int(said[name]) for name, default in defaults.items()
-        )
+        rank, world, local_rank = map(int, said.values())
         fits = 0 <= rank < world and local_rank >= 0
     except ValueError:
         fits = False
     if not fits:
-        words = " ".join(f"{name}={value}" for name, value in said.items() if value is not None)
+        words = " ".join(f"{name}={said[name]}" for name in said if name in os.environ)
         die(f"the environment says {words}: unset these, or start with torchrun", local=True)
     return rank, world, local_rank
 
@@ -362,6 +360,7 @@ def lock(folder):
 
 
 def unlock():
+    """Let others train into the folder again, where this process was the one that did."""
     if held["lock"] is not None:
         os.close(held["lock"])
     held["lock"] = None
