@@ -26,7 +26,7 @@ from common import die, first_line, is_rank_0, note, seeded_rng
 from cps import at_least_float32, rollout, sigmas
 from hub import files_at, in_words, is_hub_id, variant_of
 from lora import adapter, add_adapter, load_adapter, set_adapters, trainable
-from pictures import decode, decode_each, quicken, save_grid
+from pictures import compile_decoder, decode, decode_each, save_grid
 from text import TextEncoder, TextTable
 
 # Before anything is loaded, the models of rewards too: else there are progress bars, and what the
@@ -97,8 +97,7 @@ class BaseModel:
         self.empty_text = None  # of classifier-free guidance, encoded when first needed
         self.compile = compile
         if compile:
-            quicken(self.pipe.vae)
-            self.pipe.vae.decoder.compile(dynamic=False)
+            compile_decoder(self.pipe.vae)
         if not cache_text:
             self.settle()
 

@@ -42,7 +42,7 @@ def noted_backend(graphs):
     return backend
 
 
-def generator_gradient(switch, checkpointing, compile=0, device=CPU):
+def generator_gradient(switch, checkpointing, compile=0, device=CPU, seed=0):
     """Gradient of loss_G as the loops compute it.
 
     The generator's forward comes first, then teacher's and fake's, then backward.
@@ -50,7 +50,7 @@ def generator_gradient(switch, checkpointing, compile=0, device=CPU):
     switch: "ours", "peft" (its set_adapter), or "none": the truth, where the other roles play
     before the generator does. checkpointing: "ours", "diffusers" or None.
     """
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(seed)
     low_memory = checkpointing == "ours"
     base = model.BaseModel(str(TINY), device, 32, compile=bool(compile), low_memory=low_memory)
     transformer = base.transformer
@@ -184,14 +184,21 @@ def test_compiled_blocks_play_every_role_and_give_the_eager_gradient(monkeypatch
 
 @on_a_gpu
 def test_on_a_gpu_the_compiled_gradient_is_as_near_to_float32s_as_the_eager_one():
-    """Both are bf16 with float32 adapters; they round at different places."""
+    """Both are bf16 with float32 adapters; they round at different places.
+
+    Medians of three draws: random adapters can drive attention to where rounding is all. Eager, seed 0
+    has an error of .33 on an H100, and of .07 where attention is written out.
+    """
     torch._dynamo.reset()
-    truth = generator_gradient("ours", None)
     gpu = torch.device("cuda")
 
     def relative_error(compile):
-        gradient = generator_gradient("ours", None, compile=compile, device=gpu)
-        return (gradient - truth).norm() / truth.norm()
+        errors = []
+        for seed in range(3):
+            truth = generator_gradient("ours", None, seed=seed)
+            gradient = generator_gradient("ours", None, compile=compile, device=gpu, seed=seed)
+            errors.append((gradient - truth).norm() / truth.norm())
+        return torch.stack(errors).median()
 
     eager = relative_error(compile=0)
     compiled = relative_error(compile=1)

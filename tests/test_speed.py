@@ -34,7 +34,7 @@ from helpers import (
     tiny_base,
 )
 from model import BaseModel
-from pictures import quicken
+from pictures import COMPILER, quicken
 
 GIB = 2**30
 THREE_PROMPTS = ["a red circle", "two squares", "a blue triangle"]
@@ -84,6 +84,23 @@ def test_a_quickened_decoder_gives_the_same_pictures_and_gradients():
     fast, fast_gradient = picture_and_gradient(quick)
     assert (plain - fast).abs().max() < 1e-10 * plain.std()
     assert (plain_gradient - fast_gradient).abs().max() < 1e-10 * plain_gradient.std()
+
+
+def test_the_compiler_gets_the_quickened_decoder_and_bounds_that_it_knows(monkeypatch):
+    """It would refuse others, but on a GPU and in the middle of a run."""
+    asked = {}
+
+    def noted(self, **options):
+        asked[type(self).__name__] = options
+
+    monkeypatch.setattr(torch.nn.Module, "compile", noted)
+    base = tiny_base(compile=True)
+    norms = [type(module).__name__ for module in base.pipe.vae.decoder.modules()]
+    assert "ChannelsLastNorm" in norms
+    assert asked["Decoder"] == {"dynamic": False, "options": COMPILER}
+    for name, bound in COMPILER.items():
+        default = getattr(torch._inductor.config, name)
+        assert default is None or bound > default
 
 
 # ---- the weights in one tensor -------------------------------------------------------------------

@@ -1999,6 +1999,8 @@ SPEED = [
     Fault("quicken: a group's bias is shifted", "- group_mean * scale", "+ group_mean * scale"),
     Fault("quicken: attention without its scale", "torch.bmm(scale * query,", "torch.bmm(query,"),
     Fault("quicken: the norms stay", "is torch.nn.GroupNorm", "is torch.nn.LayerNorm"),
+    Fault("quicken: the compiler's own bounds", ", options=COMPILER", ""),
+    Fault("quicken: the decoder is compiled as it is", "    quicken(vae)\n    vae", "    vae"),
     Fault("joined: q and k change places", '"to_q", "to_k", "to_v"', '"to_k", "to_q", "to_v"'),
     Fault("joined: adapters add nothing", "return layers[0].active()", "return []"),
     Fault("joined: norms are a must", "if layer.norm_q is not None:", "if True:"),
