@@ -126,8 +126,39 @@ class Joined(Adapted):
 
     def __call__(self, x):
         """x [...,D] -> what each matrix and its active adapters give."""
-        y = F.linear(x, self.weight, self.bias)
-        return self.plus_adapters(y, x).split(self.sizes, -1)
+        x = x.to(self.weight.dtype)  # not left to autocast, which the backward pass is without
+        pair = self.active_pair(x.dtype)
+        if pair is None or self.fixed:  # drawing: one picture is no more to read than W
+            y = self.plus_adapters(F.linear(x, self.weight, self.bias), x)
+        else:
+            A, B = pair
+            y = InOneProduct.apply(x, F.linear(x, A), self.weight, B, self.bias)
+        return y.split(self.sizes, -1)
+
+
+class InOneProduct(torch.autograd.Function):
+    """W x + B low + bias as [W, B] [x, low] + bias: what W gives is not read and written once more.
+
+    x [...,in], low [...,r], W [out,in], B [out,r], bias [out] -> [...,out]. W and bias are frozen.
+    (autograd alone would work out a gradient of all of [W, B].)
+    """
+
+    @staticmethod
+    def forward(ctx, x, low, W, B, bias):
+        ctx.save_for_backward(low, W, B)
+        inputs = torch.cat([x, low], -1)
+        matrix = torch.cat([W, B], 1)
+        return F.linear(inputs, matrix, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        low, W, B = ctx.saved_tensors
+        matrix = torch.cat([W, B], 1)
+        of_inputs = gradient @ matrix
+        of_x, of_low = of_inputs.tensor_split([W.shape[1]], -1)
+        rows = gradient.flatten(0, -2)
+        of_B = rows.t() @ low.flatten(0, -2)
+        return of_x, of_low, None, of_B, None
 
 
 def pair_of(layer, names):

@@ -145,12 +145,19 @@ class Adapted:
 
     def plus_adapters(self, y, x):
         """y + B A x with the pair of what is active."""
+        pair = self.active_pair(x.dtype)
+        if pair is None:
+            return y
+        A, B = pair
+        return y + F.linear(F.linear(x, A), B)
+
+    def active_pair(self, dtype):
+        """The A and B of what is active, or None."""
         names = self.active()
         if not self.present(names):
-            return y
+            return None
         A, B = self.fixed.get(tuple(names)) or self.pair(names)
-        A, B = A.to(x.dtype), B.to(x.dtype)  # bf16 adapters in a float32 model
-        return y + F.linear(F.linear(x, A), B)
+        return A.to(dtype), B.to(dtype)  # bf16 adapters in a float32 model
 
 
 class LoraLinear(Adapted, PeftLinear):

@@ -75,6 +75,33 @@ def test_joined_they_give_the_same_velocity_and_gradient(transformer, one, two, 
     assert (gradient.norm() > 1) == ("two" in active)
 
 
+def test_in_bf16_under_autocast_they_give_the_same_but_for_rounding(transformer):
+    """As on a GPU, where the base is in bf16, and its norms and the adapters are in float32."""
+    weights = with_adapters(transformer)
+    lora.set_adapters(transformer, ["one", "two"])
+    attention = transformer.transformer_blocks[0].attn
+    x = torch.randn(2, 7, attention.to_q.in_features, generator=torch.Generator().manual_seed(1))
+
+    def outputs_and_gradients(project, in_bf16):
+        given = x.clone().requires_grad_()
+        weights.grad.zero_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+            outputs = torch.cat(project(given), -1)
+        outputs.float().square().sum().backward()
+        return outputs.detach(), given.grad, weights.grad.clone()
+
+    def apart(x):
+        return [attention.to_q(x), attention.to_k(x), attention.to_v(x)]
+
+    expected = outputs_and_gradients(apart, in_bf16=False)
+    for matrix in (attention.to_q, attention.to_k, attention.to_v):
+        matrix.base_layer.bfloat16()
+    join_projections(transformer)
+    found = outputs_and_gradients(attention.processor.picture, in_bf16=True)
+    for one, other in zip(found, expected):
+        assert (one - other).norm() < 0.02 * other.norm()
+
+
 def test_stable_diffusion_3_medium_has_no_norms_of_q_and_k():
     transformer = small_transformer(2, qk_norm=None)
     weights = with_adapters(transformer)
