@@ -128,7 +128,8 @@ class Joined(Adapted):
         """x [...,D] -> what each matrix and its active adapters give."""
         x = x.to(self.weight.dtype)  # not left to autocast, which the backward pass is without
         pair = self.active_pair(x.dtype)
-        if pair is None or self.fixed:  # drawing: one picture is no more to read than W
+        # To copy W in each pass does not pay for one picture that is drawn: W x is smaller than W.
+        if pair is None or self.fixed:
             y = self.plus_adapters(F.linear(x, self.weight, self.bias), x)
         else:
             A, B = pair
