@@ -50,6 +50,8 @@ def die(message, status=2, local=False):
     machine speaks, since a file may be missing on one of them; all do if the trouble is `local`, one
     rank's alone. Raises SystemExit.
     """
+    if stop["ending"]:  # a signal's SystemExit, of which somebody else's code has made an error
+        sys.exit(stop["ending"])
     if local or is_first_here():
         program = os.path.basename(sys.argv[0])
         one_line = " ".join(str(message).split())
@@ -115,7 +117,7 @@ def checked(function, *inputs):
 FROM_1 = (
     "batch_size", "steps", "epochs", "num_steps", "generator_every", "resolution",
     "lora_rank", "save_every", "prompts_per_epoch", "ema_every", "num_images", "eval_every",
-    "repeat",
+    "repeat", "gpus",
 )  # fmt: skip
 # Flags that are paths; a ~ at their beginning is the user's home directory.
 PLACES = {
@@ -224,9 +226,10 @@ def flags_given():
 
 # ---- processes -----------------------------------------------------------------------------------
 stop = {
-    "asked": False,
-    "agreed": False,
-}  # a signal came to this process; all know of one (`update`)
+    "asked": False,  # a signal came to this process
+    "agreed": False,  # all processes know of one (`update`)
+    "ending": 0,  # the exit status, once a signal ends this process at once
+}
 
 
 def setup(args, training=True):
@@ -253,8 +256,10 @@ def setup(args, training=True):
         check_compiler()
         keep_compiled_code()
     if training:
-        end_on_signals()
+        end_on_signals("stopped by a signal before the first step: nothing is lost")
         meet("nccl" if device.type == "cuda" else "gloo")
+    else:
+        end_on_signals("stopped by a signal")
     return device, rank, world
 
 
@@ -407,15 +412,16 @@ SIGNALS = [
 ]
 
 
-def end_on_signals(words="stopped by a signal before the first step: nothing is lost"):
+def end_on_signals(words):
     """From now on a signal ends the program at once, with one line."""
 
     def end(number, frame):
         if is_first_here():
             write_now(f"\n{os.path.basename(sys.argv[0])}: {words}\n")
-        sys.exit(128 + number)
+        stop["ending"] = 128 + number
+        sys.exit(stop["ending"])
 
-    stop.update(asked=False, agreed=False)
+    stop.update(asked=False, agreed=False, ending=0)
     for number in SIGNALS:
         signal.signal(number, end)
 
@@ -878,6 +884,9 @@ def write_atomically(files):
     A kill leaves old files or new ones, never half of one; a full disk leaves the old ones, and
     ends the program with one line. What was ckpt.pt becomes ckpt.prev.pt.
     """
+    for path in files:
+        if os.path.isdir(path):
+            die(f"cannot write {path}: a directory of that name is there; move it away")
     try:
         for path, content in files.items():
             with open(path + ".tmp", "wb") as file:

@@ -253,6 +253,10 @@ def arguments():
             f"--subset must lie in 1..{stochastic} (the stochastic steps of {args.num_steps}), "
             f"got {args.subset}"
         )
+    if ":" in args.eval_rewards:
+        die(
+            f"--eval_rewards {args.eval_rewards}: names alone, since held-out scores are not summed"
+        )
     return args
 
 

@@ -311,7 +311,6 @@ def draw_all(base, adapters, rows, args, origin, first_number=0, share=(0, 1), l
     """
     levels, render = renderer(base, adapters, args)
     recorded = bool(args.compile) and base.device.type == "cuda"
-    os.makedirs(args.out_dir, exist_ok=True)
     batch_size = min(args.batch_size, len(rows))
     places = range(0, len(rows), batch_size)[share[0] :: share[1]]
     for first in tqdm(places, desc="batches", disable=None if share[0] == 0 else True):

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,6 +135,15 @@ def stage_of(run, stage):
     if stage == "cold":
         return cold_start, COLD, "--steps", 2
     return rtdmd_rl, [*RL, "--cold_start", run.cold], "--epochs", 1
+
+
+def wait_for(path):
+    """Until another process has made it."""
+    for _ in range(600):
+        if path.exists():
+            return
+        time.sleep(0.1)
+    raise TimeoutError(path)
 
 
 # ---- what a run leaves ---------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 
@@ -98,6 +99,7 @@ def test_teacher_and_student_are_evaluated_side_by_side_on_the_same_prompts_and_
         ("cat", "--rewards"),
         ("--rewards checker", "nothing to draw"),
         ("cat --rewards beauty", "clipscore"),
+        ("cat --rewards checker:2", "names alone"),
         ("cat --teacher --rewards checker", "checker"),
         ("cat --rewards checker --compare --teacher", "--compare"),
         ("cat --rewards checker --reward_dtype int8", "int8"),
@@ -117,3 +119,13 @@ def test_an_evaluation_that_cannot_be_is_refused_before_anything_is_drawn(tmp_pa
     assert err.count("\n") == 1
     assert message in err
     assert listing(tmp_path / "out") == {}
+
+
+def test_a_file_where_the_teachers_pictures_would_go_is_left_alone(tmp_path):
+    (tmp_path / "teacher").write_text("mine")
+    nothing = [*BASE[:4], "--cold_start", "", "--rtdmd", "", "--out_dir", tmp_path]
+    status, _, err = here(evaluate, *nothing, "a red circle", "--rewards", "checker", "--compare")
+    assert status == 2
+    assert err.count("\n") == 1
+    assert f"{tmp_path}/teacher" in err
+    assert os.listdir(tmp_path) == ["teacher"]

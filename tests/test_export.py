@@ -7,6 +7,8 @@ import json
 import re
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +46,7 @@ from helpers import (
     load_both,
     random_adapter,
     tiny_base,
+    wait_for,
 )
 from tools import evaluate, export
 
@@ -381,6 +384,20 @@ def test_an_export_that_fails_half_way_leaves_nothing(run, tmp_path, monkeypatch
     assert status == 1
     assert err.count("\n") == 1
     assert "No space left" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_export_that_is_stopped_leaves_nothing(number, run, tmp_path):
+    flags = [*EXPORT, "--cold_start", run.cold, "--rtdmd", run.rl, "--merged", tmp_path / "new"]
+    command = [sys.executable, "-m", "tools.export", *map(str, flags)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "new.tmp")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "stopped by a signal" in err
+    assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
 
 

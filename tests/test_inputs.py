@@ -25,7 +25,7 @@ from helpers import (
     shell,
     tiny_base,
 )
-from tools import ablations, make_tiny, plots, scoreboard
+from tools import ablations, bench, make_tiny, plots, scoreboard
 
 
 def test_a_finetune_that_comes_without_t5_is_taken(run, tmp_path, capsys):
@@ -107,7 +107,9 @@ def bad(run, tmp_path_factory):
     shutil.copy(run.cold / "ckpt.pt", t / "flipped/ckpt.prev.pt")
     flip(t / "flipped/ckpt.pt", os.path.getsize(run.cold / "ckpt.pt") // 2)
     flip(t / "flipped/generator_ema.pt", os.path.getsize(run.cold / "generator_ema.pt") // 2)
-    for name, content in {"report_log": b"not json\n", "report_code": b'{"seconds": 1}\n'}.items():
+    line = b'{"step": 1, "seconds": 1, "images_per_s": 1}\n'
+    logs = {"report_log": b"not json\n", "report_code": line, "report_line": b'{"seconds": 1}\n'}
+    for name, content in logs.items():
         for stage in ("cold_start", "rtdmd"):
             (t / name / stage).mkdir(parents=True)
             (t / name / stage / "log.jsonl").write_bytes(content)
@@ -179,11 +181,16 @@ def bad(run, tmp_path_factory):
 
 
 C, R, S, T = cold_start, rtdmd_rl, sample, make_tiny
-B, A, P = scoreboard, ablations, plots
+B, A, P, N = scoreboard, ablations, plots, bench
 
 SAME = "--batch_size 5 --generator_every 2"  # as the run in {cold}
 
 INPUTS = [  # program, flags, what the one line says
+    (P, "curves {report_line}/rtdmd", "line 1 has no images_per_s, step"),
+    (N, "{report_line}/rtdmd", "line 1 has no images_per_s, step"),
+    (N, "{array}", "no readable log.jsonl"),
+    (N, "{cold} --gpus 0", "--gpus must lie in"),
+    (N, "{cold} --skip -2", "--skip must lie in"),
     (C, "--stepz 4", "--stepz"),
     (C, "--step 4", "--step 4"),
     (C, "--steps four", "'four'"),
@@ -265,6 +272,7 @@ INPUTS = [  # program, flags, what the one line says
     (R, "--rewards judge", "judge"),
     (R, "--reward_path clipscore={t}/none", "no such file"),
     (R, "--reward_path clipscore", "name=DIRECTORY"),
+    (R, "--eval_rewards judge:2", "names alone"),
     (R, "--subset 0", "--subset"),
     (R, "--subset 4", "--subset"),
     (R, "--num_steps 1", "--policy_weight 0"),
@@ -371,14 +379,15 @@ SHORT = {
     B: "",
     A: "",
     P: "",
+    N: "",
 }  # should an input be taken after all, then at least not for long
 
 
 def refused(run_it, program, flags, message, bad, tmp_path):
     """One line on stderr that says what is wrong, exit status 2, no file written, no code in a file run."""
     flags = [
-        *BASE[2 * (program in (T, B, A, P)) : 4],
-        *(["--out_dir", tmp_path / "out"] if program is not B else []),
+        *([] if program is N else BASE[2 * (program in (T, B, A, P)) : 4]),
+        *([] if program in (B, N) else ["--out_dir", tmp_path / "out"]),
         *shlex.split(f"{SHORT[program]} {flags}".format(**bad)),
     ]
     out = tmp_path / "out"

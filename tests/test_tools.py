@@ -131,7 +131,8 @@ def test_the_teachers_grids_are_compared_without_a_run():
     ],
 )
 def test_the_scoreboard_refuses_what_is_no_run(flags, message, tmp_path):
-    for name, content in {"bad_log": b"not json\n", "code": b'{"seconds": 1}\n'}.items():
+    line = json.dumps(line_of(0, 1)).encode() + b"\n"
+    for name, content in {"bad_log": b"not json\n", "code": line}.items():
         for stage in ("cold_start", "rtdmd"):
             folder = tmp_path / name / stage
             folder.mkdir(parents=True)
@@ -507,6 +508,22 @@ def test_jobs_take_the_gpus_in_turn(monkeypatch, tmp_path):
     assert set(seen) == {None}
 
 
+def test_an_ablation_that_is_stopped_begins_no_other_run(tmp_path, monkeypatch):
+    """A signal ends the main thread; those that wait for their turn must not have it."""
+    begun = []
+
+    def train(args, row, seed, gpu):
+        begun.append(row)
+        raise SystemExit(143)
+
+    monkeypatch.setattr(ablations, "train", train)
+    words = ["ablations.py", "students", *SIZES, "--out_dir", tmp_path, "--jobs", 1, "--seeds", 2]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    with pytest.raises(SystemExit, match="143"):
+        ablations.run_all(ablations.arguments(), torch.device("cpu"))
+    assert len(begun) <= 2  # the one after it may have begun by then
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [("table5", "table5"), ("--seeds 0", "positive"), ("--out_dir {t}/file/out", "file/out")],
@@ -661,8 +678,10 @@ def test_a_runs_settings_say_what_its_work_depends_on(run):
 
 
 def test_bench_does_without_a_base_model_that_is_gone(monkeypatch):
-    settings = {"pretrained": "/not/here", "resolution": 32}
+    settings = {"pretrained": "/not/here", "resolution": 32, "num_steps": 4, "cfg": 1.0}
     monkeypatch.setattr(bench, "settings_of", lambda _: settings)
+    assert bench.work_of("a run", {}, [], gpus=1) == {}
+    del settings["pretrained"]  # of another program
     assert bench.work_of("a run", {}, [], gpus=1) == {}
 
 
@@ -828,7 +847,7 @@ def test_the_long_run_scores_the_chosen_files_of_finished_runs(run, tmp_path, mo
         here_is = tmp_path / seed / "rtdmd"
         shutil.copy(here_is / "generator_ema.pt", here_is / "generator_ema_500.pt")
         for stage, lines in (("cold_start", 3000), ("rtdmd", 500)):
-            text = json.dumps(log_with([0.5], [0.4])[0]) + "\n"
+            text = json.dumps(line_of(0, 1, **log_with([0.5], [0.4])[0])) + "\n"
             (tmp_path / seed / stage / "log.jsonl").write_text(lines * text)
     # Nothing is trained: the logs are as long as the runs.
     monkeypatch.setattr(long.subprocess, "run", None)

@@ -39,6 +39,7 @@ from helpers import (
     log_of,
     same_files,
     shell,
+    wait_for,
 )
 from prompts import load_prompts
 from rewards import quoted
@@ -331,12 +332,12 @@ def test_a_signal_while_texts_are_encoded_ends_the_program_at_once(name, tmp_pat
     assert not (tmp_path / "out/ckpt.pt").exists()
 
 
-def wait_for(path):
-    for _ in range(600):
-        if path.exists():
-            return
-        time.sleep(0.1)
-    raise TimeoutError(path)
+def test_what_other_code_makes_of_a_signal_is_not_told_as_bad_input(monkeypatch, capsys):
+    """A SystemExit within a library's import comes out as "initialization failed"."""
+    monkeypatch.setitem(common.stop, "ending", 143)
+    with pytest.raises(SystemExit, match="143"):
+        common.die("--pretrained there: cannot be loaded: initialization failed")
+    assert capsys.readouterr().err == ""
 
 
 # ---- one directory for several calls -------------------------------------------------------------
@@ -361,6 +362,14 @@ def test_numbers_go_on_beyond_five_digits(tmp_path):
         (tmp_path / name).touch()
     assert sample.next_number(str(tmp_path)) == 100001
     assert sample.next_number(str(tmp_path / "none")) == 0
+
+
+def test_a_directory_where_the_grid_would_go_is_named(tmp_path):
+    (tmp_path / "grid.png").mkdir()
+    status, _, err = here(sample, *DRAW, "--out_dir", tmp_path)
+    assert status == 2
+    assert err.endswith("grid.png: a directory of that name is there; move it away\n")
+    assert (tmp_path / "00000.png").exists()
 
 
 def test_a_picture_carries_what_it_takes_to_draw_it_again(drawn):

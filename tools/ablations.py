@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 
 from checkpoint import settings_of
-from common import Parser, die, make_out_dir, note, parse, setup, write_atomically
+from common import Parser, die, end_on_signals, make_out_dir, note, parse, setup, write_atomically
 from tiny import CATEGORIES
 from tools.scoreboard import markdown
 from tools.tiny_scores import (
@@ -316,9 +316,9 @@ def run_all(args, device):
         for wave in waves(args):
             for _ in pool.map(run, wave):
                 pass
-    except KeyboardInterrupt:
+    except BaseException:  # a signal's SystemExit, too
         pool.shutdown(cancel_futures=True)
-        die("stopped; the same command goes on", status=1)
+        raise
 
 
 def same_sizes(args):
@@ -433,6 +433,7 @@ def claims_of(content):
 def main():
     args = arguments()
     device, _, _ = setup(args, training=False)
+    end_on_signals("stopped; the same command goes on")
     make_out_dir(args.out_dir, "runs", 0)
     same_sizes(args)
     run_all(args, device)

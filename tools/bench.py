@@ -157,8 +157,8 @@ def matmul_tflops(n=8192):
 def work_of(run, speed, steps, gpus):
     """{what: number}: forwards, TFLOP/s, share of the matrix rate; {} where no settings lie there."""
     settings = settings_of(f"{run}/log.jsonl")
-    if not settings:
-        return {}
+    if not settings.keys() >= {"pretrained", "resolution", "num_steps", "cfg"}:
+        return {}  # a run of this repository has them all
     try:
         backbone = shapes_of(settings["pretrained"], settings["resolution"])
     except OSError:
@@ -186,7 +186,8 @@ def bench_run():
     add("--skip", type=int, help="first steps to leave out; default: a fifth, 3 at least")
     add("--gpus", type=int, default=1, help="how many GPUs the run had")
     add("--json", action="store_true", help="print one line of JSON")
-    args = parser.parse_args()
+    parser.set_defaults(out_dir=".")
+    args = parse(parser)
     steps = steps_of(read_log(args.run), args.skip)
     speed = speed_of(steps)
     numbers = {**speed, **work_of(args.run, speed, steps, args.gpus)}

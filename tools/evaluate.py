@@ -24,6 +24,7 @@ from common import (
     die,
     end_on_signals,
     gather,
+    make_out_dir,
     meet,
     note,
     parse,
@@ -68,6 +69,8 @@ def arguments():
     args = parse(parser, PRESETS)
     if args.compare and args.teacher:
         die("--compare draws with student and teacher: it does not go with --teacher")
+    if ":" in args.rewards:
+        die(f"--rewards {args.rewards}: names alone, since scores are not summed here")
     if args.metadata and not args.prompts:  # then it is the list of prompts as well
         args.prompts = args.metadata
         args.metadata = ""
@@ -210,6 +213,7 @@ def main():
     if args.compare:
         teacher = as_teacher(args)
         teacher.out_dir = os.path.join(args.out_dir, "teacher")
+        make_out_dir(teacher.out_dir, "", rank)
         teacher_origin = origin_of(base, {}, teacher)
     adapters = load_generator(base, files, args.lora_alpha)
     note_prompts(base, rows[:: args.num_images])  # each once, however many pictures it gets

@@ -32,7 +32,17 @@ from checkpoint import (
     read_adapter,
     settings_of,
 )
-from common import Parser, chosen_device, die, first_line, note, parse, resolution, sides
+from common import (
+    Parser,
+    chosen_device,
+    die,
+    end_on_signals,
+    first_line,
+    note,
+    parse,
+    resolution,
+    sides,
+)
 from hub import DEFAULT_PLACES, is_hub_id
 from sample import ADAPTERS, PRESETS, generator_files, load_base, load_generator, settled
 from tools.evaluate import mean_and_error, with_error
@@ -456,6 +466,7 @@ def export(base, files, args, folder):
 def main():
     args = arguments()
     device = chosen_device(args, 0)
+    end_on_signals("stopped by a signal; nothing is exported")
     if args.scores:
         read_scores(args.scores)
     with new_folder(args.out_dir) as folder:

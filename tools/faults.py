@@ -2239,8 +2239,19 @@ FAULTS = [
         "common.py",
     ),
     Fault(
+        "signals: what other code makes of one is told as bad input",
+        'if stop["ending"]:',
+        "if False:",
+    ),
+    Fault(
+        "files: a directory in a file's place is a traceback",
+        "if os.path.isdir(path):\n            die",
+        "if False:\n            die",
+        "common.py",
+    ),
+    Fault(
         "signals: nothing listens before the first step",
-        "        end_on_signals()\n",
+        '        end_on_signals("stopped by a signal before the first step: nothing is lost")\n',
         "",
         "common.py",
     ),

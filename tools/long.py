@@ -16,7 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from checkpoint import KEPT_GENERATOR
-from common import Parser, die, note, parse, setup, write_atomically
+from common import Parser, die, end_on_signals, note, parse, setup, write_atomically
 from sample import teacher_levels
 from tiny import CATEGORIES
 from tools.plots import read_log
@@ -190,12 +190,14 @@ def table_of(rows):
 def main():
     args = arguments()
     device, _, _ = setup(args, training=False)
+    end_on_signals("stopped; the same command goes on")
+    pool = ThreadPoolExecutor(args.jobs)
     try:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            for _ in pool.map(lambda seed: train(args, seed), range(args.seeds)):
-                pass
-    except KeyboardInterrupt:
-        die("stopped; the same command goes on", status=1)
+        for _ in pool.map(lambda seed: train(args, seed), range(args.seeds)):
+            pass
+    except BaseException:  # a signal's SystemExit, too
+        pool.shutdown(cancel_futures=True)
+        raise
     score(args, device)
 
 

@@ -52,13 +52,24 @@ TEXT = 1.7  # inches for the words beside a row of pictures
 
 
 # ---- logs ----------------------------------------------------------------------------------------
+IN_EVERY_LINE = {"step", "seconds", "images_per_s"}
+
+
 def read_log(run):
-    """The lines of run/log.jsonl; half a line at the end, of a run that still goes on, is left out."""
+    """The lines of run/log.jsonl; half a line at the end, of a run that still goes on, is left out.
+
+    Dies where it is no log of ours.
+    """
     try:
         with open(f"{run}/log.jsonl", encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.endswith("\n")]
+            log = [json.loads(line) for line in file if line.endswith("\n")]
+        for number, line in enumerate(log, start=1):
+            missing = IN_EVERY_LINE - set(line if isinstance(line, dict) else ())
+            if missing:
+                raise ValueError(f"line {number} has no {', '.join(sorted(missing))}")
     except (OSError, ValueError) as e:
         die(f"{run}: no readable log.jsonl, which cold_start.py and rtdmd_rl.py make ({e})")
+    return log
 
 
 def points_of(log, name):
