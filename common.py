@@ -331,11 +331,10 @@ def chosen_device(args, local_rank):
 def make_out_dir(out_dir, subfolder, rank):
     """Make it; dies where nothing can be written into it. What stays empty is removed at the end."""
     try:
-        for folder in (out_dir, os.path.join(out_dir, subfolder)):
-            if not os.path.isdir(folder):
-                os.makedirs(folder, exist_ok=True)
-                if rank == 0:  # another one may end before this one has begun to write
-                    atexit.register(remove_empty, folder)
+        for folder in missing_folders(os.path.join(out_dir, subfolder)):
+            os.makedirs(folder, exist_ok=True)
+            if rank == 0:  # another one may end before this one has begun to write
+                atexit.register(remove_empty, folder)
         probe = f"{out_dir}/.write_test_{rank}"
         with open(probe, "w"):
             pass
@@ -369,6 +368,16 @@ def unlock():
     if held["lock"] is not None:
         os.close(held["lock"])
     held["lock"] = None
+
+
+def missing_folders(folder):
+    """This folder and those around it, as far as they are not there, the outermost first."""
+    folder = os.path.abspath(folder)
+    missing = []
+    while not os.path.isdir(folder):
+        missing.insert(0, folder)
+        folder = os.path.dirname(folder)
+    return missing
 
 
 def remove_empty(folder):

@@ -423,3 +423,13 @@ def test_bad_input_is_refused_in_one_line_with_status_2_and_nothing_written(
 )
 def test_a_real_command_line_is_refused_in_the_same_way(bad, tmp_path, program, flags, message):
     refused(shell, program, flags, message, bad, tmp_path)
+
+
+def test_a_refused_command_leaves_none_of_the_folders_that_it_made(run, tmp_path):
+    """And those that were there, also where they are empty."""
+    (tmp_path / "mine").mkdir()
+    flags = [*BASE, "--cold_start", run.cold, "--rewards", "judge"]
+    status, _, err = shell(rtdmd_rl, *flags, "--out_dir", tmp_path / "mine/a/b")
+    assert status == 2
+    assert "judge" in err
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
