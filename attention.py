@@ -1,7 +1,8 @@
 """Attention of Stable Diffusion 3 with q, k and v in one product, where the blocks are compiled.
 
 The three have the same input. Joined, it is read once in place of three times, and few tokens fill a
-GPU better: a picture that is drawn alone gains most. docs/performance.md has what it is worth.
+GPU better: a picture that is drawn alone gains most. In training their adapters are a part of the same
+product. docs/performance.md has what that is worth.
 """
 
 import torch
@@ -126,10 +127,14 @@ class Joined(Adapted):
 
     def __call__(self, x):
         """x [...,D] -> what each matrix and its active adapters give."""
-        x = x.to(self.weight.dtype)  # not left to autocast, which the backward pass is without
+        # All in one dtype: autocast would see to it here, but not in InOneProduct's backward pass.
+        x = x.to(self.weight.dtype)
         pair = self.active_pair(x.dtype)
-        # To copy W in each pass does not pay for one picture that is drawn: W x is smaller than W.
-        if pair is None or self.fixed:
+        if pair is None:
+            y = F.linear(x, self.weight, self.bias)
+        elif (
+            self.fixed
+        ):  # sample.py draws: for one picture W is larger than W x, and not worth a copy
             y = self.plus_adapters(F.linear(x, self.weight, self.bias), x)
         else:
             A, B = pair
@@ -140,7 +145,8 @@ class Joined(Adapted):
 class InOneProduct(torch.autograd.Function):
     """W x + B low + bias as [W, B] [x, low] + bias: what W gives is not read and written once more.
 
-    x [...,in], low [...,r], W [out,in], B [out,r], bias [out] -> [...,out]. W and bias are frozen.
+    x [...,in], low [...,r], W [out,in], B [out,r], bias [out] -> [...,out], all of one dtype. W and bias
+    are frozen.
     (autograd alone would work out a gradient of all of [W, B].)
     """
 

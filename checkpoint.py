@@ -780,8 +780,14 @@ def joined(matrices):
 
 
 def check_nothing_is_lost(out_dir):
-    """Die where a new run would replace weights: of an export, or of a run whose checkpoint is gone."""
+    """Die where a new run would replace weights: of an export, or of a run whose checkpoint is gone.
+
+    And where it could not write: a directory has the name of one of its files.
+    """
     names = os.listdir(out_dir)
+    for name in ("log.jsonl", "generator_ema.pt", "fake.pt", "ckpt.pt", SETTINGS_NAME):
+        if os.path.isdir(os.path.join(out_dir, name)):
+            die(f"--out_dir {out_dir}: {name} is a directory there; move it away")
     weights = [name for name in names if name.endswith((".safetensors", "generator_ema.pt"))]
     # Of a run that was stopped while it first saved there is ckpt.pt.tmp.
     begun = any(name.startswith("ckpt") for name in names)

@@ -431,8 +431,15 @@ def end_on_signals(words):
         sys.exit(stop["ending"])
 
     stop.update(asked=False, agreed=False, ending=0)
+    on_signals(end)
+
+
+def on_signals(handler):
+    """Let the handler have all of SIGNALS. Under nohup the terminal's end stays ignored."""
     for number in SIGNALS:
-        signal.signal(number, end)
+        by_nohup = number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN
+        if not by_nohup:  # (a shell's background jobs ignore Ctrl-C, which one may still be sent)
+            signal.signal(number, handler)
 
 
 def write_now(text):
@@ -452,8 +459,7 @@ def listen_to_signals():
             write_now("\nstopping: the step under way is finished and saved first\n")
         stop["asked"] = True
 
-    for number in SIGNALS:
-        signal.signal(number, ask)
+    on_signals(ask)
 
 
 def shard(n, rank, world):
@@ -891,11 +897,13 @@ def write_atomically(files):
     """files {path: bytes}: all are on disk under a temporary name before the first is renamed.
 
     A kill leaves old files or new ones, never half of one; a full disk leaves the old ones, and
-    ends the program with one line. What was ckpt.pt becomes ckpt.prev.pt.
+    ends the program with one line, as a directory in a file's place does. What was ckpt.pt becomes
+    ckpt.prev.pt.
     """
     for path in files:
-        if os.path.isdir(path):
-            die(f"cannot write {path}: a directory of that name is there; move it away")
+        for name in (path, path + ".tmp"):
+            if os.path.isdir(name):
+                die(f"cannot write {name}: a directory of that name is there; move it away")
     try:
         for path, content in files.items():
             with open(path + ".tmp", "wb") as file:

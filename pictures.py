@@ -43,7 +43,7 @@ def decode_each(base, latents):
 
 # A value that comes from more tensors or operations than these is written down by the compiler, and read
 # where it is used. Its own bounds, 4 and 30 (torch 2.13), make it write a norm's result in float32 and
-# read it twice in the backward pass. Below these it is computed again each time.
+# read it twice in the backward pass. Below ours it is computed again each time.
 COMPILER = {"realize_reads_threshold": 7, "realize_opcount_threshold": 200}
 
 

@@ -967,7 +967,7 @@ def checker(path, device, dtype, clip_l):
             return None
         return (
             'the checker knows only captions of tiny.py\'s world, with "include" as '
-            "tiny.captions() writes it or without metadata; --rewards clipscore:1 leaves it out"
+            "tiny.captions() writes it or without metadata; leave it out of the rewards"
         )
 
     score.wrong = wrong

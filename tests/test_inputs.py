@@ -109,6 +109,7 @@ def bad(run, tmp_path_factory):
     flip(t / "flipped/generator_ema.pt", os.path.getsize(run.cold / "generator_ema.pt") // 2)
     line = b'{"step": 1, "seconds": 1, "images_per_s": 1}\n'
     logs = {"report_log": b"not json\n", "report_code": line, "report_line": b'{"seconds": 1}\n'}
+    logs["report_null"] = b'{"step": 1, "seconds": null, "images_per_s": 1}\n'
     for name, content in logs.items():
         for stage in ("cold_start", "rtdmd"):
             (t / name / stage).mkdir(parents=True)
@@ -186,9 +187,10 @@ B, A, P, N = scoreboard, ablations, plots, bench
 SAME = "--batch_size 5 --generator_every 2"  # as the run in {cold}
 
 INPUTS = [  # program, flags, what the one line says
-    (P, "curves {report_line}/rtdmd", "line 1 has no images_per_s, step"),
-    (N, "{report_line}/rtdmd", "line 1 has no images_per_s, step"),
+    (P, "curves {report_line}/rtdmd", "line 1 has no number of the name step"),
+    (N, "{report_line}/rtdmd", "line 1 has no number of the name step"),
     (N, "{array}", "no readable log.jsonl"),
+    (N, "{report_null}/rtdmd", "line 1 has no number of the name seconds"),
     (N, "{cold} --gpus 0", "--gpus must lie in"),
     (N, "{cold} --skip -2", "--skip must lie in"),
     (C, "--stepz 4", "--stepz"),
@@ -433,3 +435,13 @@ def test_a_refused_command_leaves_none_of_the_folders_that_it_made(run, tmp_path
     assert status == 2
     assert "judge" in err
     assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "fake.pt", "settings.json"])
+def test_a_directory_with_the_name_of_a_runs_file_is_found_before_training(name, tmp_path):
+    (tmp_path / name).mkdir()
+    flags = [*BASE, *SHORT[C].split(), "--out_dir", tmp_path]
+    status, _, err = here(cold_start, *flags)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert f"{name} is a directory" in err

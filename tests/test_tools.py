@@ -2,10 +2,13 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
+import signal
 import sys
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -25,7 +28,7 @@ from checkpoint import settings_of
 from gaussian import close
 from helpers import BASE, CPU, ROOT, TINY, Code, good, here, listing, load, tiny_base
 from small_backbones import flux1, klein
-from tools import ablations, bench, fake_quality, long, plots, scoreboard, tiny_scores
+from tools import ablations, bench, children, fake_quality, long, plots, scoreboard, tiny_scores
 
 ON_CPU = ["--device", "cpu"]
 
@@ -377,26 +380,30 @@ class InThisThread:
     def map(self, function, rows):
         return map(function, rows)
 
+    def shutdown(self):
+        pass
+
 
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Ablations' processes run here, in turn; -> the commands that were run."""
     commands = []
 
-    def run(command, stdout, **_):
+    def run(command, log_path, environment):
         commands.append(command)
         module, flags = module_of(command)
         status, out, err = here(module, *flags)
-        stdout.write(out + err)
-        return SimpleNamespace(returncode=status)
+        with open(log_path, "a") as log:
+            log.write(out + err)
+        return status
 
     rows = ablations.TABLES
     few = {"table3": rows["table3"][:2], "table4": rows["table4"][:2], "fake": rows["fake"][:2]}
     monkeypatch.setattr(ablations, "TABLES", few)
     few_claims = {"table3": ablations.CLAIMS["table3"][:1]}
     monkeypatch.setattr(ablations, "CLAIMS", few_claims)
-    monkeypatch.setattr(ablations, "ThreadPoolExecutor", InThisThread)
-    monkeypatch.setattr(ablations.subprocess, "run", run)
+    monkeypatch.setattr(children, "ThreadPoolExecutor", InThisThread)
+    monkeypatch.setattr(children, "run", run)
     return commands
 
 
@@ -489,11 +496,11 @@ def test_a_claim_compares_equal_seeds():
 def test_jobs_take_the_gpus_in_turn(monkeypatch, tmp_path):
     seen = []
 
-    def run(_command, env, **_):
-        seen.append(env.get("CUDA_VISIBLE_DEVICES"))
-        return SimpleNamespace(returncode=1)
+    def run(command, log_path, environment):
+        seen.append(environment.get("CUDA_VISIBLE_DEVICES"))
+        return 1
 
-    monkeypatch.setattr(ablations.subprocess, "run", run)
+    monkeypatch.setattr(children, "run", run)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     words = ["ablations.py", "students", *SIZES, "--out_dir", tmp_path, "--jobs", 4, "--seeds", 2]
     monkeypatch.setattr(sys, "argv", list(map(str, words)))
@@ -522,6 +529,30 @@ def test_an_ablation_that_is_stopped_begins_no_other_run(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="143"):
         ablations.run_all(ablations.arguments(), torch.device("cpu"))
     assert len(begun) <= 2  # the one after it may have begun by then
+
+
+def test_children_end_with_the_program_that_began_them(tmp_path):
+    """A signal to it alone, which its children do not get."""
+    sleep = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(600)"]
+    log = tmp_path / "log"
+
+    def ended_by_a_signal():
+        with children.workers(1) as pool:
+            results = [pool.submit(children.run, sleep, log, os.environ) for _ in range(2)]
+            while not log.exists() or not log.read_text():
+                time.sleep(0.05)
+            try:
+                raise SystemExit(143)
+            finally:
+                ended.extend(results)
+
+    ended = []
+    with pytest.raises(SystemExit):
+        ended_by_a_signal()
+    first, second = ended
+    assert first.result() == -signal.SIGTERM
+    assert second.cancelled()
+    assert not children.running
 
 
 @pytest.mark.parametrize(
@@ -850,7 +881,7 @@ def test_the_long_run_scores_the_chosen_files_of_finished_runs(run, tmp_path, mo
             text = json.dumps(line_of(0, 1, **log_with([0.5], [0.4])[0])) + "\n"
             (tmp_path / seed / stage / "log.jsonl").write_text(lines * text)
     # Nothing is trained: the logs are as long as the runs.
-    monkeypatch.setattr(long.subprocess, "run", None)
+    monkeypatch.setattr(children, "run", None)
     good(here(long, tmp_path, "--seeds", 2, "--epochs", 500, "--pictures", 1, *ON_CPU))
     content = json.loads((tmp_path / "long.json").read_text())
     assert content["chosen"] == {"0": 500, "1": 500} and content["pictures_a_row"] == 6

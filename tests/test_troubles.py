@@ -332,6 +332,20 @@ def test_a_signal_while_texts_are_encoded_ends_the_program_at_once(name, tmp_pat
     assert not (tmp_path / "out/ckpt.pt").exists()
 
 
+@pytest.mark.parametrize("listen", [common.listen_to_signals, lambda: common.end_on_signals("")])
+def test_under_nohup_the_terminals_end_stays_ignored(listen):
+    before = {number: signal.getsignal(number) for number in common.SIGNALS}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        listen()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert callable(signal.getsignal(signal.SIGTERM))
+        assert callable(signal.getsignal(signal.SIGINT))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_what_other_code_makes_of_a_signal_is_not_told_as_bad_input(monkeypatch, capsys):
     """A SystemExit within a library's import comes out as "initialization failed"."""
     monkeypatch.setitem(common.stop, "ending", 143)
@@ -364,11 +378,12 @@ def test_numbers_go_on_beyond_five_digits(tmp_path):
     assert sample.next_number(str(tmp_path / "none")) == 0
 
 
-def test_a_directory_where_the_grid_would_go_is_named(tmp_path):
-    (tmp_path / "grid.png").mkdir()
+@pytest.mark.parametrize("name", ["grid.png", "grid.png.tmp"])
+def test_a_directory_where_the_grid_would_go_is_named(name, tmp_path):
+    (tmp_path / name).mkdir()
     status, _, err = here(sample, *DRAW, "--out_dir", tmp_path)
     assert status == 2
-    assert err.endswith("grid.png: a directory of that name is there; move it away\n")
+    assert err.endswith(f"{name}: a directory of that name is there; move it away\n")
     assert (tmp_path / "00000.png").exists()
 
 

@@ -20,10 +20,8 @@ import queue
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -31,6 +29,7 @@ import torch
 from checkpoint import settings_of
 from common import Parser, die, end_on_signals, make_out_dir, note, parse, setup, write_atomically
 from tiny import CATEGORIES
+from tools import children
 from tools.scoreboard import markdown
 from tools.tiny_scores import (
     PRETRAINED,
@@ -242,11 +241,8 @@ def train(args, row, seed, gpu):
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
-    with open(f"{out}.log", "a") as log:
-        done = subprocess.run(
-            command(args, row, seed), env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
-    state = "failed" if done.returncode else "ended"
+    status = children.run(command(args, row, seed), f"{out}.log", environment)
+    state = "failed" if status else "ended"
     note(f"{row.name}, seed {seed}: {state}, see {out}.log")
 
 
@@ -311,14 +307,10 @@ def run_all(args, device):
         with scoring:
             score(args, *row_and_seed, device)
 
-    pool = ThreadPoolExecutor(args.jobs)
-    try:
+    with children.workers(args.jobs) as pool:
         for wave in waves(args):
             for _ in pool.map(run, wave):
                 pass
-    except BaseException:  # a signal's SystemExit, too
-        pool.shutdown(cancel_futures=True)
-        raise
 
 
 def same_sizes(args):

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sample
 from backbones import BACKBONES
 from checkpoint import settings_of
-from common import Parser, checked, die, note, parse, resolution, setup, sides
+from common import Parser, checked, die, end_on_signals, note, parse, resolution, setup, sides
 from prompts import geneval_prompts
 from rewards import build_for, parse_weights
 from tools.plots import read_log
@@ -188,6 +188,7 @@ def bench_run():
     add("--json", action="store_true", help="print one line of JSON")
     parser.set_defaults(out_dir=".")
     args = parse(parser)
+    end_on_signals("stopped by a signal")
     steps = steps_of(read_log(args.run), args.skip)
     speed = speed_of(steps)
     numbers = {**speed, **work_of(args.run, speed, steps, args.gpus)}

@@ -475,6 +475,7 @@ def main():
         base = load_base(args, device)
         load_generator(base, files, args.lora_alpha)
         export(base, files, args, folder)
+    end_on_signals("stopped by a signal; the export is there")
     if not public_name(args):
         note(
             f"the base model {place_of_base(args)} is a directory of this machine, so the export does not "

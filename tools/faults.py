@@ -2245,8 +2245,8 @@ FAULTS = [
     ),
     Fault(
         "files: a directory in a file's place is a traceback",
-        "if os.path.isdir(path):\n            die",
-        "if False:\n            die",
+        "if os.path.isdir(name):\n                die",
+        "if False:\n                die",
         "common.py",
     ),
     Fault(

@@ -11,14 +11,13 @@ uses; the teacher's guidance is chosen on other ones. The result is RUN/long.jso
 import json
 import os
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 from checkpoint import KEPT_GENERATOR
 from common import Parser, die, end_on_signals, note, parse, setup, write_atomically
 from sample import teacher_levels
 from tiny import CATEGORIES
+from tools import children
 from tools.plots import read_log
 from tools.scoreboard import machine_name, markdown
 from tools.tiny_scores import (
@@ -80,11 +79,8 @@ def train(args, seed):
         os.makedirs(out, exist_ok=True)
         command = [sys.executable, f"{ROOT}/{program}", "--preset", "tiny", *flags.split()]
         command += ["--seed", str(seed), "--device", args.device, "--out_dir", out]
-        with open(f"{out}.log", "a") as log:
-            done = subprocess.run(
-                command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
-            )
-        if done.returncode or steps_done(out) < length:
+        status = children.run(command, f"{out}.log", {**os.environ, "OMP_NUM_THREADS": "1"})
+        if status or steps_done(out) < length:
             die(
                 f"seed {seed}: {program} ended early, see {out}.log; the same command goes on",
                 status=1,
@@ -191,13 +187,9 @@ def main():
     args = arguments()
     device, _, _ = setup(args, training=False)
     end_on_signals("stopped; the same command goes on")
-    pool = ThreadPoolExecutor(args.jobs)
-    try:
+    with children.workers(args.jobs) as pool:
         for _ in pool.map(lambda seed: train(args, seed), range(args.seeds)):
             pass
-    except BaseException:  # a signal's SystemExit, too
-        pool.shutdown(cancel_futures=True)
-        raise
     score(args, device)
 
 

@@ -22,7 +22,17 @@ import torch
 import rtdmd_rl
 import variants
 from checkpoint import KEPT_GENERATOR, read, settings_of
-from common import Parser, as_bytes, checked, die, make_out_dir, seeded_rng, setup, write_atomically
+from common import (
+    Parser,
+    as_bytes,
+    checked,
+    die,
+    end_on_signals,
+    make_out_dir,
+    seeded_rng,
+    setup,
+    write_atomically,
+)
 from cps import renoise, rollout, sigmas
 from sample import draw, teacher_levels
 from tiny import captions
@@ -52,7 +62,7 @@ TEXT = 1.7  # inches for the words beside a row of pictures
 
 
 # ---- logs ----------------------------------------------------------------------------------------
-IN_EVERY_LINE = {"step", "seconds", "images_per_s"}
+IN_EVERY_LINE = ("step", "seconds", "images_per_s")
 
 
 def read_log(run):
@@ -64,9 +74,10 @@ def read_log(run):
         with open(f"{run}/log.jsonl", encoding="utf-8") as file:
             log = [json.loads(line) for line in file if line.endswith("\n")]
         for number, line in enumerate(log, start=1):
-            missing = IN_EVERY_LINE - set(line if isinstance(line, dict) else ())
-            if missing:
-                raise ValueError(f"line {number} has no {', '.join(sorted(missing))}")
+            numbers = line if isinstance(line, dict) else {}
+            for name in IN_EVERY_LINE:
+                if not isinstance(numbers.get(name), (int, float)):
+                    raise ValueError(f"line {number} has no number of the name {name}")
     except (OSError, ValueError) as e:
         die(f"{run}: no readable log.jsonl, which cold_start.py and rtdmd_rl.py make ({e})")
     return log
@@ -610,6 +621,7 @@ def arguments():
 def main():
     args = arguments()
     if args.what == "curves":
+        end_on_signals("stopped by a signal")
         make_out_dir(args.out_dir, "", 0)
         draw_curves(args.runs, f"{args.out_dir}/curves.png")
         return
