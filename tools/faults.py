@@ -2238,6 +2238,7 @@ FAULTS = [
         "if local or is_rank_0():",
         "common.py",
     ),
+    Fault("signals: nohup's is taken, too", "if not by_nohup:", "if True:", "common.py"),
     Fault(
         "signals: what other code makes of one is told as bad input",
         'if stop["ending"]:',
