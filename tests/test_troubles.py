@@ -715,7 +715,7 @@ def test_an_entry_of_a_list_is_named_as_one(tmp_path, run):
     status, _, err = here(rtdmd_rl, *flags, "--out_dir", tmp_path / "out")
     assert status == 2
     assert "entry 2 ('a cat')" in err
-    assert "--rewards clipscore:1" in err
+    assert "leave it out of the rewards" in err
 
 
 def test_a_signal_ends_an_evaluation_with_one_line(tmp_path):
