@@ -130,11 +130,9 @@ class Joined(Adapted):
         # All in one dtype: autocast would see to it here, but not in InOneProduct's backward pass.
         x = x.to(self.weight.dtype)
         pair = self.active_pair(x.dtype)
-        if pair is None:
-            y = F.linear(x, self.weight, self.bias)
-        elif (
-            self.fixed
-        ):  # sample.py draws: for one picture W is larger than W x, and not worth a copy
+        # Where sample.py draws one picture, W is larger than W x, and not worth a copy.
+        drawing = bool(self.fixed)
+        if pair is None or drawing:
             y = self.plus_adapters(F.linear(x, self.weight, self.bias), x)
         else:
             A, B = pair
@@ -145,9 +143,10 @@ class Joined(Adapted):
 class InOneProduct(torch.autograd.Function):
     """W x + B low + bias as [W, B] [x, low] + bias: what W gives is not read and written once more.
 
-    x [...,in], low [...,r], W [out,in], B [out,r], bias [out] -> [...,out], all of one dtype. W and bias
-    are frozen.
-    (autograd alone would work out a gradient of all of [W, B].)
+    x [...,in], low [...,r], W [out,in], B [out,r], bias [out] -> [...,out], all of one dtype.
+
+    W and bias are frozen. The backward pass is written out since autograd would work out a gradient
+    of all of [W, B].
     """
 
     @staticmethod

@@ -435,10 +435,13 @@ def end_on_signals(words):
 
 
 def on_signals(handler):
-    """Let the handler have all of SIGNALS. Under nohup the terminal's end stays ignored."""
+    """Let the handler have all of SIGNALS. Under nohup the terminal's end stays ignored.
+
+    Ctrl-C is listened to in any case: a shell's background jobs ignore it, and may still be sent it.
+    """
     for number in SIGNALS:
         by_nohup = number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN
-        if not by_nohup:  # (a shell's background jobs ignore Ctrl-C, which one may still be sent)
+        if not by_nohup:
             signal.signal(number, handler)
 
 
