@@ -14,6 +14,7 @@ import warnings
 
 import diffusers
 import torch
+from diffusers.models.activations import GELU
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import logging as hub_logging
 from tqdm import tqdm
@@ -25,7 +26,7 @@ from checkpoint import SETTINGS_NAME
 from common import die, first_line, is_rank_0, note, seeded_rng
 from cps import at_least_float32, rollout, sigmas
 from hub import files_at, in_words, is_hub_id, variant_of
-from lora import adapter, add_adapter, load_adapter, set_adapters, trainable
+from lora import LoraLinear, adapter, add_adapter, load_adapter, set_adapters, trainable
 from pictures import compile_decoder, decode, decode_each, save_grid
 from text import TextEncoder, TextTable
 
@@ -114,6 +115,7 @@ class BaseModel:
                 die(f"--pretrained {self.pretrained}: {reason}", local=True)
             if self.compile:
                 join_projections(transformer)
+                fuse_gelu(transformer)
                 compile_blocks(transformer)
             if self.low_memory:
                 checkpoint_activations(transformer)
@@ -270,6 +272,30 @@ def load_pipeline(pretrained, device, flag="--pretrained", kind=None, **parts):
         pipe.transformer.requires_grad_(False).eval()
         pipe.transformer.lora_layers = []  # kept by adopt_layers, for set_adapters
     return family, pipe
+
+
+def fuse_gelu(transformer):
+    """Let every feed-forward part apply its GELU within the product before it, where it may."""
+    for module in transformer.modules():
+        if type(module) is GELU and module.approximate == "tanh":
+            module.__class__ = GeluInProduct
+
+
+class GeluInProduct(GELU):
+    """diffusers' GELU(W x + bias), for a GPU: without a gradient W x is not written and read once more.
+
+    With one it is: the backward pass needs W x itself.
+    """
+
+    def forward(self, x):
+        # A user's file may have adapters for this matrix.
+        if torch.is_grad_enabled() or isinstance(self.proj, LoraLinear):
+            return super().forward(x)
+        W = self.proj.weight
+        rows = x.flatten(0, -2).to(W.dtype)  # autocast does not know this function
+        # On a GPU this is the GELU by tanh. (On a CPU PyTorch takes the exact one, by erf.)
+        y = torch._addmm_activation(self.proj.bias, rows, W.t(), use_gelu=True)
+        return y.unflatten(0, x.shape[:-1])
 
 
 def compile_blocks(transformer):

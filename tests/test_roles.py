@@ -172,6 +172,8 @@ def test_compiled_blocks_play_every_role_and_give_the_eager_gradient(monkeypatch
         return real_compile(self, **options, backend=backend)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_with_our_backend)
+    # On a CPU PyTorch has another GELU within a product, see GeluInProduct.
+    monkeypatch.setattr(model, "fuse_gelu", lambda transformer: None)
     torch._dynamo.reset()
     compiled = generator_gradient("ours", checkpointing, compile=1)
     eager = generator_gradient("ours", checkpointing)

@@ -9,12 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers.models.activations import GELU
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cold_start
 import common
 import cps
+import lora
 import rtdmd_rl
 import text
 from common import StepRandom, even_part, micro_batch, shard
@@ -30,10 +33,12 @@ from helpers import (
     load,
     log_of,
     on_a_gpu,
+    randomise,
     same_files,
+    small_transformer,
     tiny_base,
 )
-from model import BaseModel
+from model import BaseModel, GeluInProduct, fuse_gelu
 from pictures import COMPILER, quicken
 
 GIB = 2**30
@@ -101,6 +106,87 @@ def test_the_compiler_gets_the_quickened_decoder_and_bounds_that_it_knows(monkey
     for name, bound in COMPILER.items():
         default = getattr(torch._inductor.config, name)
         assert default is None or bound > default
+
+
+# ---- GELU within a product -----------------------------------------------------------------------
+def plain_and_fused(device="cpu", dtype=torch.float32):
+    """A feed-forward part's first half of diffusers, the same for a GPU, and an input of both."""
+    torch.manual_seed(0)
+    plain = GELU(32, 64, approximate="tanh").to(device, dtype)
+    fused = copy.deepcopy(plain)
+    fuse_gelu(torch.nn.Sequential(fused))
+    assert type(fused) is GeluInProduct
+    x = 3 * torch.randn(2, 7, 32, device=device)
+    return plain, fused, x
+
+
+@torch.no_grad()
+def test_gelu_within_the_product_is_that_after_it():
+    """On a CPU PyTorch has the exact GELU there, from which the one by tanh differs by up to .0005."""
+    plain, fused, x = plain_and_fused()
+    assert torch.equal(fused(x), F.gelu(plain.proj(x)))
+    assert (fused(x) - plain(x)).abs().max() < 0.0005
+
+
+@on_a_gpu
+@torch.no_grad()
+def test_on_a_gpu_gelu_within_the_product_is_the_one_by_tanh():
+    plain, fused, x = plain_and_fused("cuda")
+    assert (fused(x) - plain(x)).abs().max() < 0.0001
+
+
+@torch.no_grad()
+def test_gelu_within_the_product_is_in_the_weights_dtype():
+    """On a GPU the norm before it gives float32, and the base is in bf16."""
+    plain, fused, x = plain_and_fused(dtype=torch.bfloat16)
+    expected = plain(x.bfloat16())
+    found = fused(x)
+    assert found.dtype == expected.dtype
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+def test_with_a_gradient_gelu_comes_after_the_product():
+    plain, fused, x = plain_and_fused()
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(plain(x).square().sum(), x)
+    (found,) = torch.autograd.grad(fused(x).square().sum(), x)
+    assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_an_adapter_before_gelu_adds_to_the_product(monkeypatch):
+    """Ours are none of these, but a user's file may have them."""
+    transformer = small_transformer(2)
+    fuse_gelu(transformer)
+    monkeypatch.setattr(lora, "TARGETS", ["ff.net.0.proj"])
+    lora.add_adapter(transformer, "one", 4, 64, seed=0)
+    randomise(lora.adapter(transformer, "one"), torch.Generator().manual_seed(0))
+    part = transformer.transformer_blocks[0].ff.net[0]
+    x = torch.randn(2, 7, 32)
+    lora.set_adapters(transformer, ["one"])
+    expected = F.gelu(part.proj(x), approximate="tanh")
+    assert torch.equal(part(x), expected)
+    lora.set_adapters(transformer, [])
+    assert (part(x) - expected).abs().max() > 0.1
+
+
+def test_every_gelu_by_tanh_of_a_transformer_is_fused_and_no_other():
+    """Those of the picture and of the text, which the last block drops."""
+    transformer = small_transformer(3)
+    exact = transformer.transformer_blocks[0].ff.net[0]
+    exact.approximate = "none"
+    fuse_gelu(transformer)
+    kinds = Counter(type(module) for module in transformer.modules())
+    assert kinds[GeluInProduct] == 3 + 2 - 1
+    assert type(exact) is GELU
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_gelu_is_fused_where_the_base_is_compiled_alone(compile, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    kinds = Counter(type(module) for module in tiny_base(compile=compile).transformer.modules())
+    assert (kinds[GeluInProduct] > 0) == compile
+    assert (kinds[GELU] > 0) != compile
 
 
 # ---- the weights in one tensor -------------------------------------------------------------------
