@@ -26,7 +26,7 @@ from checkpoint import SETTINGS_NAME
 from common import die, first_line, is_rank_0, note, seeded_rng
 from cps import at_least_float32, rollout, sigmas
 from hub import files_at, in_words, is_hub_id, variant_of
-from lora import LoraLinear, adapter, add_adapter, load_adapter, set_adapters, trainable
+from lora import adapter, add_adapter, load_adapter, set_adapters, trainable
 from pictures import compile_decoder, decode, decode_each, save_grid
 from text import TextEncoder, TextTable
 
@@ -275,24 +275,29 @@ def load_pipeline(pretrained, device, flag="--pretrained", kind=None, **parts):
 
 
 def fuse_gelu(transformer):
-    """Let every feed-forward part apply its GELU within the product before it, where it may."""
+    """Let GELU by tanh be applied within the product before it: all of SD3's, and FLUX.1's double blocks.
+
+    FLUX.1's other blocks and FLUX.2 have their feed-forward parts in other forms, which stay.
+    """
     for module in transformer.modules():
         if type(module) is GELU and module.approximate == "tanh":
             module.__class__ = GeluInProduct
 
 
 class GeluInProduct(GELU):
-    """diffusers' GELU(W x + bias), for a GPU: without a gradient W x is not written and read once more.
+    """diffusers' GELU(W x + bias), for a GPU: GELU is applied before W x is written to memory.
 
-    With one it is: the backward pass needs W x itself.
+    So it is without a gradient. With one, the backward pass needs W x itself.
     """
 
     def forward(self, x):
-        # A user's file may have adapters for this matrix.
-        if torch.is_grad_enabled() or isinstance(self.proj, LoraLinear):
+        # Our stages adapt attention alone, but a user's file may have an adapter here: it adds before GELU.
+        adapted = type(self.proj) is not torch.nn.Linear
+        if torch.is_grad_enabled() or adapted:
             return super().forward(x)
         W = self.proj.weight
-        rows = x.flatten(0, -2).to(W.dtype)  # autocast does not know this function
+        # After a norm x is float32, and autocast on a GPU does not cast for this function.
+        rows = x.flatten(0, -2).to(W.dtype)
         # On a GPU this is the GELU by tanh. (On a CPU PyTorch takes the exact one, by erf.)
         y = torch._addmm_activation(self.proj.bias, rows, W.t(), use_gelu=True)
         return y.unflatten(0, x.shape[:-1])

@@ -71,8 +71,8 @@ def theirs(pipe, base, cfg, steps=4, resolution=32):
 
 
 # ---- attention on a GPU
-def gradient_of_an_adapter(place, n, device, compile=False, attention=None, joined=False):
-    """Of a random adapter's weights, from n pictures, with all kinds of attention or that one."""
+def with_an_adapter(place, n, device, compile=False, joined=False):
+    """A base with a random adapter -> (its velocity function, n latents, the adapter's weights)."""
     base = BaseModel(place, device, 32, compile=compile)
     if joined:
         join_projections(base.transformer)
@@ -81,7 +81,12 @@ def gradient_of_an_adapter(place, n, device, compile=False, attention=None, join
     randomise(base.adapter("fake"), rng, device)
     (weights,) = base.train_only("fake")
     x = torch.randn(n, *base.latent_shape, generator=rng).to(device)
-    fake = base.velocity(["fake"], base.encode(["a red circle"] * n))
+    return base.velocity(["fake"], base.encode(["a red circle"] * n)), x, weights
+
+
+def gradient_of_an_adapter(place, n, device, compile=False, attention=None, joined=False):
+    """Of a random adapter's weights, from n pictures, with all kinds of attention or that one."""
+    fake, x, weights = with_an_adapter(place, n, device, compile, joined)
     # Not before: loading says whether cuDNN attends, and would undo it.
     with sdpa_kernel(attention) if attention else contextlib.nullcontext():
         v = fake(x, 0.6)
@@ -120,6 +125,20 @@ def test_on_a_gpu_the_gradient_is_that_of_attention_written_out(name, compile, p
     with torch._inductor.config.patch(force_disable_caches=True):
         got = gradient_of_an_adapter(places[name], n, device, compile)
     assert (got - truth).norm() < 0.05 * truth.norm()
+
+
+@on_a_gpu
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_on_a_gpu_a_compiled_velocity_is_the_plain_one(name, places):
+    """Without a gradient compiled blocks have GELU within its product. Both are in bf16."""
+    device = torch.device("cuda")
+    plain, x, _ = with_an_adapter(places[name], 2, device)
+    expected = plain(x, 0.6)
+    torch._dynamo.reset()
+    compiled, x, _ = with_an_adapter(places[name], 2, device, compile=True)
+    found = compiled(x, 0.6)
+    assert (found - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.5])

@@ -110,7 +110,7 @@ def test_the_compiler_gets_the_quickened_decoder_and_bounds_that_it_knows(monkey
 
 # ---- GELU within a product -----------------------------------------------------------------------
 def plain_and_fused(device="cpu", dtype=torch.float32):
-    """A feed-forward part's first half of diffusers, the same for a GPU, and an input of both."""
+    """-> (diffusers' W x + bias with GELU, its fused copy, an x [2,7,32] for both)"""
     torch.manual_seed(0)
     plain = GELU(32, 64, approximate="tanh").to(device, dtype)
     fused = copy.deepcopy(plain)
@@ -124,7 +124,7 @@ def plain_and_fused(device="cpu", dtype=torch.float32):
 def test_gelu_within_the_product_is_that_after_it():
     """On a CPU PyTorch has the exact GELU there, from which the one by tanh differs by up to .0005."""
     plain, fused, x = plain_and_fused()
-    assert torch.equal(fused(x), F.gelu(plain.proj(x)))
+    assert (fused(x) - F.gelu(plain.proj(x))).abs().max() < 1e-5
     assert (fused(x) - plain(x)).abs().max() < 0.0005
 
 
@@ -155,7 +155,7 @@ def test_with_a_gradient_gelu_comes_after_the_product():
 
 @torch.no_grad()
 def test_an_adapter_before_gelu_adds_to_the_product(monkeypatch):
-    """Ours are none of these, but a user's file may have them."""
+    """Our stages adapt attention alone, but a user's file may have adapters here."""
     transformer = small_transformer(2)
     fuse_gelu(transformer)
     monkeypatch.setattr(lora, "TARGETS", ["ff.net.0.proj"])

@@ -237,7 +237,9 @@ def test_a_run_whose_terminal_went_finishes_saves_and_ends_well(tmp_path):
     ours, its = pty.openpty()
     flags = [*BASE, "--steps", 100000, "--batch_size", 2, "--out_dir", tmp_path]
     command = [sys.executable, str(ROOT / "cold_start.py"), *map(str, flags)]
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where these tests run under nohup, too
     run = subprocess.Popen(command, stdin=its, stdout=its, stderr=its)
+    signal.signal(signal.SIGHUP, before)
     os.close(its)
     log = tmp_path / "log.jsonl"
     end = time.time() + 300

@@ -2021,15 +2021,13 @@ SPEED = [
     Fault("joined: though nothing is compiled", "if self.compile:\n", "if True:\n"),
     Fault("gelu: ReLU in its place", "use_gelu=True", "use_gelu=False"),
     Fault(
-        "gelu: in what autocast left",
+        "gelu: x stays in float32",
         "x.flatten(0, -2).to(W.dtype)",
         "x.flatten(0, -2)",
         "model.py",
     ),
-    Fault(
-        "gelu: with a gradient, too", "if torch.is_grad_enabled() or isinstance", "if isinstance"
-    ),
-    Fault("gelu: an adapter is passed by", " or isinstance(self.proj, LoraLinear)", ""),
+    Fault("gelu: with a gradient, too", "if torch.is_grad_enabled() or adapted", "if adapted"),
+    Fault("gelu: an adapter is passed by", " or adapted", ""),
     Fault("gelu: the exact one, too", ' and module.approximate == "tanh"', ""),
     Fault("gelu: never fused", "                fuse_gelu(transformer)\n", ""),
     Fault("share: no weight", "there / share)", "there)", ONE),
