@@ -46,7 +46,7 @@ from common import (
 from cps import rollout
 from hub import DEFAULT_PLACES
 from model import BaseModel, graphed
-from pictures import as_saved, read_picture, save_grid, save_picture
+from pictures import as_saved, read_picture, save_grid, save_pictures
 from prompts import load_prompts
 from text import note_prompts
 
@@ -327,8 +327,7 @@ def draw_all(base, adapters, rows, args, origin, first_number=0, share=(0, 1), l
             prompts = [row["prompt"] for row in batch]
             prompts += prompts[-1:] * (at_once - len(batch))
             pictures = draw_batch(base, render, levels, prompts, args.seed + first, args)
-            for picture, path, text in zip(pictures, paths, texts):
-                save_picture(picture, path, text)
+            save_pictures(pictures, paths, texts)
         if look is not None:
             look(pictures[: len(batch)].to(base.device), first, batch)
 
@@ -448,7 +447,7 @@ def draw_like(base, adapters, args, origin, number):
     prompts = [args.prompt] * args.batch_size
     picture = draw_batch(base, render, levels, prompts, args.seed, args)[0]
     path = picture_path(args, number)
-    save_picture(picture, path, text)
+    save_pictures([picture], [path], [text])
     if not torch.equal(picture, old):
         note(f"{path} is not the same to the last bit: another machine, or other versions")
     say(f"{args.like} again -> {path}")

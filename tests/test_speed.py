@@ -39,7 +39,7 @@ from helpers import (
     tiny_base,
 )
 from model import BaseModel, GeluInProduct, fuse_gelu
-from pictures import COMPILER, quicken
+from pictures import COMPILER, quicken, read_picture, save_pictures
 
 GIB = 2**30
 THREE_PROMPTS = ["a red circle", "two squares", "a blue triangle"]
@@ -106,6 +106,19 @@ def test_the_compiler_gets_the_quickened_decoder_and_bounds_that_it_knows(monkey
     for name, bound in COMPILER.items():
         default = getattr(torch._inductor.config, name)
         assert default is None or bound > default
+
+
+# ---- pictures' files -----------------------------------------------------------------------------
+def test_pictures_that_are_saved_together_have_each_its_own_file_and_text(tmp_path):
+    pictures = torch.rand(9, 3, 64, 48).mul(255).round() / 255
+    paths = [f"{tmp_path}/{i}.png" for i in range(7)]  # the last two fill a recorded pass
+    texts = [{"prompt": f"number {i}"} for i in range(7)]
+    save_pictures(pictures, paths, texts)
+    for picture, path, expected in zip(pictures, paths, texts):
+        found, its_text = read_picture(path)
+        assert torch.equal(found, picture)
+        assert its_text == expected
+    assert len(list(tmp_path.iterdir())) == 7
 
 
 # ---- GELU within a product -----------------------------------------------------------------------

@@ -428,7 +428,7 @@ def test_like_refuses_another_sampler(drawn, tmp_path, monkeypatch):
 def test_like_takes_pictures_of_before_the_sampler_was_in_them(drawn, tmp_path):
     picture, text = pictures.read_picture(drawn / "00000.png")
     del text["sampler"]
-    pictures.save_picture(picture, str(tmp_path / "old.png"), text)
+    pictures.save_pictures([picture], [str(tmp_path / "old.png")], [text])
     good(here(sample, "--like", tmp_path / "old.png", *BASE[:4], "--out_dir", tmp_path / "out"))
     again, _ = pictures.read_picture(tmp_path / "out/00000.png")
     assert torch.equal(again, picture)

@@ -2019,6 +2019,11 @@ SPEED = [
     Fault("joined: the weights are held twice", "layer.weight.data = rows", "pass"),
     Fault("joined: while the weights are on the CPU", "if not cache_text:\n", "if True:\n"),
     Fault("joined: though nothing is compiled", "if self.compile:\n", "if True:\n"),
+    Fault(
+        "pictures: all have the first one's text",
+        "threads.map(as_png, pictures, texts)",
+        "threads.map(as_png, pictures, texts[:1] * len(texts))",
+    ),
     Fault("gelu: ReLU in its place", "use_gelu=True", "use_gelu=False"),
     Fault(
         "gelu: x stays in float32",
