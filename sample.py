@@ -238,11 +238,12 @@ def teacher_levels(base, steps):
 @torch.no_grad()
 def draw(v, seeds, shape, levels, eta, device):
     """One latent a seed -> [B,C,h,w] float32. v: a velocity function; levels: as from cps.sigmas."""
-    return integrate(v, noise_of(seeds, shape, levels, eta, device), levels, eta)
+    noise = noise_of(seeds, shape, levels, eta, device)
+    return integrate(v, noise.unbind(1), levels, eta)
 
 
 def noise_of(seeds, shape, levels, eta, device):
-    """Starting noise and that of the stochastic steps -> [K,B,C,h,w], or [1,B,C,h,w] for eta 0.
+    """Starting noise and that of the stochastic steps -> [B,K,C,h,w], or [B,1,C,h,w] for eta 0.
 
     Picture i's comes from seeds[i] alone.
     """
@@ -251,11 +252,11 @@ def noise_of(seeds, shape, levels, eta, device):
     noise = []
     for _ in range(len(levels) - 1 if eta > 0 else 1):
         noise.append(randn_tensor(size, generator=generators, dtype=torch.float32))
-    return torch.stack(noise).to(device)
+    return torch.stack(noise, 1).to(device)
 
 
 def integrate(v, noise, levels, eta):
-    """From noise[0] along all steps of `rollout` (Eq. 8, 19-21) to the latents [B,C,h,w].
+    """From noise[0] [B,C,h,w] along all steps of `rollout` (Eq. 8, 19-21) to latents of that shape.
 
     A step for which there is no noise adds none.
     """
@@ -296,7 +297,7 @@ def renderer(base, adapters, args):
     @torch.no_grad()
     def render(noise, *text):
         v = base.velocity(adapters, text, args.cfg)
-        return base.decode(integrate(v, noise, levels, args.eta))
+        return base.decode(integrate(v, noise.unbind(1), levels, args.eta))
 
     (render,) = graphed(bool(args.compile), base.device, render)
     return levels, render

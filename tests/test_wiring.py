@@ -260,6 +260,24 @@ def test_every_picture_of_a_prompt_has_a_seed_of_its_own(batch_size, tmp_path, m
     assert seeds == [5, 6, 7]
 
 
+def test_what_is_recorded_is_given_as_many_rows_as_pictures(tmp_path, monkeypatch):
+    """So it says how many pictures its first pass had, while it compiles (model.Recorded.tell)."""
+    rows = []
+
+    def graphed(on, device, render):
+        def noted(*inputs):
+            rows.append(len(inputs[0]))
+            return render(*inputs)
+
+        return [noted]
+
+    monkeypatch.setattr(sample, "graphed", graphed)
+    flags = ["a circle", "--preset", "tiny", "--device", "cpu", "--cold_start", "", "--rtdmd", ""]
+    more = ["--num_images", 3, "--batch_size", 2]
+    run(sample, *flags, *more, "--out_dir", tmp_path / "out")
+    assert rows == [2, 1]
+
+
 # ---- resume
 @pytest.mark.parametrize(("flag", "value"), [("--seed", 1), ("--lr", 0.5), ("--cfg", 9)])
 def test_a_run_goes_on_with_its_own_flags_alone(flag, value, tmp_path, capsys):
