@@ -287,7 +287,7 @@ def fuse_gelu(transformer):
 class GeluInProduct(GELU):
     """diffusers' GELU(W x + bias), for a GPU: GELU is applied before W x is written to memory.
 
-    So it is without a gradient. With one, the backward pass needs W x itself.
+    Only where no gradient is asked for: the backward pass would need W x itself.
     """
 
     def forward(self, x):
