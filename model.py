@@ -275,7 +275,7 @@ def load_pipeline(pretrained, device, flag="--pretrained", kind=None, **parts):
 
 
 def fuse_gelu(transformer):
-    """Let GELU by tanh be applied within the product before it: all of SD3's, and FLUX.1's double blocks.
+    """Put every GELU by tanh that has a product of its own into it: SD3's, and FLUX.1's double blocks'.
 
     FLUX.1's other blocks and FLUX.2 have their feed-forward parts in other forms, which stay.
     """
@@ -291,7 +291,7 @@ class GeluInProduct(GELU):
     """
 
     def forward(self, x):
-        # Our stages adapt attention alone, but a user's file may have an adapter here: it adds before GELU.
+        # A user's file may have an adapter here, which adds before GELU. Our stages adapt attention alone.
         adapted = type(self.proj) is not torch.nn.Linear
         if torch.is_grad_enabled() or adapted:
             return super().forward(x)

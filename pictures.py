@@ -160,7 +160,7 @@ def as_saved(pictures):
 def save_pictures(pictures, paths, texts):
     """Pictures [B,3,H,W] in [0,1] -> a PNG each of its size, with its text {name: value} in it.
 
-    Packing one takes a core of the CPU longer than drawing it takes a GPU: they are packed side by side.
+    A CPU core packs one more slowly than a GPU draws it. So they are packed side by side.
     """
     with ThreadPoolExecutor() as threads:
         contents = threads.map(as_png, pictures, texts)

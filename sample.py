@@ -238,8 +238,7 @@ def teacher_levels(base, steps):
 @torch.no_grad()
 def draw(v, seeds, shape, levels, eta, device):
     """One latent a seed -> [B,C,h,w] float32. v: a velocity function; levels: as from cps.sigmas."""
-    noise = noise_of(seeds, shape, levels, eta, device)
-    return integrate(v, noise.unbind(1), levels, eta)
+    return integrate(v, noise_of(seeds, shape, levels, eta, device), levels, eta)
 
 
 def noise_of(seeds, shape, levels, eta, device):
@@ -256,13 +255,14 @@ def noise_of(seeds, shape, levels, eta, device):
 
 
 def integrate(v, noise, levels, eta):
-    """From noise[0] [B,C,h,w] along all steps of `rollout` (Eq. 8, 19-21) to latents of that shape.
+    """Along all steps of `rollout` (Eq. 8, 19-21) from noise as of `noise_of` to latents [B,C,h,w].
 
     A step for which there is no noise adds none.
     """
+    start, *later = noise.unbind(1)
     steps = len(levels) - 1
-    none = torch.zeros_like(noise[0])
-    return rollout(v, noise[0], levels, steps, eta, [*noise[1:], *[none] * steps])[-1]
+    none = torch.zeros_like(start)
+    return rollout(v, start, levels, steps, eta, [*later, *[none] * steps])[-1]
 
 
 def load_base(args, device, has_teacher=False):
@@ -297,7 +297,7 @@ def renderer(base, adapters, args):
     @torch.no_grad()
     def render(noise, *text):
         v = base.velocity(adapters, text, args.cfg)
-        return base.decode(integrate(v, noise.unbind(1), levels, args.eta))
+        return base.decode(integrate(v, noise, levels, args.eta))
 
     (render,) = graphed(bool(args.compile), base.device, render)
     return levels, render
@@ -405,7 +405,7 @@ def origin_of(base, files, args):
 def content_of_sampler(levels, eta):
     """A short hash of what the sampler does, for one who changes cps.py: where it takes a few numbers."""
     x = torch.linspace(-1, 1, 7, dtype=torch.float64).view(1, 1, 1, 7)
-    noise = [x.roll(k, 3) for k in range(len(levels))]
+    noise = torch.stack([x.roll(k, 3) for k in range(len(levels))], 1)
     end = integrate(lambda x, level: level + x.sin(), noise, levels, eta)
     return hashed([round(number, 4) for number in end.flatten().tolist()])
 

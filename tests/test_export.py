@@ -441,7 +441,7 @@ def test_the_scheduler_is_loaded_with_a_pipeline_saved_with_it_and_drives_img2im
     own = tiny_base()
     start = 0.1 * x0 + 0.9 * normal()
     close(states[0], start, 1e-4)
-    noise = torch.stack([start, normal(), normal()])
+    noise = torch.stack([start, normal(), normal()], 1)
     with torch.no_grad():
         v = own.velocity([], own.encode(TEXTS))
         close(result, own.decode(sample.integrate(v, noise, LEVELS[1:], 0.8)), 1e-3)

@@ -243,6 +243,9 @@ def test_previews_show_the_adapters_that_they_are_asked_for(tmp_path):
 
 
 # ---- sample.py
+A_CIRCLE = ["a circle", "--preset", "tiny", "--device", "cpu", "--cold_start", "", "--rtdmd", ""]
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_every_picture_of_a_prompt_has_a_seed_of_its_own(batch_size, tmp_path, monkeypatch):
     """Whatever the batches: picture i is drawn from seed + i."""
@@ -254,9 +257,8 @@ def test_every_picture_of_a_prompt_has_a_seed_of_its_own(batch_size, tmp_path, m
         return real_noise_of(these, *rest)
 
     monkeypatch.setattr(sample, "noise_of", noise_of)
-    flags = ["a circle", "--preset", "tiny", "--device", "cpu", "--cold_start", "", "--rtdmd", ""]
     more = ["--num_images", 3, "--seed", 5, "--batch_size", batch_size]
-    run(sample, *flags, *more, "--out_dir", tmp_path / "out")
+    run(sample, *A_CIRCLE, *more, "--out_dir", tmp_path / "out")
     assert seeds == [5, 6, 7]
 
 
@@ -272,9 +274,8 @@ def test_what_is_recorded_is_given_as_many_rows_as_pictures(tmp_path, monkeypatc
         return [noted]
 
     monkeypatch.setattr(sample, "graphed", graphed)
-    flags = ["a circle", "--preset", "tiny", "--device", "cpu", "--cold_start", "", "--rtdmd", ""]
     more = ["--num_images", 3, "--batch_size", 2]
-    run(sample, *flags, *more, "--out_dir", tmp_path / "out")
+    run(sample, *A_CIRCLE, *more, "--out_dir", tmp_path / "out")
     assert rows == [2, 1]
 
 
