@@ -153,8 +153,11 @@ def save_grid(pictures, path, columns=8):
 
 
 def as_saved(pictures):
-    """Pictures in [0,1] rounded to what a PNG holds, 256 values, on the CPU."""
-    return ((pictures * 255).round() / 255).cpu()
+    """Pictures in [0,1] -> on the CPU and to the last bit what `read_picture` makes of their files.
+
+    A GPU would divide by 255 with another last bit.
+    """
+    return (pictures * 255).round().byte().cpu() / 255
 
 
 def save_pictures(pictures, paths, texts):

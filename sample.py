@@ -48,7 +48,7 @@ from hub import DEFAULT_PLACES
 from model import BaseModel, graphed
 from pictures import as_saved, read_picture, save_grid, save_pictures
 from prompts import load_prompts
-from text import note_prompts
+from text import WholeBatches, note_prompts
 
 SD35M = "stabilityai/stable-diffusion-3.5-medium"
 SD3M = "stabilityai/stable-diffusion-3-medium-diffusers"
@@ -215,9 +215,10 @@ def load_generator(base, files, lora_alpha=None):
 def fix_adapters(base, adapters):
     """Put the adapters of each matrix together once, rounded, and not in every pass."""
     transformer = base.backbone_of(adapters).pipe.transformer
+    dtype = transformer.dtype  # diffusers looks through all modules for it
     for product in [*transformer.lora_layers, *joined_in(transformer)]:
         if product.present(adapters):
-            pair = [matrix.to(transformer.dtype) for matrix in product.pair(adapters)]
+            pair = [matrix.to(dtype) for matrix in product.pair(adapters)]
             product.fixed = {tuple(adapters): pair}
 
 
@@ -275,7 +276,7 @@ def load_base(args, device, has_teacher=False):
         generator_pretrained="" if args.teacher else args.generator_pretrained,
         has_teacher=has_teacher,
     )
-    base.encode.at_once = 1  # so that a picture depends on its own prompt alone, to the last bit
+    base.encode = WholeBatches(base.backbone.text)  # of other prompts a picture knows nothing
     return base
 
 
@@ -450,7 +451,9 @@ def draw_like(base, adapters, args, origin, number):
     path = picture_path(args, number)
     save_pictures([picture], [path], [text])
     if not torch.equal(picture, old):
-        note(f"{path} is not the same to the last bit: another machine, or other versions")
+        note(
+            f"{path} is not the same to the last bit: another machine, other versions, or compiled anew"
+        )
     say(f"{args.like} again -> {path}")
 
 

@@ -48,6 +48,24 @@ class TextEncoder:
             too_many -= size
 
 
+class WholeBatches:
+    """prompts -> text, of all of them in one pass, repeated ones too; the last text is kept.
+
+    So a prompt's text depends, to the last bit, on itself and on how many there are, and not on which
+    ones the others are.
+    """
+
+    def __init__(self, encode):
+        self.encode = encode
+        self.prompts = None
+
+    def __call__(self, prompts):
+        if prompts != self.prompts:
+            self.text = self.encode(prompts)
+            self.prompts = list(prompts)
+        return self.text
+
+
 class TextTable:
     """prompts -> text, from a table on disk, which the processes of a machine share.
 

@@ -130,7 +130,6 @@ def small_base():
         transformer=transformer,
         transformers=lambda: [transformer],
         load_adapter=load_adapter,
-        encode=SimpleNamespace(at_once=1),
         backbone=backbone,
         generator=backbone,
         sigmas=functools.partial(cps.sigmas, shift=3.0),

@@ -19,7 +19,9 @@ import common
 import cps
 import lora
 import rtdmd_rl
+import sample
 import text
+from backbones import StableDiffusion3
 from common import StepRandom, even_part, micro_batch, shard
 from helpers import (
     BASE,
@@ -39,7 +41,7 @@ from helpers import (
     tiny_base,
 )
 from model import BaseModel, GeluInProduct, fuse_gelu
-from pictures import COMPILER, quicken, read_picture, save_pictures
+from pictures import COMPILER, as_saved, quicken, read_picture, save_pictures
 
 GIB = 2**30
 THREE_PROMPTS = ["a red circle", "two squares", "a blue triangle"]
@@ -119,6 +121,31 @@ def test_pictures_that_are_saved_together_have_each_its_own_file_and_text(tmp_pa
         assert torch.equal(found, picture)
         assert its_text == expected
     assert len(list(tmp_path.iterdir())) == 7
+
+
+def files_give_back(pictures, folder):
+    """Whether files of these pictures give back what `as_saved` says, which is on the CPU."""
+    saved = as_saved(pictures)
+    path = f"{folder}/{pictures.device.type}.png"
+    save_pictures(saved, [path], [{}])
+    found, _ = read_picture(path)
+    return torch.equal(found, saved[0])
+
+
+def all_values(device):
+    """A picture [1,3,1,1531] with the 256 values that a PNG has, and five between each two."""
+    values = torch.linspace(0, 1, 6 * 255 + 1, device=device)
+    return values.expand(1, 3, 1, -1)
+
+
+def test_a_picture_is_to_the_last_bit_what_its_file_gives_back(tmp_path):
+    assert files_give_back(all_values("cpu"), tmp_path)
+
+
+@on_a_gpu
+def test_on_a_gpu_a_picture_is_to_the_last_bit_what_its_file_gives_back(tmp_path):
+    """There a division by 255 has another last bit."""
+    assert files_give_back(all_values("cuda"), tmp_path)
 
 
 # ---- GELU within a product -----------------------------------------------------------------------
@@ -721,6 +748,40 @@ def test_the_last_texts_are_kept_by_their_size(monkeypatch):
     assert many[:, 1, 1].tolist() == [4, 5, 6, 7]
     assert list(encoder.cache) == ["6", "7"]
     assert read == ["1", "2", "3", "4", "5", "6", "7"]
+
+
+def test_a_batch_of_drawing_is_read_in_one_pass_unless_it_was_the_last_one():
+    read = []
+
+    def encode(prompts):
+        read.append(list(prompts))
+        return (torch.tensor([float(prompt) for prompt in prompts]),)
+
+    encoder = text.WholeBatches(encode)
+    prompts = ["1", "2", "1"]
+    (first,) = encoder(prompts)
+    (again,) = encoder(list(prompts))
+    assert again is first
+    prompts[0] = "3"  # the caller's own list
+    (other,) = encoder(prompts)
+    assert other.tolist() == [3, 2, 1]
+    assert read == [["1", "2", "1"], ["3", "2", "1"]]
+
+
+def test_sample_reads_each_batch_in_one_pass(tmp_path, monkeypatch):
+    """So a prompt's text does not depend on which others there are, and is read 8 at a time."""
+    read = []
+    plain = StableDiffusion3.text
+
+    def noted(self, prompts):
+        read.append(list(prompts))
+        return plain(self, prompts)
+
+    monkeypatch.setattr(StableDiffusion3, "text", noted)
+    (tmp_path / "prompts.txt").write_text("a\nb\na\nc\nc\n")
+    flags = ["--preset", "tiny", "--device", "cpu", "--batch_size", 3, "--out_dir", tmp_path]
+    good(here(sample, "--prompts", tmp_path / "prompts.txt", *flags))
+    assert read == [["a", "b", "a"], ["c", "c"]]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])

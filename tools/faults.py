@@ -1992,6 +1992,24 @@ SPEED = [
     ),
     Fault("text: all but the last are forgotten", "too_many -= size", "pass", "text.py"),
     Fault(
+        "text: drawing gets the first batch's for all",
+        "if prompts != self.prompts:",
+        "if self.prompts is None:",
+        "text.py",
+    ),
+    Fault(
+        "text: drawing keeps the caller's list",
+        "self.prompts = list(prompts)",
+        "self.prompts = prompts",
+        "text.py",
+    ),
+    Fault(
+        "text: drawing reads prompt by prompt",
+        "base.encode = WholeBatches(base.backbone.text)",
+        "pass",
+        SAMPLE,
+    ),
+    Fault(
         "quicken: a group's channels have one mean",
         "within + between + self.eps",
         "within + self.eps",
