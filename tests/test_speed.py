@@ -142,6 +142,10 @@ def test_a_picture_is_to_the_last_bit_what_its_file_gives_back(tmp_path):
     assert files_give_back(all_values("cpu"), tmp_path)
 
 
+def test_a_picture_of_nan_is_none_that_could_be_scored():
+    assert as_saved(torch.full((1, 3, 2, 2), float("nan"))).isnan().all()
+
+
 @on_a_gpu
 def test_on_a_gpu_a_picture_is_to_the_last_bit_what_its_file_gives_back(tmp_path):
     """There a division by 255 has another last bit."""

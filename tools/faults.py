@@ -1992,6 +1992,9 @@ SPEED = [
     ),
     Fault("text: all but the last are forgotten", "too_many -= size", "pass", "text.py"),
     Fault(
+        "pictures: nan becomes black", "(pictures * 255).round()", "(pictures * 255).round().byte()"
+    ),
+    Fault(
         "text: drawing gets the first batch's for all",
         "if prompts != self.prompts:",
         "if self.prompts is None:",
