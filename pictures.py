@@ -155,9 +155,9 @@ def save_grid(pictures, path, columns=8):
 def as_saved(pictures):
     """Pictures in [0,1] -> on the CPU and to the last bit what `read_picture` makes of their files.
 
-    A GPU would divide by 255 with another last bit. A nan stays one, which no file holds.
+    A GPU would divide by 255 with another last bit.
     """
-    return (pictures * 255).round().cpu() / 255
+    return (pictures * 255).round().byte().cpu().contiguous() / 255
 
 
 def save_pictures(pictures, paths, texts):

@@ -4,11 +4,11 @@
     python sample.py "a photo of two cats" --num_images 8      # out/cold_start and out/rtdmd on SD3.5-M
     python sample.py "a photo of two cats" --cold_start Harahan/SD35M-RTDMD --rtdmd Harahan/SD35M-RTDMD
     python sample.py "a photo of two cats" --teacher           # the base, as diffusers draws it
-    python sample.py --like out/samples/00003.png              # that picture again, to the byte
+    python sample.py --like out/samples/00003.png              # that picture again
 
-Each picture has its own seed (seed + its index), so that it does not depend on the batch size. Base
-model, resolution, steps and eta are those that the adapters were trained with: a run's settings lie
-beside its weights. What it takes to draw a picture again stands as text in its PNG.
+Each picture has its own seed (seed + its index), so that but for rounding it does not depend on the
+batch size. Base model, resolution, steps and eta are those that the adapters were trained with: a
+run's settings lie beside its weights. What it takes to draw a picture again stands as text in its PNG.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def flags(description):
     add("--cfg", type=float, default=1.0, help="guidance scale, 1 is none; teacher: its run's")
     add("--resolution", type=resolution, default=512, help="side, or height x width as 768x512")
     # the machine
-    add("--batch_size", type=int, default=8, help="pictures at once; does not change them")
+    add("--batch_size", type=int, default=8, help="pictures at once; changes rounding alone")
     add("--device", default="cuda", help="cuda, cpu, mps, or auto: the best there is")
     add("--compile", type=int, choices=(0, 1), default=0, help="minutes once, then fast")
     add("--out_dir", default="out/samples", help="where grid.png and the pictures go")
@@ -276,7 +276,8 @@ def load_base(args, device, has_teacher=False):
         generator_pretrained="" if args.teacher else args.generator_pretrained,
         has_teacher=has_teacher,
     )
-    base.encode = WholeBatches(base.backbone.text)  # of other prompts a picture knows nothing
+    # so that a picture does not depend on the other prompts of its batch
+    base.encode = WholeBatches(base.backbone.text)
     return base
 
 
@@ -335,10 +336,16 @@ def draw_all(base, adapters, rows, args, origin, first_number=0, share=(0, 1), l
 
 
 def draw_batch(base, render, levels, prompts, seed, args):
-    """One picture for each prompt, from seed, seed + 1 and so on -> as files have them [B,3,H,W]."""
+    """One picture for each prompt, from seed, seed + 1 and so on -> as files have them [B,3,H,W].
+
+    Dies where they are not finite: a file would have a black one, and that a score.
+    """
     seeds = range(seed, seed + len(prompts))
     noise = noise_of(seeds, base.latent_shape, levels, args.eta, base.device)
-    return as_saved(render(noise, *base.encode(prompts)))
+    pictures = render(noise, *base.encode(prompts))
+    if not pictures.isfinite().all():
+        die("pictures are not finite: the base or its adapters are damaged", status=1, local=True)
+    return as_saved(pictures)
 
 
 def picture_path(args, number):
@@ -452,7 +459,7 @@ def draw_like(base, adapters, args, origin, number):
     save_pictures([picture], [path], [text])
     if not torch.equal(picture, old):
         note(
-            f"{path} is not the same to the last bit: another machine, other versions, or compiled anew"
+            f"{path} is not the same to the last bit: another machine, other versions, or --compile"
         )
     say(f"{args.like} again -> {path}")
 

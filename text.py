@@ -58,6 +58,7 @@ class WholeBatches:
     def __init__(self, encode):
         self.encode = encode
         self.prompts = None
+        self.text = None
 
     def __call__(self, prompts):
         if prompts != self.prompts:

@@ -25,6 +25,7 @@ import model
 import pictures
 import rtdmd_rl
 import sample
+from backbones import StableDiffusion3
 from cps import cps_step
 from helpers import (
     BASE,
@@ -37,6 +38,7 @@ from helpers import (
     here,
     load,
     log_of,
+    on_a_gpu,
     same_files,
     shell,
     wait_for,
@@ -402,6 +404,44 @@ def test_like_draws_a_picture_again_to_the_byte(number, drawn, tmp_path):
     path = drawn / f"{number:05d}.png"
     good(here(sample, "--like", path, *BASE[:4], "--out_dir", tmp_path))
     assert (tmp_path / "00000.png").read_bytes() == path.read_bytes()
+
+
+@on_a_gpu
+def test_on_a_gpu_like_draws_a_picture_again_to_the_byte(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\n")
+    flags = ["--preset", "tiny", "--device", "cuda"]
+    good(here(sample, "--prompts", tmp_path / "prompts.txt", *flags, "--out_dir", tmp_path / "one"))
+    path = tmp_path / "one/00002.png"
+    good(here(sample, "--like", path, *flags, "--out_dir", tmp_path / "two"))
+    assert (tmp_path / "two/00000.png").read_bytes() == path.read_bytes()
+
+
+def test_like_reads_the_prompt_as_often_as_there_were_pictures_at_once(
+    drawn, tmp_path, monkeypatch
+):
+    """The encoders' sums of another number of prompts may be rounded otherwise."""
+    read = []
+    plain = StableDiffusion3.text
+
+    def noted(self, prompts):
+        read.append(list(prompts))
+        return plain(self, prompts)
+
+    monkeypatch.setattr(StableDiffusion3, "text", noted)
+    good(here(sample, "--like", drawn / "00004.png", *BASE[:4], "--out_dir", tmp_path))
+    assert read == [["two bl\u00fce squares"] * 2]
+
+
+@pytest.mark.parametrize("program", [sample, evaluate])
+def test_pictures_that_are_not_finite_are_not_written(program, tmp_path, monkeypatch):
+    """Nor are they scored: as a file such a picture is black."""
+    decode = model.BaseModel.decode
+    monkeypatch.setattr(model.BaseModel, "decode", lambda *inputs: decode(*inputs) * torch.nan)
+    flags = [*SCORE, "a red circle"] if program is evaluate else DRAW
+    status, _, err = here(program, *flags, "--out_dir", tmp_path)
+    assert status == 1
+    assert "pictures are not finite" in err
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_like_draws_the_teachers_pictures_too(tmp_path):

@@ -1991,8 +1991,12 @@ SPEED = [
         "text.py",
     ),
     Fault("text: all but the last are forgotten", "too_many -= size", "pass", "text.py"),
+    Fault("pictures: rounded down", "(pictures * 255).round()", "(pictures * 255)"),
     Fault(
-        "pictures: nan becomes black", "(pictures * 255).round()", "(pictures * 255).round().byte()"
+        "pictures: what is not finite becomes black",
+        "if not pictures.isfinite().all():",
+        "if False:",
+        SAMPLE,
     ),
     Fault(
         "text: drawing gets the first batch's for all",
@@ -2374,8 +2378,8 @@ FAULTS = [
     ),
     Fault(
         "evaluate: what is scored is not what is saved",
-        "return as_saved(render(",
-        "return (render(",
+        "return as_saved(pictures)",
+        "return pictures.cpu()",
         SAMPLE,
     ),
     Fault(
