@@ -1,6 +1,6 @@
 """Draw pictures: 4 CPS steps, no guidance, stage 1's and stage 2's adapters stacked on the base.
 
-    python sample.py "a red circle above a blue square" --preset tiny
+    python sample.py "a red circle and a blue square" --preset tiny
     python sample.py "a photo of two cats" --num_images 8      # out/cold_start and out/rtdmd on SD3.5-M
     python sample.py "a photo of two cats" --cold_start Harahan/SD35M-RTDMD --rtdmd Harahan/SD35M-RTDMD
     python sample.py "a photo of two cats" --teacher           # the base, as diffusers draws it
