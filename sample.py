@@ -344,7 +344,8 @@ def draw_batch(base, render, levels, prompts, seed, args):
     noise = noise_of(seeds, base.latent_shape, levels, args.eta, base.device)
     pictures = render(noise, *base.encode(prompts))
     if not pictures.isfinite().all():
-        die("pictures are not finite: the base or its adapters are damaged", status=1, local=True)
+        reason = "they come from --pretrained, the adapters and --lora_alpha"
+        die(f"pictures are not finite: {reason}", status=1, local=True)
     return as_saved(pictures)
 
 

@@ -236,6 +236,19 @@ def backbone_of(transformer):
     return backbone
 
 
+def watch_text(monkeypatch):
+    """-> a list that gets the prompts of each pass of Stable Diffusion 3's text encoders."""
+    read = []
+    plain = StableDiffusion3.text
+
+    def noted(backbone, prompts):
+        read.append(list(prompts))
+        return plain(backbone, prompts)
+
+    monkeypatch.setattr(StableDiffusion3, "text", noted)
+    return read
+
+
 def watch_attention(monkeypatch):
     """-> {layout of q, k and v: layouts of the output's gradient}
 

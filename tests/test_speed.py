@@ -21,7 +21,6 @@ import lora
 import rtdmd_rl
 import sample
 import text
-from backbones import StableDiffusion3
 from common import StepRandom, even_part, micro_batch, shard
 from helpers import (
     BASE,
@@ -39,6 +38,7 @@ from helpers import (
     same_files,
     small_transformer,
     tiny_base,
+    watch_text,
 )
 from model import BaseModel, GeluInProduct, fuse_gelu
 from pictures import COMPILER, as_saved, quicken, read_picture, save_pictures
@@ -775,14 +775,7 @@ def test_a_batch_of_drawing_is_read_in_one_pass_unless_it_was_the_last_one():
 
 def test_sample_reads_each_batch_in_one_pass(tmp_path, monkeypatch):
     """So a prompt's text does not depend on which others there are."""
-    read = []
-    plain = StableDiffusion3.text
-
-    def noted(self, prompts):
-        read.append(list(prompts))
-        return plain(self, prompts)
-
-    monkeypatch.setattr(StableDiffusion3, "text", noted)
+    read = watch_text(monkeypatch)
     (tmp_path / "prompts.txt").write_text("a\nb\na\nc\nc\n")
     flags = ["--preset", "tiny", "--device", "cpu", "--batch_size", 3, "--out_dir", tmp_path]
     good(here(sample, "--prompts", tmp_path / "prompts.txt", *flags))

@@ -25,7 +25,6 @@ import model
 import pictures
 import rtdmd_rl
 import sample
-from backbones import StableDiffusion3
 from cps import cps_step
 from helpers import (
     BASE,
@@ -42,6 +41,7 @@ from helpers import (
     same_files,
     shell,
     wait_for,
+    watch_text,
 )
 from prompts import load_prompts
 from rewards import quoted
@@ -420,14 +420,7 @@ def test_like_reads_the_prompt_as_often_as_there_were_pictures_at_once(
     drawn, tmp_path, monkeypatch
 ):
     """The encoders' sums of another number of prompts may be rounded otherwise."""
-    read = []
-    plain = StableDiffusion3.text
-
-    def noted(self, prompts):
-        read.append(list(prompts))
-        return plain(self, prompts)
-
-    monkeypatch.setattr(StableDiffusion3, "text", noted)
+    read = watch_text(monkeypatch)
     good(here(sample, "--like", drawn / "00004.png", *BASE[:4], "--out_dir", tmp_path))
     assert read == [["two bl\u00fce squares"] * 2]
 
