@@ -152,12 +152,17 @@ def save_grid(pictures, path, columns=8):
     write_atomically({path: as_bytes(grid.save, format="png")})
 
 
+def to_bytes(pictures):
+    """Pictures in [0,1] -> the nearest of 256 values, 0 to 255, on the CPU."""
+    return (pictures * 255).round().byte().cpu()
+
+
 def as_saved(pictures):
     """Pictures in [0,1] -> on the CPU and to the last bit what `read_picture` makes of their files.
 
     A GPU would divide by 255 with another last bit.
     """
-    return (pictures * 255).round().byte().cpu().contiguous() / 255
+    return to_bytes(pictures).contiguous() / 255
 
 
 def save_pictures(pictures, paths, texts):
@@ -172,8 +177,7 @@ def save_pictures(pictures, paths, texts):
 
 def as_png(picture, text):
     """The bytes of one picture [3,H,W] in [0,1] as a PNG with this text."""
-    pixels = (picture * 255).round().byte()
-    pixels = pixels.permute(1, 2, 0).cpu().numpy()
+    pixels = to_bytes(picture).permute(1, 2, 0).numpy()
     chunks = PngInfo()
     for name, value in text.items():
         chunks.add_text(name, str(value))

@@ -1991,13 +1991,6 @@ SPEED = [
         "text.py",
     ),
     Fault("text: all but the last are forgotten", "too_many -= size", "pass", "text.py"),
-    Fault("pictures: rounded down", "(pictures * 255).round()", "(pictures * 255)"),
-    Fault(
-        "pictures: what is not finite becomes black",
-        "if not pictures.isfinite().all():",
-        "if False:",
-        SAMPLE,
-    ),
     Fault(
         "text: drawing gets the first batch's for all",
         "if prompts != self.prompts:",
@@ -2044,6 +2037,13 @@ SPEED = [
     Fault("joined: the weights are held twice", "layer.weight.data = rows", "pass"),
     Fault("joined: while the weights are on the CPU", "if not cache_text:\n", "if True:\n"),
     Fault("joined: though nothing is compiled", "if self.compile:\n", "if True:\n"),
+    Fault("pictures: rounded down", "(pictures * 255).round()", "(pictures * 255)"),
+    Fault(
+        "pictures: what is not finite becomes black",
+        "if not pictures.isfinite().all():",
+        "if False:",
+        SAMPLE,
+    ),
     Fault(
         "pictures: all have the first one's text",
         "threads.map(as_png, pictures, texts)",
